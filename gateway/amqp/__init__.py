@@ -1,0 +1,1 @@
+"""Confirmed publishing: frames and confirms are pure, the publisher holds the connections."""

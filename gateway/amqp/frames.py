@@ -1,0 +1,189 @@
+"""A batch of payloads → one buffer of AMQP 0-9-1 frames; bytes from the broker → what a publisher must know. No IO.
+
+Frame: type (1), channel (2), size (4), payload, end octet 0xCE. A publish is a method frame, a header frame, and
+body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 4.2.)
+"""
+
+import struct
+from collections.abc import Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import pamqp.frame
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.header import ContentHeader
+
+END = b"\xce"
+FRAME_OVERHEAD = 8  # octets of a frame beside its payload: 7 before, 1 behind
+HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00" + END
+PERSISTENT = 2
+
+_METHOD, _HEADER, _BODY = 1, 2, 3
+_frame_start = struct.Struct(">BHI")
+_method = struct.Struct(">HH")
+_settlement = struct.Struct(">QB")
+_body_size = struct.Struct(">Q")
+
+_ACK, _NACK, _RETURN = (60, 80), (60, 120), (60, 50)
+_CHANNEL_CLOSE = (20, 40)
+_BLOCKED, _UNBLOCKED = (10, 60), (10, 61)
+
+
+class PublishFramer:
+    """Packs publishes to one exchange and routing key on one channel: persistent, mandatory, JSON."""
+
+    def __init__(self, *, channel: int, exchange: str, routing_key: str, message_type: str, frame_max: int) -> None:
+        """`frame_max` is the negotiated size of a whole frame in octets."""
+        self._channel = channel
+        self._message_type = message_type
+        self._publish = pamqp.frame.marshal(
+            commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True), channel
+        )
+        self._max_body = frame_max - FRAME_OVERHEAD
+        # Everything of a publish before its payload has one length, as long as ids have 8 characters.
+        header = pamqp.frame.marshal(self._header("00000000", 0), channel)
+        size_at = _frame_start.size + _method.size  # behind class id and weight
+        before_id, after_id = header[size_at + _body_size.size :].split(b"00000000")
+        self._before_size = END + self._publish + header[:size_at]
+        self._before_id = before_id
+        self._after_id = after_id + struct.pack(">BH", _BODY, channel)
+        self._pack_head = struct.Struct(
+            f">{len(self._before_size)}s Q {len(before_id)}s 8s {len(self._after_id)}s I"
+        ).pack
+
+    def pack(self, ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
+        """All frames of a batch in one buffer, in order. `ids` are of 8 ASCII characters.
+
+        A publish without its payload is packed in one call, and opens with the end octet of the frame before it, so
+        that heads and payloads take turns in one join: a third of what bytes formatting takes, a hundredth of a
+        marshaller's objects (scripts/bench stages, row "frames").
+        """
+        lengths = list(map(len, payloads))
+        if not lengths or max(lengths) > self._max_body:
+            return b"".join(map(self._pack_one, ids, payloads))
+        parts = [b""] * (2 * len(lengths))
+        parts[::2] = map(
+            self._pack_head,
+            repeat(self._before_size),
+            lengths,
+            repeat(self._before_id),
+            map(str.encode, ids),
+            repeat(self._after_id),
+            lengths,
+        )
+        parts[1::2] = payloads
+        parts[0] = parts[0][1:]
+        parts.append(END)
+        return b"".join(parts)
+
+    def _pack_one(self, message_id: str, payload: bytes) -> bytes:
+        """One publish of any size: its body split over as many frames as the broker's frame_max asks for."""
+        header = self._header(message_id, len(payload))
+        bodies = (payload[at : at + self._max_body] for at in range(0, len(payload), self._max_body))
+        frames: list[ContentHeader | ContentBody] = [header, *map(ContentBody, bodies)]
+        return self._publish + b"".join([pamqp.frame.marshal(frame, self._channel) for frame in frames])
+
+    def _header(self, message_id: str, body_size: int) -> ContentHeader:
+        properties = commands.Basic.Properties(
+            content_type="application/json",
+            delivery_mode=PERSISTENT,
+            message_id=message_id,
+            message_type=self._message_type,
+        )
+        return ContentHeader(body_size=body_size, properties=properties)
+
+
+class Settled(NamedTuple):
+    """basic.ack or basic.nack: one delivery tag, or with `multiple` all up to it."""
+
+    acked: bool
+    delivery_tag: int
+    multiple: bool
+
+
+class Returned(NamedTuple):
+    """basic.return with its content: the broker could not route this message. Its ack follows."""
+
+    message_id: str
+
+
+class ChannelClosed(NamedTuple):
+    """channel.close from the broker: nothing written on the channel will be confirmed any more."""
+
+
+class Blocked(NamedTuple):
+    """connection.blocked or connection.unblocked: a memory or disk alarm came, or went."""
+
+    blocked: bool
+
+
+Event = Settled | Returned | ChannelClosed | Blocked
+
+
+class IncomingFrames:
+    """Splits the broker's bytes: confirms and returns of one channel become events, the rest is passed on.
+
+    A confirm costs a few struct calls here, where a stream reader, a marshaller, two queues and a task stood before;
+    at 12 acks per 1,000 messages and with small batches that is most of the read side (scripts/bench stages, row
+    "confirms").
+    """
+
+    def __init__(self) -> None:
+        self.channel: int | None = None  # the publish channel, once it is open
+        self._rest = b""
+        self._returned_id: str | None = None
+        self._returned_octets = 0  # of the returned message's content that are still to come
+        self._return_begun = False
+
+    def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
+        """Take bytes as they came; returns what is not for us, in whole frames, and the events, both in order."""
+        buffer = self._rest + data if self._rest else data
+        events: list[Event] = []
+        passed_on: list[bytes] = []
+        start = end = 0
+        while len(buffer) - end >= FRAME_OVERHEAD:
+            kind, channel, size = _frame_start.unpack_from(buffer, end)
+            next_end = end + size + FRAME_OVERHEAD
+            if kind not in (_METHOD, _HEADER, _BODY, HEARTBEAT_FRAME[0]):
+                next_end = len(buffer)  # no frame: the broker's protocol header, or garbage. The library complains
+            if next_end > len(buffer):
+                break
+            if channel in (self.channel, 0) and self._take(kind, channel, buffer, end + _frame_start.size, events):
+                passed_on.append(buffer[start:end])
+                start = next_end
+            end = next_end
+        passed_on.append(buffer[start:end])
+        self._rest = buffer[end:]
+        return b"".join(passed_on), events
+
+    def _take(self, kind: int, channel: int, buffer: bytes, at: int, events: list[Event]) -> bool:
+        """Turn the frame whose payload starts at `at` into an event; whether it was for us alone."""
+        if kind == _METHOD:
+            method = _method.unpack_from(buffer, at)
+            if channel == 0:
+                if method in (_BLOCKED, _UNBLOCKED):
+                    events.append(Blocked(method == _BLOCKED))
+                return False
+            if method in (_ACK, _NACK):
+                delivery_tag, bits = _settlement.unpack_from(buffer, at + _method.size)
+                events.append(Settled(method == _ACK, delivery_tag, bool(bits & 1)))
+                return True
+            if method == _CHANNEL_CLOSE:
+                events.append(ChannelClosed())
+            self._return_begun = method == _RETURN
+            return self._return_begun
+        if not self._return_begun or channel == 0:
+            return False
+        if kind == _HEADER:
+            header = ContentHeader()
+            header.unmarshal(buffer[at:])
+            self._returned_id = header.properties.message_id
+            self._returned_octets = header.body_size
+        elif kind == _BODY:
+            (_, _, size) = _frame_start.unpack_from(buffer, at - _frame_start.size)
+            self._returned_octets -= size
+        if self._returned_octets == 0:
+            events.append(Returned(self._returned_id or ""))
+            self._return_begun = False
+        return True

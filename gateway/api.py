@@ -1,0 +1,184 @@
+"""POST /api/v2/send/bulk: the handler, and the one middleware that turns refusals into answers."""
+
+import asyncio
+import logging
+import re
+import uuid
+from datetime import UTC, datetime
+
+import msgspec
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+from gateway import batch, wire
+from gateway.amqp.confirms import Outcome
+from gateway.auth import authenticate
+from gateway.errors import (
+    OUTCOME_UNKNOWN,
+    QUEUE_REJECTED,
+    ExpectationFailed,
+    GatewayError,
+    InternalError,
+    MalformedHttp,
+    MethodNotAllowed,
+    NotFound,
+    OutcomeUnknown,
+    PayloadTooLarge,
+    QueueUnavailable,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
+from gateway.runtime import RUNTIME
+from gateway.wire import MAX_BODY_BYTES, Answer, ErrorRow
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-Id"
+REQUEST_ID = web.RequestKey("request_id", str)
+# What a log line, a header and a JSON string can carry as it is.
+_is_sane_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
+_JSON_TYPES = (None, "application/json")
+
+
+async def send_bulk(request: web.Request) -> web.Response:
+    """The way of the data; each step refuses by raising, and a bad message by a row."""
+    runtime = request.app[RUNTIME]
+    with runtime.admission.admit(_octets_of_body(request)):
+        account = await authenticate(request.headers, runtime.store)
+        bulk = wire.decode_bulk(await _read_body(request, runtime.settings.body_timeout_s))
+        draft = batch.validate(bulk)
+        if not draft.messages:
+            return _json(200, Answer(0, len(draft.rows), draft.rows))
+        lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
+        prepared = batch.build(
+            draft,
+            lists,
+            await runtime.ids.take(len(draft.messages)),
+            account_id=account.id,
+            accepted_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            request_id=request[REQUEST_ID],
+        )
+        outcomes = await runtime.publisher.publish(prepared.ids, prepared.payloads)
+        return _json(200, _answer(prepared, outcomes))
+
+
+def _octets_of_body(request: web.Request) -> int:
+    """What to reserve for the body before any of it is read. Raises PayloadTooLarge."""
+    octets = request.content_length
+    if octets is None:  # chunked: it may become the largest allowed
+        return MAX_BODY_BYTES if request.can_read_body else 0
+    return min(octets, MAX_BODY_BYTES)
+
+
+async def _read_body(request: web.Request, timeout_s: float) -> bytes:
+    """The whole body. Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout or MalformedHttp."""
+    if not _is_plain_json(request):
+        raise UnsupportedMediaType
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        raise PayloadTooLarge
+    if hdrs.EXPECT in request.headers:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer's own octets are counted from here
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise PayloadTooLarge from None
+    except TimeoutError:
+        raise RequestTimeout from None
+    except (web.RequestPayloadError, ConnectionError) as error:
+        raise MalformedHttp from error  # a broken chunk, or the caller hung up in the middle
+
+
+def _is_plain_json(request: web.Request) -> bool:
+    encodings = request.headers.getall(hdrs.CONTENT_ENCODING, ["identity"])
+    if encodings != ["identity"]:
+        return False
+    raw = request.headers.get(hdrs.CONTENT_TYPE)
+    if raw in _JSON_TYPES:  # nearly every request: spares the parsing of parameters
+        return True
+    return request.content_type == "application/json" and (request.charset or "utf-8").lower() in (
+        "utf-8",
+        "utf8",
+    )
+
+
+async def expect_continue(request: web.Request) -> None:
+    """Answer `Expect: 100-continue` only once the key has been accepted (in _read_body), and no other expectation."""
+    if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+        raise ExpectationFailed
+
+
+def _answer(prepared: batch.Batch, outcomes: bytes) -> Answer:
+    """Count the confirmed and write a row for each of the others. Raises when not a single one is confirmed."""
+    queued = outcomes.count(Outcome.ACKED)
+    rows = prepared.rows
+    if queued < len(outcomes):
+        if not queued:
+            raise OutcomeUnknown if Outcome.UNKNOWN in outcomes else QueueUnavailable
+        rows = rows + [
+            _unqueued_row(prepared, position, outcome)
+            for position, outcome in enumerate(outcomes)
+            if outcome != Outcome.ACKED
+        ]
+    return Answer(queued, len(rows), sorted(rows, key=lambda row: row.index))
+
+
+def _unqueued_row(prepared: batch.Batch, position: int, outcome: int) -> ErrorRow:
+    index, to = prepared.indexes[position], prepared.messages[position].to
+    if outcome == Outcome.UNKNOWN:
+        code, sentence = OUTCOME_UNKNOWN
+        return ErrorRow(index, to, code, sentence, may_be_queued=True, message_id=prepared.ids[position])
+    return ErrorRow(index, to, *QUEUE_REJECTED)
+
+
+@web.middleware
+async def answer_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, and every refusal its JSON answer; the only place that catches Exception."""
+    request_id = sane_request_id(request.headers.getall(REQUEST_ID_HEADER, []))
+    request[REQUEST_ID] = request_id
+    try:
+        response = await handler(request)
+    except GatewayError as error:
+        response = refuse(error)
+    except web.HTTPMethodNotAllowed as error:
+        response = refuse(MethodNotAllowed(", ".join(sorted(error.allowed_methods))))
+    except web.HTTPNotFound:
+        response = refuse(NotFound())
+    except Exception:
+        log.exception("request %s failed", request_id)
+        response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
+    response.headers[REQUEST_ID_HEADER] = request_id
+    runtime = request.app.get(RUNTIME)
+    if runtime is not None and runtime.draining:
+        response.force_close()  # so that the caller's next request goes to a process that stays
+    return response
+
+
+def sane_request_id(given: list[str]) -> str:
+    """The caller's id if it is one that logs and headers can carry, else one of ours."""
+    if len(given) == 1 and _is_sane_request_id(given[0]):
+        return given[0]
+    return uuid.uuid4().hex
+
+
+class Refused(msgspec.Struct):
+    """The answer to a request that was refused as a whole."""
+
+    error: str
+    code: str
+
+
+def refuse(error: GatewayError) -> web.Response:
+    """The answer to a refused request."""
+    response = _json(error.status, Refused(str(error), error.code))
+    response.headers.update(error.headers())
+    return response
+
+
+def _json(status: int, body: object) -> web.Response:
+    return web.Response(
+        status=status,
+        body=wire.encode(body),
+        headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"},
+    )

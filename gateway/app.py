@@ -1,0 +1,24 @@
+"""Routes and middlewares of the two listeners. Nothing else."""
+
+from aiohttp import web
+
+from gateway import api, health
+from gateway.runtime import RUNTIME, Runtime
+from gateway.wire import MAX_BODY_BYTES
+
+
+def make_app(runtime: Runtime) -> web.Application:
+    """What callers reach."""
+    app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app[RUNTIME] = runtime
+    app.router.add_post("/api/v2/send/bulk", api.send_bulk, expect_handler=api.expect_continue)
+    return app
+
+
+def make_ops_app(runtime: Runtime) -> web.Application:
+    """What operators and their probes reach."""
+    app = web.Application(middlewares=[api.answer_every_request])
+    app[RUNTIME] = runtime
+    app.router.add_get("/livez", health.live)
+    app.router.add_get("/readyz", health.ready)
+    return app

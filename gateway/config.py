@@ -1,0 +1,128 @@
+"""Settings: one frozen struct, read from the environment once, at start. The only module that knows os.environ.
+
+Every variable is the field's name in upper case behind `GATEWAY_`. A bad value is refused with the variable's name.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_type_hints
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+PREFIX = "GATEWAY_"
+
+Port = Annotated[int, Meta(ge=0, le=65535)]  # 0 asks the system for a free one
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0, le=3600)]
+SecondsOrNone = Annotated[float, Meta(ge=0, le=3600)]
+AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
+
+
+class ConfigurationError(Exception):
+    """The environment does not describe a gateway that could run; the text names the variable."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator can set. Units stand in the names; defaults are right for one process in a container."""
+
+    database_url: str
+    amqp_url: str  # several nodes: separated by commas
+
+    api_host: str = "0.0.0.0"  # noqa: S104 - the API is what the container is there to offer
+    api_port: Port = 8080
+    ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
+    ops_port: Port = 9090
+
+    database_pool_size: Positive = 10
+    database_timeout_s: Seconds = 2.0  # acquire and query together; 0.1 ms to 1.2 ms is what they take
+    database_statement_cache: Annotated[int, Meta(ge=0)] = 100  # 0 behind PgBouncer before 1.21
+
+    amqp_exchange: AmqpName = "sms.outbound"
+    amqp_queue: AmqpName = "sms.outbound"
+    amqp_queue_type: Literal["quorum", "classic", "stream"] = "quorum"
+    amqp_topology: Literal["declare", "check"] = "declare"
+    amqp_connections: Annotated[int, Meta(ge=1, le=64)] = 2  # spread over the nodes of the URL
+    amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 5  # a dead peer shows after 3 × (heartbeat + 1) s
+    amqp_connect_timeout_s: Seconds = 5.0
+    confirm_timeout_s: Seconds = 10.0  # under the usual 30 s of a load balancer, with room for a retry
+    abandon_timeout_s: Seconds = 30.0  # unconfirmed for this long: the connection is closed and made anew
+    max_unconfirmed_messages: Positive = 100_000
+    max_unconfirmed_bytes: Positive = 128 * 1024 * 1024
+
+    body_timeout_s: Seconds = 10.0
+    keepalive_timeout_s: Seconds = 75.0  # above the 60 s at which load balancers drop an idle connection
+    max_requests_in_flight: Positive = 512
+    max_bytes_in_flight: Positive = 128 * 1024 * 1024  # of request bodies; a chunked one counts as 5 MiB
+
+    drain_delay_s: SecondsOrNone = 3.0  # serve on while load balancers notice that we are not ready
+    drain_timeout_s: Seconds = 20.0  # then, for the requests in flight; the sum stays under Kubernetes' 30 s
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.masked().items())
+        return f"Settings({shown})"
+
+    def masked(self) -> dict[str, object]:
+        """All settings by name, with the passwords in URLs replaced by ***."""
+        values = msgspec.structs.asdict(self)
+        values["database_url"] = _without_password(self.database_url)
+        values["amqp_url"] = ",".join(map(_without_password, self.amqp_nodes()))
+        return values
+
+    def amqp_nodes(self) -> list[str]:
+        """The broker's nodes, one URL each, in the order given."""
+        return [url.strip() for url in self.amqp_url.split(",") if url.strip()]
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings. Raises ConfigurationError, naming the variable and what it takes."""
+    values: dict[str, object] = {}
+    for name, kind in get_type_hints(Settings, include_extras=True).items():
+        variable = PREFIX + name.upper()
+        raw = environ.get(variable, "").strip()
+        if not raw:
+            continue  # set but empty is how compose files and shells spell "not set"
+        try:
+            values[name] = msgspec.convert(raw, kind, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
+    load_database_url(environ)
+    _check_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), ("amqp", "amqps"))
+    return msgspec.convert(values, Settings)
+
+
+def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
+    """The one setting that migrations and administration need. Raises ConfigurationError."""
+    variable = PREFIX + "DATABASE_URL"
+    url = environ.get(variable, "").strip()
+    _check_urls(variable, url, ("postgres", "postgresql"))
+    return url
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Variables with our prefix that no setting has: most likely misspelt.
+
+    They are reported, not refused: Kubernetes injects `GATEWAY_PORT=tcp://…` beside any Service named `gateway`.
+    """
+    known = {PREFIX + name.upper() for name in Settings.__struct_fields__}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+
+def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
+    example = f"{schemes[0]}://user:password@host/name"
+    if not value:
+        raise ConfigurationError(f"{variable} is not set. Set it to a URL such as {example}")
+    # A comma separates whole URLs for the broker, and hosts inside one URL for PostgreSQL.
+    urls = value.split(",") if "amqp" in schemes else [value]
+    for url in filter(None, map(str.strip, urls)):
+        if urlsplit(url).scheme not in schemes:
+            raise ConfigurationError(f"{variable} must be a URL such as {example}")
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    user, colon, _ = credentials.partition(":")
+    return parts._replace(netloc=user + (colon and ":***") + at + hosts, query="").geturl()

@@ -1,0 +1,66 @@
+"""Everything a request needs, in one typed object: opened in order, closed in reverse."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from gateway.admission import Admission
+from gateway.amqp.publisher import Publisher
+from gateway.config import Settings
+from gateway.errors import DatabaseUnavailable
+from gateway.id_supply import IdSupply
+from gateway.store import Store
+
+
+@dataclass(slots=True)
+class Runtime:
+    """The state of one gateway process."""
+
+    settings: Settings
+    store: Store
+    ids: IdSupply
+    publisher: Publisher
+    admission: Admission
+    database_was_reached: bool = False
+    draining: bool = False
+
+
+RUNTIME = web.AppKey("runtime", Runtime)
+
+
+@asynccontextmanager
+async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
+    """Open store, ids and publisher. Neither server needs to be up: the gateway becomes ready when they are."""
+    async with AsyncExitStack() as stack:
+        store = Store(settings)
+        await store.open()
+        stack.push_async_callback(store.close)
+        ids = IdSupply(store)
+        stack.push_async_callback(ids.close)
+        publisher = Publisher(settings)
+        publisher.start()
+        stack.push_async_callback(publisher.close)
+        admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
+        runtime = Runtime(settings, store, ids, publisher, admission)
+        reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
+        stack.push_async_callback(_stop, reaching)
+        yield runtime
+
+
+async def _reach_database(runtime: Runtime) -> None:
+    """Lease the first ids; until that works the gateway is not ready."""
+    while not runtime.database_was_reached:
+        try:
+            await runtime.ids.take(0)
+            runtime.database_was_reached = True
+        except DatabaseUnavailable:
+            await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,120 @@
+"""The process: open the runtime, serve two listeners, drain on SIGTERM, close."""
+
+import asyncio
+import logging
+import signal
+from typing import Any
+
+import uvloop
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from gateway import __version__, api, config, errors, log
+from gateway.app import make_app, make_ops_app
+from gateway.config import Settings
+from gateway.runtime import Runtime, open_runtime
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, drain, and return."""
+    log.configure(settings.log_level)
+    for variable in config.unknown_variables():
+        logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
+    uvloop.run(serve(settings))
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until told to stop.
+
+    The order of the drain: not ready → serve on for drain_delay_s with `Connection: close` → stop listening → finish
+    the requests in flight, which wait for their confirms → close broker, then database.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with open_runtime(settings) as runtime:
+        ops, callers = make_runners(runtime)
+        try:
+            ops_port = await listen(ops, settings.ops_host, settings.ops_port)
+            api_port = await listen(callers, settings.api_host, settings.api_port)
+            logger.info("version %s serves the API on port %s, operations on port %s", __version__, api_port, ops_port)
+            logger.info("settings: %s", settings.masked())
+            await stop.wait()
+            await _drain(runtime, callers)
+        finally:
+            await callers.cleanup()
+            await ops.cleanup()
+    logger.info("stopped")
+
+
+def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
+    """The two listeners, operations and API, still to be bound."""
+    ops = _Runner(make_ops_app(runtime), access_log=None)
+    callers = _Runner(
+        make_app(runtime),
+        access_log=None,
+        auto_decompress=False,  # a gzip bomb would be unpacked before the key is looked at
+        keepalive_timeout=runtime.settings.keepalive_timeout_s,
+        shutdown_timeout=runtime.settings.drain_timeout_s,
+    )
+    return ops, callers
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> int:
+    """Start to accept connections; returns the port, which the system chose if `port` is 0."""
+    await runner.setup()
+    await web.TCPSite(runner, host, port).start()
+    bound_port: int = runner.addresses[0][1]
+    return bound_port
+
+
+async def _drain(runtime: Runtime, callers: web.AppRunner) -> None:
+    logger.info("draining, %s requests in flight", runtime.admission.requests)
+    runtime.draining = True
+    await asyncio.sleep(runtime.settings.drain_delay_s)
+    for site in list(callers.sites):
+        await site.stop()
+    runtime.admission.closed = True  # what a kept-alive connection still brings is refused as draining
+    # The runner's cleanup now closes idle connections and waits drain_timeout_s for the handlers.
+
+
+class _Runner(web.AppRunner):
+    """An AppRunner whose connections answer malformed HTTP as everything else: in JSON, with a request id."""
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(made.request_handler, request_factory=made.request_factory, **self._kwargs)
+
+
+class _Server(web.Server):
+    def __call__(self) -> RequestHandler:
+        return _Connection(self, loop=self._loop, **self._kwargs)
+
+
+class _Connection(RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what the HTTP parser refused, and log a line where aiohttp logs a traceback."""
+        request_id = api.sane_request_id([])
+        if status == 400:
+            logger.info("malformed HTTP: %s", type(exc).__name__)
+            response = api.refuse(errors.MalformedHttp())
+        else:
+            logger.error("request %s failed outside its handler", request_id, exc_info=exc)
+            response = api.refuse(errors.InternalError())
+        response.headers[api.REQUEST_ID_HEADER] = request_id
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: Any, **kwargs: Any) -> None:
+        logger.error(*args, **kwargs)

@@ -1,0 +1,11 @@
+"""Waiting for something to become true, for as long as a busy machine may need."""
+
+import asyncio
+from collections.abc import Callable
+
+
+async def eventually(holds: Callable[[], bool], *, timeout: float = 30.0) -> None:
+    """Return as soon as `holds()`; raises TimeoutError after `timeout` seconds."""
+    async with asyncio.timeout(timeout):
+        while not holds():
+            await asyncio.sleep(0.01)

@@ -1,0 +1,49 @@
+"""What a consumer would find: reads the outbound queue of one test, whole messages, through a connection of its own."""
+
+from types import TracebackType
+from typing import Any, Self
+
+import aio_pika
+import msgspec
+from aio_pika.abc import AbstractIncomingMessage, AbstractRobustConnection
+
+
+class OutboundQueue:
+    """The queue behind a test's gateway."""
+
+    def __init__(self, amqp_url: str, name: str) -> None:
+        self._url = amqp_url
+        self.name = name
+
+    async def __aenter__(self) -> Self:
+        self._connection: AbstractRobustConnection = await aio_pika.connect_robust(self._url)
+        self._channel = await self._connection.channel()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._connection.close()
+
+    async def take_all(self) -> list[AbstractIncomingMessage]:
+        """Consume and return everything that is in the queue now, in order."""
+        queue = await self._channel.get_queue(self.name, ensure=False)
+        messages = []
+        while (message := await queue.get(no_ack=True, fail=False)) is not None:
+            messages.append(message)
+        return messages
+
+    async def take_payloads(self) -> list[dict[str, Any]]:
+        """The decoded bodies of everything in the queue, in order."""
+        return [msgspec.json.decode(message.body) for message in await self.take_all()]
+
+    async def depth(self) -> int:
+        """How many messages are in the queue now."""
+        channel = await self._connection.channel()
+        declared = await channel.declare_queue(self.name, passive=True)
+        await channel.close()
+        return declared.declaration_result.message_count or 0
+
+    async def delete(self) -> None:
+        """Delete the queue, with all bindings."""
+        await self._channel.queue_delete(self.name)
