@@ -71,14 +71,16 @@ def _octets_of_body(request: web.Request) -> int:
 
 
 async def _read_body(request: web.Request, timeout_s: float) -> bytes:
-    """The whole body. Raises UnsupportedMediaType, PayloadTooLarge, RequestTimeout or MalformedHttp."""
+    """The whole body.
+
+    Raises UnsupportedMediaType, PayloadTooLarge, ExpectationFailed, RequestTimeout or MalformedHttp.
+    """
     if not _is_plain_json(request):
         raise UnsupportedMediaType
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise PayloadTooLarge
     if hdrs.EXPECT in request.headers:
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer's own octets are counted from here
+        await _continue(request)
     try:
         async with asyncio.timeout(timeout_s):
             return await request.read()
@@ -103,10 +105,15 @@ def _is_plain_json(request: web.Request) -> bool:
     )
 
 
-async def expect_continue(request: web.Request) -> None:
-    """Answer `Expect: 100-continue` only once the key has been accepted (in _read_body), and no other expectation."""
-    if request.headers.get(hdrs.EXPECT, "").lower() != "100-continue":
+async def expect_later(_request: web.Request) -> None:
+    """Ask for no body yet: aiohttp calls this before the handler, and so before the key has been looked at."""
+
+
+async def _continue(request: web.Request) -> None:
+    if request.headers[hdrs.EXPECT].lower() != "100-continue":
         raise ExpectationFailed
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer's own octets are counted from here
 
 
 def _answer(prepared: batch.Batch, outcomes: bytes) -> Answer:

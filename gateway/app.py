@@ -11,7 +11,7 @@ def make_app(runtime: Runtime) -> web.Application:
     """What callers reach."""
     app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
     app[RUNTIME] = runtime
-    app.router.add_post("/api/v2/send/bulk", api.send_bulk, expect_handler=api.expect_continue)
+    app.router.add_post("/api/v2/send/bulk", api.send_bulk, expect_handler=api.expect_later)
     return app
 
 

@@ -111,14 +111,23 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
-    example = f"{schemes[0]}://user:password@host/name"
-    if not value:
-        raise ConfigurationError(f"{variable} is not set. Set it to a URL such as {example}")
+    mend = f"Set {variable} to a URL such as {schemes[0]}://user:password@host/name"
     # A comma separates whole URLs for the broker, and hosts inside one URL for PostgreSQL.
-    urls = value.split(",") if "amqp" in schemes else [value]
-    for url in filter(None, map(str.strip, urls)):
-        if urlsplit(url).scheme not in schemes:
-            raise ConfigurationError(f"{variable} must be a URL such as {example}")
+    is_amqp = "amqp" in schemes
+    urls = [url.strip() for url in (value.split(",") if is_amqp else [value]) if url.strip()]
+    if not urls:
+        raise ConfigurationError(f"{variable} is not set. {mend}")
+    for url in urls:
+        try:
+            parts = urlsplit(url)
+            has_host = bool(parts.hostname and (parts.port or 0) >= 0) if is_amqp else True
+        except ValueError as error:
+            raise ConfigurationError(f"{variable} is no URL: {error}. {mend}") from None
+        if parts.scheme not in schemes or not has_host:
+            raise ConfigurationError(f"{variable} is no {schemes[0]} URL. {mend}")
+        if "@" in url and "@" not in parts.netloc:
+            # A password with a raw / ? or # ends the host part early; it would be taken, and shown, as a path.
+            raise ConfigurationError(f"{variable}: percent-encode the special characters of the password. {mend}")
 
 
 def _without_password(url: str) -> str:

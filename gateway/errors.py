@@ -53,7 +53,7 @@ class InvalidJson(GatewayError):
 
 class MalformedHttp(GatewayError):
     status, code = 400, "malformed_http"
-    sentence = "The request is not valid HTTP/1.1"
+    sentence = "The request is not valid HTTP"
 
 
 class MissingApiKey(GatewayError):

@@ -20,7 +20,8 @@ class JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            # Octets over 127 in headers reach us as lone surrogates, which no encoder takes.
+            "message": record.getMessage().encode("utf-8", "backslashreplace").decode(),
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)

@@ -1,5 +1,6 @@
-"""Real servers once a session; for each test its own exchange, queue and account, so that tests can run side by side."""
+"""Real servers once a session; for each test an exchange, a queue and an account of its own, so that none meet."""
 
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import aiohttp
 import msgspec
 import pytest
+from multidict import CIMultiDictProxy
 
 from gateway import server
 from gateway.admin import Admin, open_admin
@@ -98,11 +100,14 @@ class GatewayUnderTest:
         good = {"to": "+14155551234", "list_number": self.list_number, "body": "Hello {{messageId}}"}
         return {name: value for name, value in (good | changes).items() if value is not ...}
 
-    async def post(self, body: bytes, **headers: str) -> tuple[int, Any, "aiohttp.typedefs.CIMultiDictProxy[str]"]:
+    async def post(
+        self, body: bytes | AsyncIterator[bytes], **headers: str
+    ) -> tuple[int, Any, "CIMultiDictProxy[str]"]:
         """POST raw bytes; returns status, decoded answer, headers. `headers` are spelt with _ for -."""
         sent = {"X-Api-Key": self.key, "Content-Type": "application/json"}
         sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self.session.post(self.url, data=body, headers=sent) as response:
+        data = io.BytesIO(body) if isinstance(body, bytes) else body
+        async with self.session.post(self.url, data=data, headers=sent) as response:
             raw = await response.read()
             assert response.headers["Content-Type"] == "application/json"
             assert response.headers["X-Request-Id"]
@@ -124,7 +129,7 @@ def new_number() -> str:
     return f"+1{uuid.uuid4().int % 10**13:013}"
 
 
-StartGateway = Callable[[Settings], Any]
+StartGateway = Callable[..., Any]
 
 
 @pytest.fixture

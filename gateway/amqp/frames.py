@@ -60,7 +60,7 @@ class PublishFramer:
         marshaller's objects (scripts/bench stages, row "frames").
         """
         lengths = list(map(len, payloads))
-        if not lengths or max(lengths) > self._max_body:
+        if not lengths or not min(lengths) or max(lengths) > self._max_body:
             return b"".join(map(self._pack_one, ids, payloads))
         parts = [b""] * (2 * len(lengths))
         parts[::2] = map(

@@ -8,8 +8,8 @@ the transport, and a tap in front of aiormq's reader takes the confirms of the p
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aio_pika
@@ -38,8 +38,6 @@ MESSAGE_TYPE = "sms.v1"
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
 RETRY_MARGIN_S = 0.5  # less than this before the deadline is not worth a second try
 CLOSE_TIMEOUT_S = 2.0
-
-_CONNECT_ERRORS = (OSError, TimeoutError, aiormq.exceptions.AMQPError, RuntimeError)
 
 
 class Publisher:
@@ -129,7 +127,9 @@ class Publisher:
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
 
     async def _choose_before(self, deadline: float, count: int) -> "_PublishConnection":
-        """The same, but wait for a connection to come back."""
+        """The same, but wait for a connection to come back. Raises QueueUnavailable when `deadline` has passed."""
+        if asyncio.get_running_loop().time() > deadline:
+            raise QueueUnavailable
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
                 while not self.is_usable():
@@ -145,9 +145,9 @@ class Publisher:
             node = URL(nodes[(number + attempt) % len(nodes)])
             connection = _PublishConnection(self._settings, node, self._count_late)
             try:
-                async with asyncio.timeout(self._settings.amqp_connect_timeout_s):
+                async with asyncio.timeout(self._settings.amqp_connect_timeout_s), _stray_cancellation_is_loss():
                     await connection.open()
-            except _CONNECT_ERRORS as error:
+            except Exception as error:
                 log.warning("cannot connect to the broker at %s:%s: %s", node.host, node.port, _reason(error))
                 attempt += 1
             else:
@@ -228,11 +228,14 @@ class _PublishConnection:
 
     async def close(self) -> None:
         """Close in good order where the broker still answers; in any case settle what is pending as unknown."""
-        with suppress(*_CONNECT_ERRORS, asyncio.CancelledError):
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S), _stray_cancellation_is_loss():
                 await self._connection.close()
-        self._transports.abort()
-        self._on_lost()
+        except Exception as error:
+            log.debug("closing a connection: %s", _reason(error))
+        finally:
+            self._transports.abort()
+            self._on_lost()
 
     @property
     def is_lost(self) -> bool:
@@ -331,7 +334,7 @@ class _Tap(asyncio.StreamReaderProtocol):
         for event in events:
             self._on_event(event)
         now = self._now()
-        if not passed_on and now - self._passed_on_at > 1.0:
+        if not passed_on and self.frames.channel and now - self._passed_on_at > 1.0:
             # Busy with confirms, the broker sends no heartbeats, and aiormq, who sees no confirms, would take it
             # for dead: a heartbeat of ours tells it that the peer lives.
             passed_on = HEARTBEAT_FRAME
@@ -386,6 +389,22 @@ class _TappedTransport(TransportFactory):
     def abort(self) -> None:
         if self._transport is not None:
             self._transport.abort()
+
+
+@asynccontextmanager
+async def _stray_cancellation_is_loss() -> AsyncIterator[None]:
+    """Tell aiormq's CancelledError from a real one.
+
+    It rejects what waits on a dying connection with CancelledError. Let through, that would end the task that
+    reconnects, without a trace.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionResetError("the connection was lost while it was being opened or closed") from None
 
 
 async def _ensure_topology(channel: AbstractChannel, settings: Settings) -> None:

@@ -1,0 +1,213 @@
+"""contract.md, "Per-message codes": every row, through HTTP, against the real servers."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway.admin import Admin
+from tests.conftest import GatewayUnderTest, new_number
+from tests.outbound_queue import OutboundQueue
+
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("to absent", {"to": ...}, "missing_to"),
+    ("to null", {"to": None}, "missing_to"),
+    ("to empty", {"to": ""}, "missing_to"),
+    ("list_number absent", {"list_number": ...}, "missing_list_number"),
+    ("list_number null", {"list_number": None}, "missing_list_number"),
+    ("list_number empty", {"list_number": ""}, "missing_list_number"),
+    ("body absent", {"body": ...}, "missing_body"),
+    ("body null", {"body": None}, "missing_body"),
+    ("body empty", {"body": ""}, "missing_body"),
+    ("body a number", {"body": 7}, "missing_body"),
+    ("body a list", {"body": ["hi"]}, "missing_body"),
+    ("body an object", {"body": {"text": "hi"}}, "missing_body"),
+    ("body true", {"body": True}, "missing_body"),
+    ("to without plus", {"to": "4155559876"}, "invalid_phone"),
+    ("to a number", {"to": 14155551234}, "invalid_phone"),
+    ("to a list", {"to": ["+14155551234"]}, "invalid_phone"),
+    ("to an object", {"to": {}}, "invalid_phone"),
+    ("to true", {"to": True}, "invalid_phone"),
+    ("to only a plus", {"to": "+"}, "invalid_phone"),
+    ("to with one digit", {"to": "+1"}, "invalid_phone"),
+    ("to with a leading zero", {"to": "+04155551234"}, "invalid_phone"),
+    ("to with 16 digits", {"to": "+1415555123456789"}, "invalid_phone"),
+    ("to with 00 for plus", {"to": "0014155551234"}, "invalid_phone"),
+    ("to with a space", {"to": "+1 4155551234"}, "invalid_phone"),
+    ("to with a trailing space", {"to": "+14155551234 "}, "invalid_phone"),
+    ("to with a trailing newline", {"to": "+14155551234\n"}, "invalid_phone"),
+    ("to with two numbers", {"to": "+14155551234\n+14155551235"}, "invalid_phone"),
+    ("to in Arabic digits", {"to": "+١٤١٥٥٥٥١٢٣٤"}, "invalid_phone"),
+    ("to in full-width digits", {"to": "+１４１５５５５１２３４"}, "invalid_phone"),
+    ("to behind a right-to-left mark", {"to": "\u200f+14155551234"}, "invalid_phone"),
+    ("to of 10 kB", {"to": "+1" + "4" * 10_000}, "invalid_phone"),
+    ("list_number without plus", {"list_number": "18005551000"}, "invalid_list_number"),
+    ("list_number a number", {"list_number": 18005551000}, "invalid_list_number"),
+    ("list_number a list", {"list_number": []}, "invalid_list_number"),
+    ("list_number false", {"list_number": False}, "invalid_list_number"),
+    ("list_number with NUL", {"list_number": "+1800555\x001000"}, "invalid_list_number"),
+    ("list_number as SQL", {"list_number": "+1' OR '1'='1"}, "invalid_list_number"),
+    ("list_number with braces", {"list_number": "{+18005551000}"}, "invalid_list_number"),
+    ("wrap_links a string", {"wrap_links": "true"}, "invalid_field"),
+    ("wrap_links a number", {"wrap_links": 1}, "invalid_field"),
+    ("wrap_links a list", {"wrap_links": []}, "invalid_field"),
+    ("contact_data a string", {"contact_data": "Ann"}, "invalid_field"),
+    ("contact_data a list", {"contact_data": []}, "invalid_field"),
+    ("contact_data a number", {"contact_data": 1}, "invalid_field"),
+    ("contact_data true", {"contact_data": True}, "invalid_field"),
+    ("first_name a number", {"contact_data": {"first_name": 1}}, "invalid_field"),
+    ("last_name a list", {"contact_data": {"last_name": []}}, "invalid_field"),
+    ("timezone a number", {"contact_data": {"timezone": 0}}, "invalid_field"),
+    ("custom_fields a list", {"contact_data": {"custom_fields": []}}, "invalid_field"),
+    ("metadata a string", {"metadata": "x"}, "invalid_field"),
+    ("metadata a list", {"metadata": [1]}, "invalid_field"),
+    ("metadata false", {"metadata": False}, "invalid_field"),
+]
+
+
+@pytest.mark.parametrize(("changes", "code"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+async def test_one_bad_message_costs_only_itself(
+    gateway: GatewayUnderTest, queue: OutboundQueue, changes: dict[str, Any], code: str
+) -> None:
+    bad = gateway.message(**changes)
+    status, answer = await gateway.send([gateway.message(body="before"), bad, gateway.message(body="after")])
+    assert status == 200
+    assert answer["queued_count"] == 2
+    (row,) = answer["errors"]
+    to = bad.get("to")
+    assert row == {"index": 1, "to": to if isinstance(to, str) else None, "code": code, "error": row["error"]}
+    assert row["error"]
+    assert [payload["body"] for payload in await queue.take_payloads()] == ["before", "after"]
+
+
+@pytest.mark.parametrize("element", [None, [], 1, "x", True, 1.5])
+async def test_an_element_that_is_no_object_lacks_everything(
+    gateway: GatewayUnderTest, queue: OutboundQueue, element: object
+) -> None:
+    status, answer = await gateway.send([element, gateway.message()])
+    assert (status, answer["queued_count"]) == (200, 1)
+    assert [(row["index"], row["to"], row["code"]) for row in answer["errors"]] == [(0, None, "missing_to")]
+    assert await queue.depth() == 1
+
+
+@pytest.mark.parametrize(
+    ("broken", "first"),
+    [
+        (("to", "list_number", "body"), "missing_to"),
+        (("list_number", "body"), "missing_list_number"),
+        (("body",), "missing_body"),
+    ],
+)
+async def test_presence_is_checked_before_format_and_in_order(
+    gateway: GatewayUnderTest, broken: tuple[str, ...], first: str
+) -> None:
+    message = gateway.message(to="bad", list_number="bad", wrap_links=1) | dict.fromkeys(broken)
+    _, answer = await gateway.send([message])
+    assert [row["code"] for row in answer["errors"]] == [first]
+
+
+async def test_formats_are_checked_before_other_fields_and_those_before_ownership(gateway: GatewayUnderTest) -> None:
+    foreign = new_number()
+    _, answer = await gateway.send(
+        [
+            gateway.message(to="bad", list_number="bad", wrap_links=1),
+            gateway.message(list_number="bad", wrap_links=1),
+            gateway.message(list_number=foreign, wrap_links=1),
+            gateway.message(list_number=foreign),
+        ]
+    )
+    assert [row["code"] for row in answer["errors"]] == [
+        "invalid_phone",
+        "invalid_list_number",
+        "invalid_field",
+        "list_not_found",
+    ]
+
+
+async def test_a_foreign_an_inactive_and_an_unknown_list_look_the_same(
+    gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin
+) -> None:
+    stranger = (await admin.create_account("stranger"))["id"]
+    foreign, inactive, unknown = new_number(), new_number(), new_number()
+    await admin.add_list(stranger, foreign)
+    await admin.set_list_status((await admin.add_list(gateway.account_id, inactive))["id"], "inactive")
+    _, answer = await gateway.send(
+        [gateway.message(list_number=number) for number in (foreign, inactive, unknown)] + [gateway.message()]
+    )
+    assert answer["queued_count"] == 1
+    rows = answer["errors"]
+    assert [row.pop("index") for row in rows] == [0, 1, 2]
+    assert rows[0] == rows[1] == rows[2]
+    assert rows[0]["code"] == "list_not_found"
+    assert await queue.depth() == 1
+
+
+async def test_a_thousand_foreign_lists_are_a_thousand_rows(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    status, answer = await gateway.send([gateway.message(list_number=f"+1999{n:07}") for n in range(1000)])
+    assert (status, answer["queued_count"], answer["error_count"]) == (200, 0, 1000)
+    assert {row["code"] for row in answer["errors"]} == {"list_not_found"}
+    assert await queue.depth() == 0
+
+
+async def test_when_every_message_is_bad_the_batch_is_still_processed(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    status, answer = await gateway.send([gateway.message(to="bad")] * 1000)
+    assert (status, answer["queued_count"], answer["error_count"]) == (200, 0, 1000)
+    assert await queue.depth() == 0
+
+
+async def test_one_bad_among_a_thousand(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    messages = [gateway.message(body=f"number {n}") for n in range(1000)]
+    messages[500] = gateway.message(body=5)
+    status, answer = await gateway.send(messages)
+    assert (status, answer["queued_count"]) == (200, 999)
+    assert [row["index"] for row in answer["errors"]] == [500]
+    assert [payload["index"] for payload in await queue.take_payloads()] == [n for n in range(1000) if n != 500]
+
+
+async def test_the_top_level_list_number_is_the_default(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    other = new_number()
+    messages = [
+        gateway.message(list_number=...),
+        gateway.message(list_number=None),
+        gateway.message(list_number=""),
+        gateway.message(list_number=other),
+    ]
+    _, answer = await gateway.send(messages, list_number=gateway.list_number)
+    assert answer["queued_count"] == 3
+    assert [(row["index"], row["code"]) for row in answer["errors"]] == [(3, "list_not_found")]
+    assert {payload["list_number"] for payload in await queue.take_payloads()} == {gateway.list_number}
+
+
+@pytest.mark.parametrize(
+    ("default", "code"), [(7, "invalid_list_number"), ("x", "invalid_list_number"), (None, "missing_list_number")]
+)
+async def test_a_bad_default_costs_only_the_messages_that_need_it(
+    gateway: GatewayUnderTest, default: object, code: str
+) -> None:
+    _, answer = await gateway.send([gateway.message(), gateway.message(list_number=...)], list_number=default)
+    assert answer["queued_count"] == 1
+    assert [(row["index"], row["code"]) for row in answer["errors"]] == [(1, code)]
+
+
+async def test_unknown_fields_are_ignored(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    message = gateway.message(expiration="1", user_id="root", routing_key="x", id="forged", account_id=1, index=9)
+    status, answer = await gateway.send([message], priority=9)
+    assert (status, answer["queued_count"]) == (200, 1)
+    (payload,) = await queue.take_payloads()
+    assert payload["account_id"] == gateway.account_id
+    assert payload["id"] != "forged"
+    assert set(payload) == {
+        *("id", "account_id", "list_id", "list_number", "to", "body", "wrap_links"),
+        *("accepted_at", "request_id", "index"),
+    }
+
+
+async def test_a_repeated_key_counts_with_its_last_value(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    message = msgspec.json.encode(gateway.message()).decode()
+    body = f'{{"messages":[{{"to":5,"body":"first",{message[1:]}]}}'
+    status, answer, _ = await gateway.post(body.encode())
+    assert (status, answer["queued_count"]) == (200, 1)
+    (payload,) = await queue.take_payloads()
+    assert payload["body"].startswith("Hello ")

@@ -1,0 +1,360 @@
+"""contract.md, "Request-level errors" and the answer's form: every row through HTTP, against the real servers."""
+
+import asyncio
+import gzip
+import hashlib
+from typing import Any
+
+import asyncpg
+import msgspec
+import pytest
+
+from gateway.admin import Admin
+from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
+from tests.eventually import eventually
+from tests.outbound_queue import OutboundQueue
+from tests.raw_http import exchange
+
+
+async def assert_refused(outcome: tuple[int, Any, Any], status: int, code: str) -> str:
+    """A whole request was refused: exactly these two keys. Returns the sentence."""
+    got_status, answer, _ = outcome
+    assert (got_status, answer.get("code")) == (status, code)
+    assert set(answer) == {"error", "code"}
+    sentence: str = answer["error"]
+    assert sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"{}", b'{"messages":null}', b'{"messages":{}}', b'{"messages":"x"}', b'{"messages":7}', b'{"messages":[]}'],
+)
+async def test_messages_must_be_a_filled_array(gateway: GatewayUnderTest, body: bytes) -> None:
+    await assert_refused(await gateway.post(body), 400, "missing_messages")
+
+
+BAD_JSON = {
+    "empty": b"",
+    "no object": b"[]",
+    "null": b"null",
+    "a number": b"1",
+    "trailing comma": b'{"messages":[],}',
+    "trailing data": b'{"messages":[]} x',
+    "NaN": b'{"messages":[NaN]}',
+    "comment": b'{"messages":[]/**/}',
+    "byte order mark": b'\xef\xbb\xbf{"messages":[]}',
+    "utf-16": '{"messages":[]}'.encode("utf-16"),
+    "invalid UTF-8": b'{"messages":[{"to":"\xff"}]}',
+    "invalid UTF-8 in an unknown field": b'{"messages":[{"unknown":"\xff"}]}',
+    "lone surrogate": b'{"messages":[{"to":"\\ud800"}]}',
+    "100,000 brackets": b'{"messages":' + b"[" * 100_000,
+    "deep nesting": b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b',"messages":[]}',
+}
+
+
+@pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
+async def test_bad_json_is_said_to_be(gateway: GatewayUnderTest, body: bytes) -> None:
+    await assert_refused(await gateway.post(body), 400, "invalid_json")
+
+
+@pytest.mark.parametrize("key", ["", " "])
+async def test_an_empty_key_is_no_key(gateway: GatewayUnderTest, key: str) -> None:
+    sentence = await assert_refused(await gateway.post(b"{}", X_Api_Key=key), 401, "missing_api_key")
+    assert sentence == "API key required"
+
+
+async def test_a_key_is_required(gateway: GatewayUnderTest) -> None:
+    async with gateway.session.post(gateway.url, data=b"{}", headers={"Authorization": gateway.key}) as response:
+        assert response.status == 401
+        assert await response.json() == {"error": "API key required", "code": "missing_api_key"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda key: key[:-1] + ("a" if key[-1] != "a" else "b"),
+        lambda _: "trk_" + "0" * 32,
+        lambda key: key[4:],
+        lambda key: key.upper(),
+        lambda key: key + "x",
+        lambda key: key + "x" * 7_000,
+        lambda _: "sk_live_1234",
+    ],
+    ids=["last character", "unknown", "no prefix", "upper case", "too long", "7 kB", "another kind"],
+)
+async def test_a_wrong_key_is_invalid(gateway: GatewayUnderTest, change: Any) -> None:
+    sentence = await assert_refused(await gateway.post(b"{}", X_Api_Key=change(gateway.key)), 401, "invalid_api_key")
+    assert sentence == "Invalid API key"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[b"X-Api-Key: \xff\xfe\xe9"], [b"X-Api-Key: KEY", b"X-Api-Key: KEY"], [b"X-Api-Key: KEY, KEY"]],
+    ids=["bytes over 127", "two headers", "two keys in one"],
+)
+async def test_a_key_that_no_client_should_send_is_invalid(gateway: GatewayUnderTest, lines: list[bytes]) -> None:
+    headers = [line.replace(b"KEY", gateway.key.encode()) for line in lines]
+    answer = await exchange(gateway.url, headers=[*headers, b"Content-Length: 2"], body=b"{}")
+    await assert_refused((answer.status, answer.json(), None), 401, "invalid_api_key")
+
+
+async def test_only_the_digest_of_a_key_is_stored(gateway: GatewayUnderTest, admin: Admin) -> None:
+    (row,) = await admin.list_keys(gateway.account_id)
+    assert gateway.key not in str(row)
+    account = await gateway.runtime.store.find_account(hashlib.sha256(gateway.key.encode()).digest())
+    assert account is not None
+    assert account.id == gateway.account_id
+
+
+async def test_revocation_bites_on_the_next_request(
+    gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin
+) -> None:
+    assert (await gateway.send([gateway.message()]))[0] == 200
+    await admin.revoke_key(gateway.key_id)
+    await assert_refused(await gateway.post(b'{"messages":[]}'), 401, "invalid_api_key")
+    assert await queue.depth() == 1
+
+
+async def test_suspension_bites_on_the_next_request_and_so_does_its_end(
+    gateway: GatewayUnderTest, admin: Admin
+) -> None:
+    assert (await gateway.send([gateway.message()]))[0] == 200
+    await admin.set_account_status(gateway.account_id, "suspended")
+    sentence = await assert_refused(await gateway.post(b'{"messages":[]}'), 403, "account_suspended")
+    assert sentence == "Account is suspended"
+    await admin.set_account_status(gateway.account_id, "active")
+    assert (await gateway.send([gateway.message()]))[0] == 200
+
+
+async def test_deactivating_a_list_bites_on_the_next_request_and_so_does_its_end(
+    gateway: GatewayUnderTest, admin: Admin
+) -> None:
+    async def queued() -> int:
+        _, answer = await gateway.send([gateway.message()])
+        count: int = answer["queued_count"]
+        return count
+
+    assert await queued() == 1
+    await admin.set_list_status(gateway.list_id, "inactive")
+    assert await queued() == 0
+    await admin.set_list_status(gateway.list_id, "active")
+    assert await queued() == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "/api/v2/send/bulk", 405, "method_not_allowed"),
+        ("PUT", "/api/v2/send/bulk", 405, "method_not_allowed"),
+        ("DELETE", "/api/v2/send/bulk", 405, "method_not_allowed"),
+        ("POST", "/api/v2/send", 404, "not_found"),
+        ("GET", "/", 404, "not_found"),
+        ("POST", "/api/v2/send/bulk/", 404, "not_found"),
+        ("GET", "/livez", 404, "not_found"),
+    ],
+)
+async def test_other_paths_and_methods(
+    gateway: GatewayUnderTest, method: str, path: str, status: int, code: str
+) -> None:
+    async with gateway.session.request(method, gateway.api_url + path) as response:
+        await assert_refused((response.status, await response.json(), None), status, code)
+        assert response.headers.get("Allow") == ("POST" if status == 405 else None)
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(body_timeout_s=0.2))
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 100"]
+    answer = await exchange(gateway.url, headers=headers, body=b'{"messages"')
+    await assert_refused((answer.status, answer.json(), None), 408, "request_timeout")
+
+
+async def test_a_thousand_messages_are_taken_and_one_more_is_not(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    _, answer = await gateway.send([gateway.message()] * 1000)
+    assert answer == {"queued_count": 1000, "error_count": 0, "errors": []}
+    body = msgspec.json.encode({"messages": [gateway.message()] * 1001})
+    await assert_refused(await gateway.post(body), 413, "too_many_messages")
+    await assert_refused(await gateway.post(b'{"messages":[' + b"1," * 1000 + b"1]}"), 413, "too_many_messages")
+    await assert_refused(await gateway.post(b'{"messages":[' + b"{}," * 139_000 + b"{}]}"), 413, "too_many_messages")
+    assert await queue.depth() == 1000
+
+
+def padded(gateway: GatewayUnderTest, octets: int) -> bytes:
+    """A good request of exactly so many octets."""
+    body = msgspec.json.encode({"messages": [gateway.message()], "padding": ""})
+    return body[:-2] + b" " * (octets - len(body)) + body[-2:]
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_five_megabytes_are_taken_and_one_octet_more_is_not(
+    gateway: GatewayUnderTest, queue: OutboundQueue, *, chunked: bool
+) -> None:
+    async def in_chunks(body: bytes) -> Any:
+        for at in range(0, len(body), 100_000):
+            yield body[at : at + 100_000]
+
+    largest, larger = padded(gateway, 5_242_880), padded(gateway, 5_242_881)
+    status, answer, _ = await gateway.post(in_chunks(largest) if chunked else largest)
+    assert (status, answer["queued_count"]) == (200, 1)
+    await assert_refused(await gateway.post(in_chunks(larger) if chunked else larger), 413, "payload_too_large")
+    assert await queue.depth() == 1
+
+
+async def test_a_body_announced_as_too_large_is_not_read(gateway: GatewayUnderTest) -> None:
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 10000000000"]
+    answer = await exchange(gateway.url, headers=headers, body=b"")
+    await assert_refused((answer.status, answer.json(), None), 413, "payload_too_large")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content_Type": "text/plain"},
+        {"Content_Type": "multipart/form-data; boundary=x"},
+        {"Content_Type": "application/json; charset=utf-16"},
+        {"Content_Type": "application/jsonl"},
+        {"Content_Encoding": "gzip"},
+        {"Content_Encoding": "br"},
+        {"Content_Encoding": "foo"},
+        {"Content_Encoding": "gzip, gzip"},
+    ],
+    ids=str,
+)
+async def test_only_plain_json_is_taken(gateway: GatewayUnderTest, headers: dict[str, str]) -> None:
+    body = gzip.compress(msgspec.json.encode({"messages": [gateway.message()]}))
+    await assert_refused(await gateway.post(body, **headers), 415, "unsupported_media_type")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"Content-Type: application/json; charset=utf-8",
+        b'Content-Type: APPLICATION/JSON ; charset="UTF-8"',
+        b"Content-Encoding: identity",
+        b"Accept: */*",
+    ],
+)
+async def test_json_may_be_announced_in_any_spelling_or_not_at_all(
+    gateway: GatewayUnderTest, queue: OutboundQueue, line: bytes
+) -> None:
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(body), line]
+    answer = await exchange(gateway.url, headers=headers, body=body)
+    assert answer.status == 200
+    assert await queue.depth() == 1
+
+
+async def test_the_body_is_not_asked_for_without_a_good_key(gateway: GatewayUnderTest) -> None:
+    headers = [b"X-Api-Key: nonsense", b"Content-Length: 100", b"Expect: 100-continue"]
+    answer = await exchange(gateway.url, headers=headers, body=b"")
+    assert (answer.status, answer.raw.count(b"HTTP/1.1 ")) == (401, 1)
+
+
+async def test_the_body_is_asked_for_with_a_good_key(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(body), b"Expect: 100-continue"]
+    answer = await exchange(gateway.url, headers=headers, body=body)
+    assert answer.raw.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    assert await queue.depth() == 1
+
+
+async def test_no_other_expectation_is_met(gateway: GatewayUnderTest) -> None:
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 2", b"Expect: miracles"]
+    answer = await exchange(gateway.url, headers=headers, body=b"{}")
+    await assert_refused((answer.status, answer.json(), None), 417, "expectation_failed")
+
+
+@pytest.mark.parametrize(
+    "request_bytes",
+    [
+        b"NONSENSE\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\n{}",
+        b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nContent-Length: -2\r\n\r\n{}",
+        b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n{}",
+        b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nX-Api-Key: a\x00b\r\n\r\n",
+    ],
+    ids=["nonsense", "TLS", "two lengths", "signed length", "length and chunks", "NUL in a header"],
+)
+async def test_malformed_http_is_answered_in_json(gateway: GatewayUnderTest, request_bytes: bytes) -> None:
+    answer = await exchange(gateway.url, request=request_bytes)
+    await assert_refused((answer.status, answer.json(), None), 400, "malformed_http")
+    assert b"\r\nX-Request-Id: " in answer.raw
+
+
+async def test_a_caller_that_hangs_up_in_the_middle_disturbs_nobody(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 100"]
+    await exchange(gateway.url, headers=headers, body=b'{"messages"', hang_up=True)
+    assert (await gateway.send([gateway.message()]))[0] == 200
+    assert await queue.depth() == 1
+
+
+async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    database = await asyncpg.connect(gateway.runtime.settings.database_url)
+    try:
+        async with database.transaction():
+            await database.execute("LOCK TABLE sending_lists")  # the request waits here until its caller has gone
+            request = asyncio.create_task(gateway.post(body))
+            while not await database.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+                await asyncio.sleep(0.01)
+            request.cancel()
+    finally:
+        await database.close()
+    await eventually(lambda: gateway.runtime.admission.requests == 0)
+    assert await queue.depth() == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("order-77", True),
+        ("a" * 128, True),
+        ("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", True),
+        ("a" * 129, False),
+        ("with space", False),
+        ('quote"', False),
+    ],
+)
+async def test_a_sane_request_id_comes_back_and_another_is_replaced(
+    gateway: GatewayUnderTest, given: str, *, kept: bool
+) -> None:
+    for body in (b"{}", msgspec.json.encode({"messages": [gateway.message()]})):
+        _, _, headers = await gateway.post(body, X_Request_Id=given)
+        assert (headers["X-Request-Id"] == given) is kept
+
+
+async def test_more_requests_than_places_are_refused_before_they_cost_anything(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(max_requests_in_flight=1))
+    with gateway.runtime.admission.admit(0):
+        outcome = await gateway.post(b"{}")
+        await assert_refused(outcome, 503, "overloaded")
+        assert int(outcome[2]["Retry-After"]) > 0
+    assert (await gateway.send([gateway.message()]))[0] == 200
+
+
+async def test_more_octets_than_room_are_refused(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+    gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
+    await assert_refused(await gateway.post(b" " * 1001), 503, "overloaded")
+    assert (await gateway.send([gateway.message()]))[0] == 200
+
+
+async def test_a_bug_is_answered_without_a_traceback(
+    gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway.runtime.ids = None  # type: ignore[assignment]  # the bug
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    sentence = await assert_refused(await gateway.post(body, X_Request_Id="bug-1"), 500, "internal_error")
+    assert "bug-1" in sentence
+    assert "NoneType" not in sentence
+    assert "bug-1" in caplog.text

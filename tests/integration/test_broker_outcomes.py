@@ -1,0 +1,203 @@
+"""Acks, nacks, returns, a closed channel and a lost connection, as the real broker makes them: counts are exact."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import aio_pika
+import asyncpg
+import msgspec
+import pytest
+from pamqp.common import FieldTable
+
+from gateway import store
+from gateway.amqp.confirms import ConfirmTracker
+from scripts.servers import Servers
+from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
+from tests.eventually import eventually
+from tests.outbound_queue import OutboundQueue
+
+
+async def test_the_queue_holds_exactly_what_was_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    messages = [gateway.message(to=f"+1415555{n:04}" if n % 3 else "bad") for n in range(1000)]
+    _, answer = await gateway.send(messages)
+    taken = await queue.take_payloads()
+    assert len(taken) == answer["queued_count"] == 666
+    assert [payload["to"] for payload in taken] == [message["to"] for message in messages if message["to"] != "bad"]
+
+
+async def test_the_broker_confirms_many_messages_at_once(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settlements = []
+    settle = ConfirmTracker.settle
+
+    def record(self: ConfirmTracker, *, acked: bool, delivery_tag: int, multiple: bool) -> object:
+        settlements.append(multiple)
+        return settle(self, acked=acked, delivery_tag=delivery_tag, multiple=multiple)
+
+    monkeypatch.setattr(ConfirmTracker, "settle", record)
+    _, answer = await gateway.send([gateway.message()] * 1000)
+    assert answer["queued_count"] == 1000
+    assert any(settlements)
+    assert len(settlements) < 500
+
+
+async def test_a_full_queue_refuses_and_only_what_it_took_is_counted(
+    servers: Servers, start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(amqp_topology="check")
+    connection = await aio_pika.connect(servers.amqp_url)
+    async with connection, connection.channel() as channel:
+        exchange = await channel.declare_exchange(settings.amqp_exchange, durable=True)
+        arguments: FieldTable = {"x-queue-type": "quorum", "x-max-length": 20, "x-overflow": "reject-publish"}
+        declared = await channel.declare_queue(settings.amqp_queue, durable=True, arguments=arguments)
+        await declared.bind(exchange, routing_key=settings.amqp_queue)
+        gateway = await start_gateway(settings)
+        async with OutboundQueue(servers.amqp_url, settings.amqp_queue) as queue:
+            _, answer = await gateway.send([gateway.message(body=str(n)) for n in range(1000)])
+            assert 20 <= answer["queued_count"] < 1000
+            rejected = {row["index"] for row in answer["errors"]}
+            assert {row["code"] for row in answer["errors"]} == {"queue_rejected"}
+            taken = await queue.take_payloads()
+            assert {payload["index"] for payload in taken} == set(range(1000)) - rejected
+            assert len(taken) == answer["queued_count"]
+            await queue.delete()
+
+
+async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    settings = gateway.runtime.settings
+    connection = await aio_pika.connect(settings.amqp_url)
+    async with connection, connection.channel() as channel:
+        exchange = await channel.get_exchange(settings.amqp_exchange)
+        outbound = await channel.get_queue(settings.amqp_queue)
+        await outbound.unbind(exchange, routing_key=settings.amqp_queue)
+        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 100}))
+        assert (status, answer["code"]) == (503, "queue_unavailable")
+        assert int(headers["Retry-After"]) > 0
+        assert await queue.depth() == 0
+        await outbound.bind(exchange, routing_key=settings.amqp_queue)
+    _, answer = await gateway.send([gateway.message()] * 100)
+    assert answer["queued_count"] == await queue.depth() == 100
+
+
+async def test_what_a_closed_channel_left_unknown_is_published_once_more(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """The exchange is deleted: the broker closes the channel; the next connection declares it anew, and tries again."""
+    settings = make_settings(amqp_connections=1)
+    gateway = await start_gateway(settings)
+    connection = await aio_pika.connect(settings.amqp_url)
+    async with connection, connection.channel() as channel:
+        await channel.exchange_delete(settings.amqp_exchange)
+    _, answer = await gateway.send([gateway.message()] * 1000)
+    assert gateway.runtime.publisher.republished == 1000
+    async with OutboundQueue(settings.amqp_url, settings.amqp_queue) as queue:
+        assert answer["queued_count"] == await queue.depth() == 1000
+        await queue.delete()
+
+
+async def test_a_channel_that_stays_closed_leaves_the_outcome_unknown(
+    servers: Servers, start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    declared = await start_gateway(make_settings())
+    names = declared.runtime.settings
+    settings = make_settings(
+        amqp_exchange=names.amqp_exchange, amqp_queue=names.amqp_queue, amqp_topology="check", confirm_timeout_s=1.5
+    )
+    gateway = await start_gateway(settings)
+    connection = await aio_pika.connect(servers.amqp_url)
+    async with connection, connection.channel() as channel:
+        await channel.exchange_delete(settings.amqp_exchange)
+        status, answer, _ = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}))
+        assert (status, answer["code"]) == (504, "outcome_unknown")
+        await channel.queue_delete(settings.amqp_queue)
+
+
+async def test_after_a_lost_connection_the_gateway_serves_on(
+    servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    for connection in list(gateway.runtime.publisher._connections):
+        connection._transports.abort()
+    await eventually(lambda: not gateway.runtime.publisher.is_usable())
+    await eventually(gateway.runtime.publisher.is_usable)
+    _, answer = await gateway.send([gateway.message()] * 10)
+    assert answer["queued_count"] == await queue.depth() == 10
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic", "stream"])
+async def test_every_queue_type_takes_what_is_counted(
+    start_gateway: StartGateway, make_settings: MakeSettings, queue_type: str
+) -> None:
+    settings = make_settings(amqp_queue_type=queue_type)
+    gateway = await start_gateway(settings)
+    _, answer = await gateway.send([gateway.message()] * 1000)
+    assert answer["queued_count"] == 1000
+    async with OutboundQueue(settings.amqp_url, settings.amqp_queue) as queue:
+        if queue_type != "stream":  # streams are read from an offset, and never emptied
+            assert await queue.depth() == 1000
+        await queue.delete()
+
+
+async def test_a_batch_is_two_queries_one_write_and_one_future(
+    start_gateway: StartGateway, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = await start_gateway(make_settings(amqp_connections=1))
+    await gateway.send([gateway.message()])  # the statements are prepared, the ids leased
+    queries: list[str] = []
+    for method in ("execute", "executemany", "fetch", "fetchrow", "fetchval"):
+        monkeypatch.setattr(asyncpg.Connection, method, recording(getattr(asyncpg.Connection, method), queries))
+    (connection,) = gateway.runtime.publisher._connections
+    transport = CountingTransport(connection._transports._transport)
+    monkeypatch.setattr(connection._transports, "_transport", transport)
+    futures: list[object] = []
+    monkeypatch.setattr(connection, "_loop", CountingLoop(connection._loop, futures))
+
+    _, answer = await gateway.send([gateway.message()] * 1000)
+
+    assert answer["queued_count"] == 1000
+    assert queries == [store.FIND_ACCOUNT_BY_KEY, store.FIND_OWNED_LISTS]
+    assert transport.writes == 1
+    assert len(futures) == 1
+
+
+def recording(method: Callable[..., Any], queries: list[str]) -> Callable[..., Any]:
+    """The same method of asyncpg's connection, which also writes down the SQL."""
+
+    async def recorded(self: object, sql: str, *arguments: object, **options: object) -> object:
+        queries.append(sql)
+        return await method(self, sql, *arguments, **options)
+
+    return recorded
+
+
+class CountingTransport:
+    """The publish connection's transport; counts writes."""
+
+    def __init__(self, transport: asyncio.Transport | None) -> None:
+        self._transport = transport
+        self.writes = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.writes += 1
+        assert self._transport is not None
+        self._transport.write(data)
+
+
+class CountingLoop:
+    """The publish connection's event loop; collects the futures made for batches."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, futures: list[object]) -> None:
+        self._loop = loop
+        self._futures = futures
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    def create_future(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._futures.append(future)
+        return future
