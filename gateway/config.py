@@ -118,16 +118,18 @@ def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
     if not urls:
         raise ConfigurationError(f"{variable} is not set. {mend}")
     for url in urls:
+        # The library's own words are left out: they would tell the password.
         try:
             parts = urlsplit(url)
-            has_host = bool(parts.hostname and (parts.port or 0) >= 0) if is_amqp else True
-        except ValueError as error:
-            raise ConfigurationError(f"{variable} is no URL: {error}. {mend}") from None
-        if parts.scheme not in schemes or not has_host:
-            raise ConfigurationError(f"{variable} is no {schemes[0]} URL. {mend}")
-        if "@" in url and "@" not in parts.netloc:
-            # A password with a raw / ? or # ends the host part early; it would be taken, and shown, as a path.
-            raise ConfigurationError(f"{variable}: percent-encode the special characters of the password. {mend}")
+            behind_host = url.partition(parts.netloc)[2] if parts.netloc else url
+            is_whole = "@" not in behind_host and (not is_amqp or bool(parts.hostname and (parts.port or 0) >= 0))
+        except ValueError:
+            is_whole = False
+        if not is_whole or parts.scheme not in schemes:
+            raise ConfigurationError(
+                f"{variable} is no {schemes[0]} URL. {mend}, with the special characters of the password "
+                "percent-encoded"
+            )
 
 
 def _without_password(url: str) -> str:

@@ -146,7 +146,7 @@ class IncomingFrames:
             kind, channel, size = _frame_start.unpack_from(buffer, end)
             next_end = end + size + FRAME_OVERHEAD
             if kind not in (_METHOD, _HEADER, _BODY, HEARTBEAT_FRAME[0]):
-                next_end = len(buffer)  # no frame: the broker's protocol header, or garbage. The library complains
+                next_end = len(buffer)  # no frame: the broker's protocol header, or garbage. The library's to judge
             if next_end > len(buffer):
                 break
             if channel in (self.channel, 0) and self._take(kind, channel, buffer, end + _frame_start.size, events):

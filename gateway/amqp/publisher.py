@@ -48,6 +48,7 @@ class Publisher:
         self._connections: set[_PublishConnection] = set()
         self._tasks: list[asyncio.Task[None]] = []
         self._changed = asyncio.Event()
+        self._closed = False
         self.was_connected = False
         self.late_confirms = 0  # messages settled after their deadline: they had been answered as unknown
         self.republished = 0  # messages written again elsewhere after their connection was lost
@@ -59,9 +60,11 @@ class Publisher:
 
     async def close(self) -> None:
         """Close every connection. What is unconfirmed by then becomes unknown."""
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._changed.set()  # whoever waits for a connection to come back waits in vain
 
     def is_usable(self) -> bool:
         """Whether a batch would be written if it came now."""
@@ -85,7 +88,7 @@ class Publisher:
         deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
         connection = self._choose(len(payloads))
         outcomes = await connection.publish(ids, payloads, deadline)
-        if connection.is_lost and Outcome.UNKNOWN in outcomes:
+        if connection.is_lost and not self._closed and Outcome.UNKNOWN in outcomes:
             return await self._republish_unknown(ids, payloads, outcomes, deadline)
         return outcomes
 
@@ -132,7 +135,7 @@ class Publisher:
             raise QueueUnavailable
         with suppress(TimeoutError):
             async with asyncio.timeout_at(deadline):
-                while not self.is_usable():
+                while not (self.is_usable() or self._closed):
                     self._changed.clear()
                     await self._changed.wait()
         return self._choose(count)

@@ -304,7 +304,7 @@ async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
         async with database.transaction():
             await database.execute("LOCK TABLE sending_lists")  # the request waits here until its caller has gone
             request = asyncio.create_task(gateway.post(body))
-            while not await database.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):
+            while not await database.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             request.cancel()
     finally:

@@ -1,0 +1,1 @@
+"""What people and CI run: demo, test, check, and the servers they run on."""

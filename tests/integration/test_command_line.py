@@ -1,0 +1,139 @@
+"""`python -m gateway …` as an operator types it, against the real database."""
+
+import re
+from typing import Any
+
+import msgspec
+import pytest
+
+from gateway import __version__
+from scripts.servers import Servers
+from tests.conftest import GatewayUnderTest, new_number, run_gateway
+from tests.outbound_queue import OutboundQueue
+
+
+def run_json(servers: Servers, *arguments: str) -> Any:
+    """A command's --json output, decoded."""
+    completed = run_gateway(*arguments, "--json", database_url=servers.database_url)
+    assert completed.returncode == 0, completed.stderr
+    return msgspec.json.decode(completed.stdout)
+
+
+async def test_what_the_command_line_creates_can_send(
+    servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    number = new_number()
+    account = run_json(servers, "account", "create", "Acme")
+    gateway.key = run_json(servers, "key", "create", str(account["id"]))["key"]
+    sending_list = run_json(servers, "list", "add", str(account["id"]), number)
+    _, answer = await gateway.send([gateway.message(list_number=number)])
+    assert answer["queued_count"] == 1
+    (payload,) = await queue.take_payloads()
+    assert (payload["account_id"], payload["list_id"]) == (account["id"], sending_list["id"])
+
+
+async def test_what_the_command_line_takes_away_cannot_send(servers: Servers, gateway: GatewayUnderTest) -> None:
+    account, key, sending_list = str(gateway.account_id), str(gateway.key_id), str(gateway.list_id)
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    assert run_json(servers, "list", "deactivate", sending_list)["status"] == "inactive"
+    assert (await gateway.post(body))[1]["errors"][0]["code"] == "list_not_found"
+    assert run_json(servers, "list", "activate", sending_list)["status"] == "active"
+    assert run_json(servers, "account", "suspend", account)["status"] == "suspended"
+    assert (await gateway.post(body))[1]["code"] == "account_suspended"
+    assert run_json(servers, "account", "activate", account)["status"] == "active"
+    assert (await gateway.post(body))[0] == 200
+    assert run_json(servers, "key", "revoke", key)["revoked_at"]
+    assert (await gateway.post(body))[1]["code"] == "invalid_api_key"
+
+
+def test_tables_show_what_there_is_and_no_secret(servers: Servers) -> None:
+    account = run_json(servers, "account", "create", "Table & Söhne")
+    key = run_json(servers, "key", "create", str(account["id"]))["key"]
+    number = new_number()
+    run_json(servers, "list", "add", str(account["id"]), number)
+    shown = [
+        run_gateway(*arguments, database_url=servers.database_url).stdout
+        for arguments in (
+            ("account", "list"),
+            ("key", "list", str(account["id"])),
+            ("list", "list", str(account["id"])),
+        )
+    ]
+    assert "Table & Söhne" in shown[0]
+    assert key[:8] in shown[1]
+    assert key not in "".join(shown)
+    assert number in shown[2]
+
+
+def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
+    account = run_json(servers, "account", "create", "Acme")
+    shown = run_gateway("key", "create", str(account["id"]), database_url=servers.database_url).stdout
+    assert re.search("trk_[0-9A-Za-z]{32}", shown)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("key", "create", "999999999"), "there is no account 999999999"),
+        (("account", "suspend", "999999999"), "there is no account 999999999"),
+        (("key", "revoke", "999999999"), "there is no key 999999999"),
+        (("list", "deactivate", "999999999"), "there is no list 999999999"),
+        (("account", "create", " "), "an account needs a name"),
+    ],
+)
+def test_a_task_that_cannot_be_done_says_why(servers: Servers, arguments: tuple[str, ...], says: str) -> None:
+    completed = run_gateway(*arguments, database_url=servers.database_url)
+    assert completed.returncode == 2
+    assert completed.stderr == f"error: {says}\n"
+
+
+def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
+    one, other = (str(run_json(servers, "account", "create", name)["id"]) for name in ("one", "other"))
+    number = new_number()
+    kept = run_json(servers, "list", "add", one, number)
+    taken = run_gateway("list", "add", other, number, database_url=servers.database_url)
+    assert taken.returncode == 2
+    assert "that number is a list already" in taken.stderr
+    run_json(servers, "list", "deactivate", str(kept["id"]))
+    assert run_json(servers, "list", "add", other, number)["status"] == "active"
+    back = run_gateway("list", "activate", str(kept["id"]), database_url=servers.database_url)
+    assert back.returncode == 2
+    bad = run_gateway("list", "add", one, "12345", database_url=servers.database_url)
+    assert "that is no E.164 number" in bad.stderr
+
+
+def test_migrating_twice_changes_nothing(servers: Servers) -> None:
+    assert run_gateway("migrate", database_url=servers.database_url).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("", "GATEWAY_DATABASE_URL is not set"),
+        ("mysql://x/y", "GATEWAY_DATABASE_URL is no postgres URL"),
+        ("postgres://127.0.0.1:1/x", "cannot reach the database"),
+    ],
+)
+def test_a_wrong_database_url_is_one_clear_line(url: str, says: str) -> None:
+    completed = run_gateway("account", "list", database_url=url)
+    assert completed.returncode == 2
+    assert completed.stderr.startswith(f"error: {says}")
+    assert completed.stderr.count("\n") == 1
+
+
+def test_a_database_without_tables_says_what_to_do(servers: Servers) -> None:
+    if servers.postgres is None:
+        pytest.skip("needs a PostgreSQL of its own, to make an empty database in")
+    url = servers.postgres.create_database("empty")
+    completed = run_gateway("account", "list", database_url=url)
+    assert "run `python -m gateway migrate`" in completed.stderr
+
+
+def test_the_version_is_told() -> None:
+    assert run_gateway("--version", database_url="").stdout == f"{__version__}\n"
+
+
+def test_serve_refuses_a_bad_setting_by_its_name() -> None:
+    completed = run_gateway("serve", database_url="")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert completed.stderr.startswith("error: GATEWAY_DATABASE_URL is not set")

@@ -1,0 +1,128 @@
+"""The gateway as a process of its own: ready, serving, drained by SIGTERM, and what it writes to its log."""
+
+import asyncio
+import os
+import signal
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import msgspec
+import psutil
+import pytest
+
+from gateway.admin import Admin
+from scripts.servers import Gateway, Servers
+from tests.conftest import new_number
+from tests.eventually import eventually
+from tests.outbound_queue import OutboundQueue
+
+TEXT = "the text of a message is nobody's business"
+
+
+class Caller:
+    """Someone with an account, who calls a gateway process."""
+
+    def __init__(self, process: Gateway, session: aiohttp.ClientSession) -> None:
+        self.process = process
+        self.session = session
+
+    async def become_someone(self, admin: Admin) -> None:
+        account_id = (await admin.create_account("caller"))["id"]
+        self.key = (await admin.create_key(account_id))["key"]
+        self.number = new_number()
+        await admin.add_list(account_id, self.number)
+
+    async def send(self, count: int) -> tuple[int, Any, str]:
+        """POST a batch; status, answer, and the Connection header."""
+        message = {"to": "+447911123412", "list_number": self.number, "body": TEXT}
+        url = f"{self.process.url}/api/v2/send/bulk"
+        body = msgspec.json.encode({"messages": [message] * count})
+        headers = {"X-Api-Key": self.key, "Content-Type": "application/json"}
+        async with self.session.post(url, data=body, headers=headers) as response:
+            return response.status, await response.json(), response.headers.get("Connection", "")
+
+
+@pytest.fixture
+async def caller(servers: Servers, admin: Admin) -> AsyncIterator[Caller]:
+    """A caller of a gateway that runs as a process of its own, with half a second of drain delay."""
+    name = f"test.{uuid.uuid4().hex[:12]}"
+    settings = {
+        **servers.environment(),
+        "GATEWAY_AMQP_EXCHANGE": name,
+        "GATEWAY_AMQP_QUEUE": name,
+        "GATEWAY_DRAIN_DELAY_S": "0.5",
+        "GATEWAY_LOG_LEVEL": "DEBUG",
+        "GATEWAY_TYPO": "1",
+    }
+    process = Gateway(settings)
+    try:
+        await asyncio.to_thread(process.start)
+        async with aiohttp.ClientSession() as session:
+            someone = Caller(process, session)
+            await someone.become_someone(admin)
+            yield someone
+    finally:
+        await asyncio.to_thread(process.close)
+
+
+@pytest.fixture
+async def queue(servers: Servers, caller: Caller) -> AsyncIterator[OutboundQueue]:
+    """The queue behind the process."""
+    async with OutboundQueue(servers.amqp_url, caller.process.settings["GATEWAY_AMQP_QUEUE"]) as outbound:
+        yield outbound
+        await outbound.delete()
+
+
+def gateway_pid(process: Gateway) -> int:
+    """The gateway's own process, below its supervisor."""
+    (child,) = psutil.Process(process._supervisor.pid if process._supervisor else 0).children()
+    return int(child.pid)
+
+
+async def test_sigterm_loses_no_confirm(caller: Caller, queue: OutboundQueue) -> None:
+    """Callers go on until they are told to leave: every answer is a 200, and all that was counted is in the queue."""
+    pid = gateway_pid(caller.process)
+    counted: list[int] = []
+    told_to_leave: list[bool] = []
+
+    async def call_until_told_to_leave() -> None:
+        while True:
+            status, answer, connection = await caller.send(200)
+            assert status == 200
+            counted.append(answer["queued_count"])
+            if connection == "close":
+                told_to_leave.append(True)
+                return
+
+    async def probe() -> int:
+        async with caller.session.get(f"{caller.process.ops_url}/readyz") as response:
+            return response.status
+
+    async with asyncio.TaskGroup() as calls:
+        for _ in range(8):
+            calls.create_task(call_until_told_to_leave())
+        await eventually(lambda: len(counted) >= 20)
+        assert await probe() == 200
+        os.kill(pid, signal.SIGTERM)
+        while await probe() == 200:  # noqa: ASYNC110 - the process sets no event of ours
+            await asyncio.sleep(0.01)
+    await eventually(lambda: not caller.process.is_running)
+    assert len(told_to_leave) == 8
+    assert sum(counted) == await queue.depth()
+    assert '"message":"stopped"' in caller.process.log.read_text()
+
+
+async def test_the_log_is_json_lines_without_texts_numbers_or_keys(caller: Caller, servers: Servers) -> None:
+    assert (await caller.send(10))[0] == 200
+    caller.key += "x"
+    assert (await caller.send(10))[0] == 401
+    await asyncio.to_thread(caller.process._order, signal.SIGTERM)
+    text = caller.process.log.read_text()
+    lines = [msgspec.json.decode(line) for line in text.splitlines()]
+    assert {"time", "level", "logger", "message"} <= set(lines[0])
+    messages = [line["message"] for line in lines]
+    assert "GATEWAY_TYPO is no setting of the gateway; is it misspelt?" in messages
+    for secret in (TEXT, "+447911123412", caller.key, caller.number, "guest:guest"):
+        assert secret not in text

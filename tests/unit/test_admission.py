@@ -1,0 +1,95 @@
+"""What fits is admitted, what does not is refused, and a place is given back whatever happens in it."""
+
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.admission import Admission
+from gateway.errors import Draining, Overloaded
+
+
+def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
+    admission = Admission(max_requests=2, max_octets=1_000)
+    with admission.admit(1), admission.admit(1):
+        assert (admission.requests, admission.octets) == (2, 2)
+        with pytest.raises(Overloaded), admission.admit(0):
+            pytest.fail("a third was admitted")
+        assert (admission.requests, admission.octets) == (2, 2), "a refused request holds nothing"
+    assert (admission.requests, admission.octets) == (0, 0)
+
+
+def test_octets_are_admitted_up_to_the_limit_and_not_beyond() -> None:
+    admission = Admission(max_requests=10, max_octets=1_000)
+    with admission.admit(600):
+        with pytest.raises(Overloaded), admission.admit(401):
+            pytest.fail("1,001 octets were admitted")
+        with admission.admit(400):
+            assert admission.octets == 1_000
+            with admission.admit(0):
+                assert admission.requests == 3
+
+
+def test_a_place_given_back_can_be_had_again() -> None:
+    admission = Admission(max_requests=1, max_octets=10)
+    for _ in range(3):
+        with admission.admit(10):
+            assert admission.requests == 1
+
+
+class Failure(BaseException):
+    """Not even an Exception, as CancelledError is not."""
+
+
+@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, Failure])
+def test_a_request_that_fails_gives_its_place_back(failure: type[BaseException]) -> None:
+    admission = Admission(max_requests=1, max_octets=10)
+    with pytest.raises(failure), admission.admit(10):
+        raise failure
+    assert (admission.requests, admission.octets) == (0, 0)
+
+
+def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
+    admission = Admission(max_requests=2, max_octets=10)
+    with admission.admit(3):
+        admission.closed = True
+        with pytest.raises(Draining), admission.admit(1):
+            pytest.fail("admitted while draining")
+        assert (admission.requests, admission.octets) == (1, 3)
+    assert (admission.requests, admission.octets) == (0, 0)
+
+
+def test_draining_is_said_before_overloaded() -> None:
+    """The caller should go to another process, not wait for this one."""
+    admission = Admission(max_requests=1, max_octets=10)
+    with admission.admit(10):
+        admission.closed = True
+        with pytest.raises(Draining), admission.admit(10):
+            pytest.fail("admitted")
+
+
+@settings(derandomize=True, max_examples=200, deadline=None)
+@given(
+    comings=st.lists(st.integers(0, 60), max_size=30),
+    goings=st.lists(st.integers(0, 29), max_size=30),
+)
+def test_neither_bound_is_ever_passed_and_nothing_that_fits_is_refused(comings: list[int], goings: list[int]) -> None:
+    admission = Admission(max_requests=4, max_octets=100)
+    inside: list[tuple[int, ExitStack]] = []
+    for octets, leaves in zip(comings, [*goings, *[0] * 30], strict=False):
+        place = ExitStack()
+        fits = len(inside) < 4 and sum(held for held, _ in inside) + octets <= 100
+        try:
+            place.enter_context(admission.admit(octets))
+        except Overloaded:
+            assert not fits
+        else:
+            assert fits
+            inside.append((octets, place))
+        if leaves % 3 and inside:
+            inside.pop(leaves % len(inside))[1].close()
+        assert (admission.requests, admission.octets) == (len(inside), sum(held for held, _ in inside))
+    for _, place in inside:
+        place.close()
+    assert (admission.requests, admission.octets) == (0, 0)

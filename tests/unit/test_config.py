@@ -1,0 +1,244 @@
+"""Settings come from the environment: each from its variable, a bad one refused by name, no password told."""
+
+import os
+import subprocess
+import sys
+from urllib.parse import quote
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway import config
+from gateway.config import ConfigurationError, Settings
+
+URLS = {
+    "GATEWAY_DATABASE_URL": "postgres://gateway:pg-secret@db.internal/gateway",
+    "GATEWAY_AMQP_URL": "amqp://gateway:mq-secret@mq1.internal/,amqp://gateway:mq-secret@mq2.internal/",
+}
+
+# For each setting a good value that is not its default, as an operator writes it, and what it means.
+GOOD: dict[str, tuple[str, object]] = {
+    "database_url": ("postgresql://u:p@h1:5432,h2:5433/db", "postgresql://u:p@h1:5432,h2:5433/db"),
+    "amqp_url": ("amqps://u:p@h/vhost", "amqps://u:p@h/vhost"),
+    "api_host": ("::", "::"),
+    "api_port": ("0", 0),
+    "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
+    "ops_port": ("65535", 65_535),
+    "database_pool_size": ("1", 1),
+    "database_timeout_s": ("0.5", 0.5),
+    "database_statement_cache": ("0", 0),
+    "amqp_exchange": ("sms:eu.west-1_x", "sms:eu.west-1_x"),
+    "amqp_queue": ("q" * 200, "q" * 200),
+    "amqp_queue_type": ("stream", "stream"),
+    "amqp_topology": ("check", "check"),
+    "amqp_connections": ("64", 64),
+    "amqp_heartbeat_s": ("600", 600),
+    "amqp_connect_timeout_s": ("1", 1.0),
+    "confirm_timeout_s": ("2.5", 2.5),
+    "abandon_timeout_s": ("3600", 3_600.0),
+    "max_unconfirmed_messages": ("1000", 1_000),
+    "max_unconfirmed_bytes": ("1", 1),
+    "body_timeout_s": ("0.001", 0.001),
+    "keepalive_timeout_s": ("61", 61.0),
+    "max_requests_in_flight": ("1", 1),
+    "max_bytes_in_flight": ("5242880", 5_242_880),
+    "drain_delay_s": ("0", 0.0),
+    "drain_timeout_s": ("1e1", 10.0),
+    "log_level": ("DEBUG", "DEBUG"),
+}
+
+# What a setting does not take, and a word of the hint that says what it does take.
+BAD: list[tuple[str, str, str]] = [
+    ("api_port", "-1", ">= 0"),
+    ("api_port", "65536", "<= 65535"),
+    ("api_port", "http", "int"),
+    ("ops_port", "80.5", "int"),
+    ("database_pool_size", "0", ">= 1"),
+    ("database_timeout_s", "0", "> 0"),
+    ("database_timeout_s", "2s", "float"),
+    ("database_statement_cache", "-1", ">= 0"),
+    ("amqp_exchange", "sms outbound", "matching regex"),
+    ("amqp_exchange", "q" * 201, "matching regex"),
+    ("amqp_queue", "büro", "matching regex"),
+    ("amqp_queue_type", "quorums", "Invalid enum value"),
+    ("amqp_topology", "Declare", "Invalid enum value"),
+    ("amqp_connections", "0", ">= 1"),
+    ("amqp_connections", "65", "<= 64"),
+    ("amqp_heartbeat_s", "0", ">= 1"),  # 0 would be "no heartbeat": a dead broker would never show
+    ("amqp_heartbeat_s", "601", "<= 600"),
+    ("amqp_connect_timeout_s", "-1", "> 0"),
+    ("confirm_timeout_s", "nan", "> 0"),
+    ("confirm_timeout_s", "inf", "<= 3600"),
+    ("abandon_timeout_s", "3601", "<= 3600"),
+    ("max_unconfirmed_messages", "0", ">= 1"),
+    ("max_unconfirmed_bytes", "128MB", "int"),
+    ("body_timeout_s", "0", "> 0"),
+    ("keepalive_timeout_s", "never", "float"),
+    ("max_requests_in_flight", "1_000.0.0", "int"),
+    ("max_bytes_in_flight", "0", ">= 1"),
+    ("drain_delay_s", "-0.1", ">= 0"),
+    ("drain_timeout_s", "0", "> 0"),
+    ("log_level", "verbose", "Invalid enum value"),
+]
+
+
+def test_the_tables_above_know_every_setting() -> None:
+    assert set(GOOD) == set(Settings.__struct_fields__)
+    free_text = {"database_url", "amqp_url", "api_host", "ops_host"}  # the URLs have tests of their own below
+    assert {name for name, _, _ in BAD} | free_text == set(Settings.__struct_fields__)
+
+
+def test_without_more_than_the_two_urls_all_else_has_its_default() -> None:
+    loaded = config.load(URLS)
+    assert loaded == Settings(database_url=URLS["GATEWAY_DATABASE_URL"], amqp_url=URLS["GATEWAY_AMQP_URL"])
+
+
+@pytest.mark.parametrize(("name", "raw", "value"), [(name, *good) for name, good in GOOD.items()])
+def test_each_setting_is_read_from_its_own_variable_and_no_other_changes(name: str, raw: str, value: object) -> None:
+    before, after = config.load(URLS), config.load(URLS | {f"GATEWAY_{name.upper()}": f" {raw}\n"})
+    assert getattr(after, name) == value != getattr(before, name)
+    assert type(getattr(after, name)) is type(getattr(before, name))
+    changed = {field for field in Settings.__struct_fields__ if getattr(before, field) != getattr(after, field)}
+    assert changed == {name}
+
+
+@pytest.mark.parametrize(("name", "raw", "hint"), BAD)
+def test_a_bad_value_is_refused_with_the_variables_name_and_what_it_takes(name: str, raw: str, hint: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        config.load(URLS | {f"GATEWAY_{name.upper()}": raw})
+    assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={raw!r} ")
+    assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_set_but_empty_is_not_set(name: str) -> None:
+    """As compose files and shells spell it."""
+    if f"GATEWAY_{name.upper()}" in URLS:
+        with pytest.raises(ConfigurationError, match=f"GATEWAY_{name.upper()} is not set"):
+            config.load(URLS | {f"GATEWAY_{name.upper()}": " "})
+    else:
+        assert config.load(URLS | {f"GATEWAY_{name.upper()}": " "}) == config.load(URLS)
+
+
+@pytest.mark.parametrize("variable", URLS)
+def test_a_missing_url_is_named_with_an_example_of_one(variable: str) -> None:
+    environ = {name: url for name, url in URLS.items() if name != variable}
+    with pytest.raises(ConfigurationError, match=rf"{variable} is not set.*(postgres|amqp)://user:password@host/name"):
+        config.load(environ)
+
+
+@pytest.mark.parametrize(
+    ("variable", "url"),
+    [
+        ("GATEWAY_DATABASE_URL", "mysql://u:pass-word@h/db"),
+        ("GATEWAY_DATABASE_URL", "db.internal"),
+        ("GATEWAY_DATABASE_URL", "postgres://[::1"),
+        ("GATEWAY_AMQP_URL", "http://u:pass-word@h/"),
+        ("GATEWAY_AMQP_URL", "mq.internal:5672"),
+        ("GATEWAY_AMQP_URL", "amqp://u:pass-word@h1/,http://u:pass-word@h2/"),
+        ("GATEWAY_AMQP_URL", "amqp://u:pass-word@h1/,h2"),
+        ("GATEWAY_AMQP_URL", "amqp://[::1"),
+        ("GATEWAY_AMQP_URL", "amqp://u:pass-word@h:port/"),
+        ("GATEWAY_AMQP_URL", "amqp://u:pass-word@h:65536/"),
+        ("GATEWAY_AMQP_URL", "amqp:///"),
+        ("GATEWAY_AMQP_URL", ","),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_refused_at_start_without_telling_it(variable: str, url: str) -> None:
+    """Later it would be a task that dies, or tries for ever, in a process that looks alive."""
+    with pytest.raises(ConfigurationError, match=variable) as refused:
+        config.load(URLS | {variable: url})
+    assert "pass-word" not in str(refused.value)
+
+
+def told(loaded: Settings) -> str:
+    """Everything that a log line or an operator's eye could get of the settings."""
+    return f"{loaded!r} {loaded} {loaded:} {loaded.masked()} {msgspec.json.encode(loaded.masked()).decode()}"
+
+
+def test_passwords_are_told_nowhere_and_the_rest_is() -> None:
+    shown = told(config.load(URLS))
+    assert "secret" not in shown
+    assert "postgres://gateway:***@db.internal/gateway" in shown
+    assert "amqp://gateway:***@mq1.internal/,amqp://gateway:***@mq2.internal/" in shown
+    assert "confirm_timeout_s=10.0" in shown
+
+
+PASSWORDS = st.text("ABCabc019@:/,?#[]%&=+ ~.-_*$!'()\\äß€", min_size=3, max_size=20).map(lambda text: f"pä{text}ßw")
+
+
+@settings(derandomize=True, max_examples=150, deadline=None)
+@given(password=PASSWORDS)
+def test_a_percent_encoded_password_of_any_characters_is_not_told(password: str) -> None:
+    encoded = quote(password, safe="")
+    loaded = config.load(
+        {
+            "GATEWAY_DATABASE_URL": f"postgres://u:{encoded}@h1:5432,h2/db?password={encoded}&x=1",
+            "GATEWAY_AMQP_URL": f"amqp://u:{encoded}@h1/, amqps://u:{encoded}@h2:5671/v?password={encoded}",
+        }
+    )
+    assert encoded in loaded.database_url
+    assert loaded.amqp_nodes() == [
+        f"amqp://u:{encoded}@h1/",
+        f"amqps://u:{encoded}@h2:5671/v?password={encoded}",
+    ]
+    assert encoded not in told(loaded)
+    assert password not in told(loaded)
+
+
+@pytest.mark.parametrize("odd", [*"@:/,?#[]&=+$!'()*;%", "@/", "://", "/@", "#@", "?@"])
+@pytest.mark.parametrize("variable", URLS)
+def test_a_password_that_should_have_been_percent_encoded_is_refused_or_masked_but_not_told(
+    variable: str, odd: str
+) -> None:
+    scheme = "postgres" if "DATABASE" in variable else "amqp"
+    try:
+        shown = told(config.load(URLS | {variable: f"{scheme}://user:hunter1{odd}hunter2{odd}hunter3@host/"}))
+    except ConfigurationError as error:
+        shown = str(error)
+    assert "hunter" not in shown
+
+
+def test_nodes_are_given_in_order_without_the_spaces_between_them() -> None:
+    loaded = config.load(URLS | {"GATEWAY_AMQP_URL": "amqp://a/ , amqp://b/,,amqp://c/,"})
+    assert loaded.amqp_nodes() == ["amqp://a/", "amqp://b/", "amqp://c/"]
+
+
+def test_unknown_variables_are_reported_and_not_refused() -> None:
+    environ = URLS | {
+        "GATEWAY_CONFIRM_TIMEOUT": "5",
+        "GATEWAY_PORT": "tcp://10.0.0.1:80",  # Kubernetes, beside a Service named "gateway"
+        "GATEWAY_LOG_LEVEL": "INFO",
+        "PATH": "/bin",
+        "XGATEWAY_Y": "1",
+    }
+    assert config.unknown_variables(environ) == ["GATEWAY_CONFIRM_TIMEOUT", "GATEWAY_PORT"]
+    assert config.load(environ) == config.load(URLS)
+
+
+def test_migrations_need_the_database_url_only() -> None:
+    assert config.load_database_url({"GATEWAY_DATABASE_URL": " postgres://u@h/db "}) == "postgres://u@h/db"
+    with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is not set"):
+        config.load_database_url({})
+    with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is no postgres URL"):
+        config.load_database_url({"GATEWAY_DATABASE_URL": "u@h/db"})
+
+
+def test_settings_do_not_change_once_read() -> None:
+    with pytest.raises(AttributeError):
+        config.load(URLS).api_port = 1  # type: ignore[misc]
+
+
+def test_the_environment_of_the_process_is_the_default() -> None:
+    program = "from gateway import config; print(config.load().api_port, config.unknown_variables())"
+    completed = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", program],
+        env=os.environ | URLS | {"GATEWAY_API_PORT": "8123", "GATEWAY_TYPO": "1"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert completed.stdout == "8123 ['GATEWAY_TYPO']\n", completed.stderr

@@ -1,0 +1,41 @@
+"""The documents stay true: what they list is what there is."""
+
+from pathlib import Path
+
+import pytest
+
+from gateway import errors
+from gateway.config import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+
+REFUSALS = {value.code for value in vars(errors).values() if isinstance(value, errors.Refusal)}
+REQUEST_ERRORS = {
+    kind.code
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, errors.GatewayError) and hasattr(kind, "code")
+}
+
+
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_the_readme_lists_every_setting(name: str) -> None:
+    assert f"`{PREFIX}{name.upper()}`" in README
+
+
+@pytest.mark.parametrize("code", sorted(REFUSALS | REQUEST_ERRORS))
+def test_the_readme_lists_every_code(code: str) -> None:
+    assert f"`{code}`" in README
+
+
+@pytest.mark.parametrize("code", sorted(REQUEST_ERRORS))
+def test_the_tree_of_errors_draws_every_request_level_code(code: str) -> None:
+    assert code in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    "module", sorted(path.stem for path in (ROOT / "gateway").rglob("*.py") if path.stem != "__init__")
+)
+def test_the_map_shows_every_module(module: str) -> None:
+    assert f"{module}.py" in ARCHITECTURE

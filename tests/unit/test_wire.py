@@ -1,0 +1,344 @@
+"""Whatever bytes come in, decoding gives messages or one of three refusals, and nothing else, ever."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from msgspec import UNSET, Raw
+
+from gateway import wire
+from gateway.errors import GatewayError, InvalidJson, MissingMessages, TooManyMessages
+from gateway.wire import Answer, ErrorRow, Message, Misfit, Payload, decode_bulk, encode, encode_payloads
+
+EXAMPLES = settings(derandomize=True, max_examples=300, deadline=None)
+
+GOOD = b'{"to":"+14155551234","list_number":"+18005551000","body":"Hi"}'
+
+
+def request_of(*messages: bytes, more: bytes = b"") -> bytes:
+    return b'{"messages":[' + b",".join(messages) + b"]" + more + b"}"
+
+
+NOT_JSON = {
+    "empty": b"",
+    "space": b" \n",
+    "half an object": b'{"messages":[',
+    "trailing comma": b'{"messages":[' + GOOD + b",]}",
+    "trailing comma in an object": b'{"messages":[],}',
+    "trailing data": request_of(GOOD) + b"x",
+    "two documents": request_of(GOOD) + request_of(GOOD),
+    "NaN": request_of(b'{"to":NaN}'),
+    "Infinity": request_of(b'{"unknown":Infinity}'),
+    "minus Infinity": request_of(GOOD, more=b',"x":-Infinity'),
+    "comment": b'{"messages":[/* none */]}',
+    "line comment": b"// hi\n" + request_of(GOOD),
+    "single quotes": b"{'messages':[]}",
+    "bare key": b"{messages:[]}",
+    "leading zero": request_of(b'{"to":01}'),
+    "half a number": request_of(b'{"x":1.}'),
+    "plus sign": request_of(b'{"x":+1}'),
+    "half a literal": request_of(b'{"wrap_links":tru}'),
+    "raw newline in a string": request_of(b'{"body":"a\nb"}'),
+    "raw NUL in a string": request_of(b'{"body":"a\x00b"}'),
+    "unknown escape": request_of(b'{"body":"\\q"}'),
+    "short escape": request_of(b'{"body":"\\u12"}'),
+    "BOM": b"\xef\xbb\xbf" + request_of(GOOD),
+    "UTF-16": request_of(GOOD).decode().encode("utf-16"),
+    "UTF-16 without BOM": request_of(GOOD).decode().encode("utf-16-le"),
+    "UTF-32": request_of(GOOD).decode().encode("utf-32"),
+    "Latin-1 in a body": request_of(b'{"body":"\xfc"}'),
+    "Latin-1 in a key": request_of(b'{"\xfc":1}'),
+    "Latin-1 in an unknown field": request_of(b'{"unknown":"\xfc"}'),
+    "Latin-1 in metadata": request_of(GOOD[:-1] + b',"metadata":{"a":"\xfc"}}'),
+    "Latin-1 beside messages": request_of(GOOD, more=b',"x":"\xfc"'),
+    "Latin-1 in a misfit": request_of(b'{"to":5,"unknown":{"a":["\xfc"]}}'),
+    "Latin-1 between": request_of(GOOD + b"\xfc"),
+    "overlong UTF-8": request_of(b'{"body":"\xc0\xaf"}'),
+    "surrogate in UTF-8": request_of(b'{"body":"\xed\xa0\x80"}'),
+    "beyond Unicode": request_of(b'{"body":"\xf4\x90\x80\x80"}'),
+    "half a character": request_of(b'{"body":"\xe2\x82"}'),
+    "null": b"null",
+    "array": b"[]",
+    "array of messages": b"[" + GOOD + b"]",
+    "string": b'"messages"',
+    "number": b"1",
+    "true": b"true",
+    "100,000 brackets": b"[" * 100_000,
+    "100,000 braces": b'{"a":' * 100_000,
+    "100,000 whole brackets": b"[" * 100_000 + b"]" * 100_000,
+    "deep messages": b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "deep metadata": request_of(GOOD[:-1] + b',"metadata":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
+    "deep contact_data": request_of(GOOD[:-1] + b',"contact_data":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
+    "deep unknown": request_of(GOOD, more=b',"x":' + b"[" * 50_000 + b"]" * 50_000),
+    "deep misfit": request_of(b'{"to":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "deep beside a misfit": request_of(b"5", b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+}
+
+LONE_SURROGATES = {
+    "body": request_of(b'{"body":"\\ud800"}'),
+    "low first": request_of(b'{"body":"\\udc00\\ud800"}'),
+    "to": request_of(b'{"to":"\\udfff"}'),
+    "key": request_of(b'{"\\ud800":1}'),
+    "misfit": request_of(b'{"to":5,"body":"\\ud800"}'),
+    "default": request_of(GOOD, more=b',"list_number":"\\ud800"'),
+    "metadata": request_of(GOOD[:-1] + b',"metadata":{"a":"\\ud83d"}}'),
+    "contact_data": request_of(GOOD[:-1] + b',"contact_data":{"first_name":"\\ud83d"}}'),
+}
+
+NO_MESSAGES = {
+    "{}": b"{}",
+    "other keys": b'{"message":[' + GOOD + b"]}",
+    "null": b'{"messages":null}',
+    "empty": b'{"messages":[]}',
+    "object": b'{"messages":{}}',
+    "object of messages": b'{"messages":{"0":' + GOOD + b"}}",
+    "string": b'{"messages":"x"}',
+    "string like an array": b'{"messages":"[]"}',
+    "number": b'{"messages":0}',
+    "true": b'{"messages":true}',
+    "the last of two": request_of(GOOD, more=b',"messages":null'),
+    "null and a bad default": b'{"messages":null,"list_number":5}',
+    "pretty null": b'{ "messages" :\n null }',
+}
+
+
+@pytest.mark.parametrize("body", NOT_JSON.values(), ids=NOT_JSON)
+def test_what_is_not_one_json_object_in_utf_8_is_invalid_json(body: bytes) -> None:
+    with pytest.raises(InvalidJson):
+        decode_bulk(body)
+
+
+@pytest.mark.parametrize("body", LONE_SURROGATES.values(), ids=LONE_SURROGATES)
+def test_half_of_a_surrogate_pair_is_invalid_json(body: bytes) -> None:
+    """It could not be written as UTF-8 for the consumer."""
+    with pytest.raises(InvalidJson):
+        decode_bulk(body)
+
+
+@pytest.mark.parametrize("body", NO_MESSAGES.values(), ids=NO_MESSAGES)
+def test_a_request_without_messages_says_so(body: bytes) -> None:
+    with pytest.raises(MissingMessages):
+        decode_bulk(body)
+
+
+@pytest.mark.parametrize("message", [GOOD, b"{}", b"0", b"null", b"[]"])
+def test_a_thousand_messages_are_taken_and_one_more_is_too_many(message: bytes) -> None:
+    assert len(decode_bulk(request_of(*[message] * 1_000)).messages) == 1_000
+    with pytest.raises(TooManyMessages):
+        decode_bulk(request_of(*[message] * 1_001))
+    with pytest.raises(TooManyMessages):
+        decode_bulk(request_of(*[message] * 1_000, b"5"))
+
+
+def test_a_body_full_of_tiny_messages_is_too_many() -> None:
+    for tiny in (b"{}", b"0"):
+        count = wire.MAX_BODY_BYTES // (len(tiny) + 1) - 10
+        with pytest.raises(TooManyMessages):
+            decode_bulk(request_of(*[tiny] * count))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        b',"x":' + b"9" * 4_000_000,
+        b',"x":1e400',
+        b',"x":-1e-400',
+        b"".join(b',"k%d":0' % n for n in range(400_000)),
+        b',"list_number":' + b"9" * 4_000_000,
+        b',"list_number":1e400',
+    ],
+    ids=["4 MB number", "1e400", "-1e-400", "400,000 unknown keys", "4 MB default", "1e400 default"],
+)
+def test_monsters_in_fields_nobody_reads_are_only_skipped(more: bytes) -> None:
+    assert len(decode_bulk(request_of(GOOD, more=more)).messages) == 1
+
+
+@pytest.mark.parametrize("value", [b"9" * 1_000_000, b"1e400", b"-1e400"], ids=["1 MB number", "1e400", "-1e400"])
+@pytest.mark.parametrize("field", [b"to", b"list_number", b"body", b"wrap_links", b"contact_data", b"metadata"])
+def test_monstrous_numbers_in_a_message_are_values_of_the_wrong_type(field: bytes, value: bytes) -> None:
+    (message,) = decode_bulk(request_of(b'{"%s":%s}' % (field, value))).messages
+    if field in (b"contact_data", b"metadata"):
+        assert not wire.is_object(getattr(message, field.decode()))
+    else:
+        assert getattr(message, field.decode()) is wire.WRONG_TYPE
+
+
+# Any bytes
+
+
+json_documents = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(["messages", "to", "list_number", "body", "wrap_links", "metadata"]), inner)
+    ),
+    max_leaves=12,
+)
+
+
+@EXAMPLES
+@given(
+    document=st.fixed_dictionaries(
+        {"messages": st.lists(json_documents) | json_documents, "list_number": json_documents}
+    )
+    | json_documents
+)
+def test_any_json_is_messages_or_one_of_three_refusals(document: Any) -> None:
+    body = json.dumps(document).encode()  # NaN and Infinity as well, as Python spells them
+    expected: type[GatewayError] | int
+    if not isinstance(document, dict) or not is_strict_json(body):
+        expected = InvalidJson
+    elif not isinstance(document.get("messages"), list) or not document["messages"]:
+        expected = MissingMessages
+    else:
+        expected = len(document["messages"])
+    assert what_comes_of(body) == expected
+
+
+def is_strict_json(body: bytes) -> bool:
+    constants: list[str] = []
+    json.loads(body, parse_constant=constants.append)
+    return not constants
+
+
+def what_comes_of(body: bytes) -> type[GatewayError] | int:
+    """The refusal, or the number of messages."""
+    try:
+        return len(decode_bulk(body).messages)
+    except GatewayError as refusal:
+        return type(refusal)
+
+
+@EXAMPLES
+@given(
+    cut=st.integers(0, 400),
+    drop=st.integers(0, 3),
+    insert=st.binary(max_size=3)
+    | st.sampled_from([b'"', b"\\", b"{", b"]", b",", b"\xff", b"\xed\xa0\x80", b"\\ud800"]),
+)
+@example(cut=0, drop=0, insert=b"\xef\xbb\xbf")
+def test_a_request_damaged_anywhere_is_messages_or_one_of_three_refusals(cut: int, drop: int, insert: bytes) -> None:
+    whole = request_of(
+        b'{"to":"+14155551234","list_number":null,"body":"\xe2\x82\xac \\ud83d\\ude00","wrap_links":true,'
+        b'"contact_data":{"first_name":"J","custom_fields":{"a":[1,2]}},"metadata":{"a":{"b":[]}}}',
+        b'{"to":5,"body":[],"metadata":"x"}',
+        b"null",
+        more=b',"list_number":"+18005551000"',
+    )
+    damaged = whole[:cut] + insert + whole[cut + drop :]
+    try:
+        bulk = decode_bulk(damaged)
+    except (InvalidJson, MissingMessages, TooManyMessages):
+        return
+    reference = json.loads(damaged)  # nothing is let in that is no JSON
+    assert len(bulk.messages) == len(reference["messages"])
+
+
+@EXAMPLES
+@given(body=st.binary(max_size=60))
+def test_random_bytes_are_refused(body: bytes) -> None:
+    with pytest.raises((InvalidJson, MissingMessages)):
+        decode_bulk(body)
+
+
+# What is decoded
+
+
+def test_a_well_formed_request_is_decoded_as_it_is() -> None:
+    full = GOOD[:-1] + b',"wrap_links":true,"contact_data": {"a":1} ,"metadata":{}}'
+    bulk = decode_bulk(request_of(GOOD, full, more=b',"list_number":"+18005552000"'))
+    assert (bulk.typed, bulk.list_number) == (True, "+18005552000")
+    plain = Message(to="+14155551234", list_number="+18005551000", body="Hi")
+    assert bulk.messages[0] == plain
+    assert (bulk.messages[0].contact_data, bulk.messages[0].metadata) == (UNSET, UNSET)
+    assert bulk.messages[1].wrap_links is True
+    assert bytes(Raw(bulk.messages[1].contact_data)) == b'{"a":1}'  # type: ignore[arg-type]
+    assert bytes(Raw(bulk.messages[1].metadata)) == b"{}"  # type: ignore[arg-type]
+
+
+def test_null_and_absent_are_the_same() -> None:
+    nulls = b'{"to":null,"list_number":null,"body":null,"wrap_links":null,"contact_data":null,"metadata":null}'
+    absent, null = decode_bulk(request_of(b"{}", nulls)).messages
+    for name in ("to", "list_number", "body", "wrap_links"):
+        assert getattr(absent, name) is getattr(null, name) is None
+    for name in ("contact_data", "metadata"):
+        assert wire.sent_nothing(getattr(absent, name))
+        assert wire.sent_nothing(getattr(null, name))
+
+
+@pytest.mark.parametrize("value", [b"5", b"1.5", b"true", b"[]", b"{}", b" [ 1 ]"])
+@pytest.mark.parametrize("field", ["to", "list_number", "body"])
+def test_a_value_of_the_wrong_type_costs_only_its_message(field: str, value: bytes) -> None:
+    bulk = decode_bulk(request_of(GOOD, b'{"to":"+1","body":"x", "%s" : %s }' % (field.encode(), value), GOOD))
+    assert not bulk.typed
+    first, misfit, last = bulk.messages
+    assert first == last == Message(to="+14155551234", list_number="+18005551000", body="Hi")
+    assert isinstance(misfit, Misfit)
+    rest = {"to": "+1", "list_number": None, "body": "x"} | {field: wire.WRONG_TYPE}
+    assert {name: getattr(misfit, name) for name in rest} == rest
+
+
+@pytest.mark.parametrize("value", [b"0", b"1", b'"true"', b"[]", b"{}"])
+def test_only_true_false_and_null_are_wrap_links(value: bytes) -> None:
+    (message,) = decode_bulk(request_of(b'{"wrap_links": %s }' % value)).messages
+    assert message.wrap_links is wire.WRONG_TYPE
+    for word, meaning in ((b"true", True), (b"false", False), (b"null", None)):
+        (message,) = decode_bulk(request_of(b'{"to":5,"wrap_links" : %s}' % word)).messages
+        assert message.wrap_links is meaning
+
+
+@pytest.mark.parametrize("element", [b"null", b"1", b'"x"', b"true", b"[]", b'["to"]', b"[[]]"])
+def test_an_element_that_is_no_object_is_a_message_without_anything(element: bytes) -> None:
+    _, misfit, _ = decode_bulk(request_of(GOOD, element, GOOD)).messages
+    assert (misfit.to, misfit.list_number, misfit.body, misfit.wrap_links) == (None, None, None, None)
+    assert (misfit.contact_data, misfit.metadata) == (UNSET, UNSET)
+
+
+def test_the_last_of_several_equal_keys_counts() -> None:
+    bulk = decode_bulk(b'{"messages":5,"list_number":5,' + request_of(b'{"to":5,"to":"a","to":"b"}')[1:])
+    assert [message.to for message in bulk.messages] == ["b"]
+    assert bulk.list_number is wire.WRONG_TYPE
+    assert decode_bulk(request_of(GOOD, more=b',"list_number":5,"list_number":"+1"')).list_number == "+1"
+
+
+def test_strings_are_the_same_whichever_way_they_are_decoded() -> None:
+    text = '"\\u20ac\\n\\ud83d\\ude00 \u20ac\N{PILE OF POO}\\"\\/"'.encode()
+    fast, slow = (
+        decode_bulk(request_of(b'{"to":%s,"body":%s%s}' % (text, text, more))).messages[0]
+        for more in (b"", b',"wrap_links":0')
+    )
+    assert isinstance(fast, Message)
+    assert isinstance(slow, Misfit)
+    assert fast.to == fast.body == slow.to == slow.body == json.loads(text)
+
+
+def test_a_bytearray_is_as_good_as_bytes() -> None:
+    assert decode_bulk(bytearray(request_of(GOOD))) == decode_bulk(request_of(GOOD))
+
+
+# What is encoded
+
+
+def payload(index: int, metadata: bytes | None = None) -> Payload:
+    raw = UNSET if metadata is None else Raw(metadata)
+    return Payload("AbC12345", 1, 2, "+18005551000", "+14155551234", "Hi\n", False, UNSET, raw, "now", "r", index)
+
+
+@EXAMPLES
+@given(pretty=st.lists(st.sampled_from([None, b"{}", b"{\n}", b'{"a":\n\n1}', b'{"a":"\\n"}']), max_size=8))
+def test_each_payload_is_one_document_however_it_is_broken_into_lines(pretty: list[bytes | None]) -> None:
+    payloads = [payload(index, metadata) for index, metadata in enumerate(pretty)]
+    encoded = encode_payloads(payloads)
+    assert encoded == [msgspec.json.encode(each) for each in payloads]
+    assert [json.loads(each)["index"] for each in encoded] == list(range(len(pretty)))
+
+
+def test_an_answer_shows_the_extra_fields_only_where_they_say_something() -> None:
+    rows = [ErrorRow(0, None, "missing_to", "no"), ErrorRow(3, "+1", "outcome_unknown", "?", True, "AbC12345")]
+    assert encode(Answer(1, 2, rows)) == (
+        b'{"queued_count":1,"error_count":2,"errors":[{"index":0,"to":null,"code":"missing_to","error":"no"},'
+        b'{"index":3,"to":"+1","code":"outcome_unknown","error":"?","may_be_queued":true,"message_id":"AbC12345"}]}'
+    )
