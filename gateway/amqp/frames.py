@@ -149,7 +149,7 @@ class IncomingFrames:
                 next_end = len(buffer)  # no frame: the broker's protocol header, or garbage. The library's to judge
             if next_end > len(buffer):
                 break
-            if channel in (self.channel, 0) and self._take(kind, channel, buffer, end + _frame_start.size, events):
+            if channel in (self.channel, 0) and self._take(kind, channel, buffer, end, next_end, events):
                 passed_on.append(buffer[start:end])
                 start = next_end
             end = next_end
@@ -157,8 +157,9 @@ class IncomingFrames:
         self._rest = buffer[end:]
         return b"".join(passed_on), events
 
-    def _take(self, kind: int, channel: int, buffer: bytes, at: int, events: list[Event]) -> bool:
-        """Turn the frame whose payload starts at `at` into an event; whether it was for us alone."""
+    def _take(self, kind: int, channel: int, buffer: bytes, start: int, end: int, events: list[Event]) -> bool:
+        """Turn the frame from `start` to `end` into an event; whether it was for us alone."""
+        at = start + _frame_start.size
         if kind == _METHOD:
             method = _method.unpack_from(buffer, at)
             if channel == 0:
@@ -177,12 +178,11 @@ class IncomingFrames:
             return False
         if kind == _HEADER:
             header = ContentHeader()
-            header.unmarshal(buffer[at:])
+            header.unmarshal(buffer[at : end - len(END)])
             self._returned_id = header.properties.message_id
             self._returned_octets = header.body_size
         elif kind == _BODY:
-            (_, _, size) = _frame_start.unpack_from(buffer, at - _frame_start.size)
-            self._returned_octets -= size
+            self._returned_octets -= end - start - FRAME_OVERHEAD
         if self._returned_octets == 0:
             events.append(Returned(self._returned_id or ""))
             self._return_begun = False

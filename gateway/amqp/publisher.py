@@ -231,12 +231,16 @@ class _PublishConnection:
 
     async def close(self) -> None:
         """Close in good order where the broker still answers; in any case settle what is pending as unknown."""
+        # No timeout around it: aiormq, waiting for a broker that reads no more, absorbs the cancellation. A transport
+        # that is aborted under it does end the wait.
+        last_word = self._loop.call_later(CLOSE_TIMEOUT_S, self._transports.abort)
         try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S), _stray_cancellation_is_loss():
+            async with _stray_cancellation_is_loss():
                 await self._connection.close()
-        except Exception as error:
+        except Exception as error:  # it is to be gone, and goes
             log.debug("closing a connection: %s", _reason(error))
         finally:
+            last_word.cancel()
             self._transports.abort()
             self._on_lost()
 

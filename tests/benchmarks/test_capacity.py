@@ -1,0 +1,30 @@
+"""The calculator's arithmetic, on round numbers."""
+
+import pytest
+
+from benchmarks import capacity
+from benchmarks.capacity import Costs, Wanted
+
+COSTS = Costs(gateway_cpu_us=2.0, broker_cpu_us=10.0, database_cpu_us=0.1, queue_messages_per_s=50_000)
+
+
+def test_cores_follow_from_costs_and_rate() -> None:
+    taken = capacity.calculate(COSTS, Wanted(1_000_000, headroom=0.5, cores_per_broker_node=8, copies=3))
+    assert taken.gateway_cores == pytest.approx(2.0)
+    assert taken.gateway_processes == 4
+    assert taken.broker_cores == pytest.approx(30.0)
+    assert taken.broker_nodes == 8  # 30 cores, half of each kept free, on nodes of 8
+    assert taken.queues == 40
+    assert taken.database_cores == pytest.approx(0.1)
+    assert taken.network_copies_gbit == pytest.approx(2 * taken.network_amqp_gbit)
+
+
+def test_there_are_never_fewer_nodes_than_copies() -> None:
+    assert capacity.calculate(COSTS, Wanted(1_000, copies=3)).broker_nodes == 3
+
+
+def test_envelopes_spare_the_network_their_frames() -> None:
+    wanted = Wanted(1_000_000)
+    enveloped = Costs(2.0, 10.0, 0.1, 50_000, sms_per_message=100)
+    single = capacity.calculate(COSTS, wanted)
+    assert capacity.calculate(enveloped, wanted).network_amqp_gbit < 0.8 * single.network_amqp_gbit

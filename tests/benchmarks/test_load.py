@@ -1,0 +1,234 @@
+"""The load generator against a tiny server: honest latencies, thresholds, and an end when the server dies."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from aiohttp import web
+
+from benchmarks import generator, load, machine
+from benchmarks.generator import Plan
+from benchmarks.latency import Recorder
+from benchmarks.load import ExitCode, Options, Outcome, Thresholds
+from benchmarks.workers import REPOSITORY, Result, Tick
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+NOTHING_ASKED = Thresholds()
+
+
+def make_options(url: str = "http://127.0.0.1:1", **changes: Any) -> Options:
+    values: dict[str, Any] = {
+        "url": url,
+        "list_numbers": ("+18005551000",),
+        "batch": 10,
+        "connections": 4,
+        "rate": 0.0,
+        "bad_share": 0.0,
+        "body_length": 50,
+        "duration_s": 1.0,
+        "warm_up_s": 0.0,
+        "ramp_s": 0.0,
+        "timeout_s": 5.0,
+        "processes": 1,
+        "thresholds": NOTHING_ASKED,
+    }
+    return Options(**(values | changes))
+
+
+async def accept(request: web.Request) -> web.Response:
+    """What the gateway answers to a clean batch."""
+    count = len((await request.json())["messages"])
+    return web.json_response({"queued_count": count, "error_count": 0, "errors": []})
+
+
+@asynccontextmanager
+async def served(handler: Handler) -> AsyncIterator[tuple[str, web.AppRunner]]:
+    app = web.Application()
+    app.router.add_post(generator.PATH, handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}", runner
+    finally:
+        await runner.cleanup()
+
+
+async def run(options: Options) -> Outcome:
+    return await asyncio.to_thread(load.run, options, "trk_key", lambda _: None)
+
+
+def test_arrivals_are_evenly_spaced_and_divided_among_processes() -> None:
+    whole = list(islice(generator.arrivals(Plan("", "", [], requests_per_s=100)), 10))
+    assert whole == pytest.approx([n / 100 for n in range(10)])
+    shares = [
+        list(islice(generator.arrivals(Plan("", "", [], requests_per_s=100, share=k, shares=2)), 5)) for k in (0, 1)
+    ]
+    assert sorted(shares[0] + shares[1]) == pytest.approx(whole)
+
+
+def test_a_ramp_rises_to_the_rate_without_a_jump() -> None:
+    plan = Plan("", "", [], requests_per_s=100, ramp_s=2)
+    due = list(islice(generator.arrivals(plan), 300))
+    assert sum(at < 1 for at in due) == 25  # half the rate at half the ramp: a quarter of its requests
+    assert sum(at < 2 for at in due) == 100
+    steps = [after - before for before, after in pairwise(due)]
+    assert all(later <= earlier + 1e-9 for earlier, later in pairwise(steps))
+    assert steps[-1] == pytest.approx(0.01)
+
+
+async def test_closed_loop_counts_what_was_accepted() -> None:
+    async with served(accept) as (url, _):
+        outcome = await run(make_options(url, processes=2))
+    assert outcome.failures == 0
+    assert outcome.requests > 0
+    assert outcome.messages_per_s == pytest.approx(10 * outcome.requests_per_s)
+    assert outcome.exit_code == ExitCode.FINE
+
+
+async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> None:
+    """The server stands still for half a second: what was due meanwhile has waited, whether it was sent or not."""
+    stands_still = asyncio.Event()
+    answered = 0
+
+    async def stall_once(request: web.Request) -> web.Response:
+        nonlocal answered
+        answered += 1
+        if answered == 20:
+            asyncio.get_running_loop().call_later(0.5, stands_still.set)
+        if answered >= 20:
+            await stands_still.wait()
+        return await accept(request)
+
+    async with served(stall_once) as (url, _):
+        outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=2.0))
+    waited = [latency_ms for percentile, latency_ms in outcome.latencies.curve_ms if percentile >= 85]
+    # 50 of the 200 requests are due within the half second; only two could be sent, and one load generator
+    # with coordinated omission would report just those two.
+    assert outcome.requests == pytest.approx(200, abs=5)
+    assert min(waited) > 100
+    assert outcome.latencies.at(100) > 400
+    assert outcome.latencies.at(50) < 100
+
+
+async def test_it_ends_when_the_server_dies() -> None:
+    async with served(accept) as (url, runner):
+
+        async def die() -> None:
+            await asyncio.sleep(1.0)
+            await runner.cleanup()
+
+        dying = asyncio.create_task(die())
+        async with asyncio.timeout(20):
+            outcome = await run(make_options(url, duration_s=60.0))
+        await dying
+    assert outcome.exit_code == ExitCode.SERVER_GONE
+    assert "gone" in outcome.ended_early
+
+
+async def test_a_connection_that_the_server_closes_in_good_order_is_no_failure() -> None:
+    async def accept_and_close(request: web.Request) -> web.StreamResponse:
+        response = await accept(request)
+        response.force_close()
+        return response
+
+    async with served(accept_and_close) as (url, _):
+        outcome = await run(make_options(url))
+    assert outcome.requests > 3
+    assert outcome.failures == 0
+
+
+async def test_a_request_that_queues_less_than_its_good_messages_fails() -> None:
+    async def lose_one(request: web.Request) -> web.Response:
+        count = len((await request.json())["messages"])
+        return web.json_response({"queued_count": count - 1, "error_count": 1, "errors": []})
+
+    async with served(lose_one) as (url, _):
+        outcome = await run(make_options(url, thresholds=Thresholds(max_error_rate=0.5)))
+    assert outcome.error_rate == 1.0
+    assert outcome.exit_code == ExitCode.THRESHOLD_BROKEN
+    assert outcome.first_failure.startswith('200: {"queued_count": 9')
+
+
+def judged(thresholds: Thresholds, **changes: Any) -> Outcome:
+    recorder = Recorder()
+    for milliseconds in range(1, 101):
+        recorder.record(milliseconds / 1e3)
+    result = Result(10.0, 100, 100_000, 2, 110, 110_000, 2, {"200": 108, "503": 2}, recorder.encoded(), 0.1)
+    for name, value in changes.items():
+        setattr(result, name, value)
+    return load.judge(machine.describe(), make_options(duration_s=10.0, thresholds=thresholds), [result], [])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "expected"),
+    [
+        (NOTHING_ASKED, ExitCode.FINE),
+        (Thresholds(max_p99_ms=100, min_rate=10_000, max_error_rate=0.02), ExitCode.FINE),
+        (Thresholds(max_p99_ms=98), ExitCode.THRESHOLD_BROKEN),
+        (Thresholds(min_rate=10_001), ExitCode.THRESHOLD_BROKEN),
+        (Thresholds(max_error_rate=0.01), ExitCode.THRESHOLD_BROKEN),
+    ],
+)
+def test_thresholds_set_the_exit_code(thresholds: Thresholds, expected: ExitCode) -> None:
+    assert judged(thresholds).exit_code == expected
+
+
+def test_a_dead_server_weighs_more_than_a_threshold() -> None:
+    assert judged(Thresholds(min_rate=1e9), ended_early="gone").exit_code == ExitCode.SERVER_GONE
+
+
+def test_a_run_without_a_single_answer_is_all_errors() -> None:
+    silent = judged(Thresholds(max_error_rate=0.5), requests=0, messages=0, failures=0, latencies=Recorder().encoded())
+    assert silent.exit_code == ExitCode.THRESHOLD_BROKEN
+
+
+def test_moments_add_up_the_processes() -> None:
+    timeline = load.Timeline(2)
+    timeline.add(0, Tick(0.5, 1, 100, 0, 3, 20.0))
+    timeline.add(1, Tick(0.75, 2, 200, 1, 4, 50.0))
+    timeline.add(0, Tick(1.25, 1, 100, 0, 2, 5.0))
+    assert [(one.at_s, one.messages_per_s, one.failures, one.in_flight) for one in timeline.moments] == [
+        (0.0, 300.0, 1, 7),
+        (1.0, 100.0, 0, 6),
+    ]
+
+
+def type_load(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command, as an operator types it."""
+    options = ["--url", url, "--key", "k", "--list-number", "+18005551000", *arguments]
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks", "load", *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+async def test_the_command_line_exits_as_the_thresholds_say(tmp_path: Path) -> None:
+    report, figures = tmp_path / "report.html", tmp_path / "figures.json"
+    limits = ["--duration", "1", "--warm-up", "0", "--min-rate", "1e12"]
+    async with served(accept) as (url, _):
+        done = await asyncio.to_thread(type_load, url, *limits, "--report", str(report), "--json", str(figures))
+    assert done.returncode == ExitCode.THRESHOLD_BROKEN, done.stdout + done.stderr
+    page = report.read_text()
+    assert "<svg" in page
+    assert "src=" not in page
+    assert "href=" not in page
+    assert msgspec.json.decode(figures.read_bytes(), type=Outcome).broken
+
+
+def test_an_address_where_nobody_listens_is_one_line_and_exit_code_2() -> None:
+    done = type_load("http://127.0.0.1:1")
+    assert done.returncode == ExitCode.UNUSABLE
+    assert done.stderr.startswith("error: ")
+    assert len(done.stderr.splitlines()) == 1

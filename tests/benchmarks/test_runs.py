@@ -1,0 +1,105 @@
+"""A run whose queue does not hold what was accepted counts for nothing."""
+
+import pytest
+
+from benchmarks import compare, machine, runs
+from benchmarks.compare import Options
+from benchmarks.publisher import Confirms
+from benchmarks.runs import FASTAPI, GATEWAY, LIMIT, Run, Setup
+from benchmarks.workers import Result
+
+
+def result(**changes: object) -> Result:
+    counted = Result(3.0, 5, 5_000, 0, 7, 7_000, 0, {"200": 7}, "", 0.1)
+    for name, value in changes.items():
+        setattr(counted, name, value)
+    return counted
+
+
+def test_a_run_counts_when_the_queue_holds_what_was_accepted() -> None:
+    assert runs.why_void([result()], expected_depth=7_000, depth=7_000) == ""
+
+
+@pytest.mark.parametrize("depth", [6_999, 7_001, 0])
+def test_a_run_is_void_when_the_queue_holds_anything_else(depth: int) -> None:
+    assert "7,000 AMQP messages were accepted" in runs.why_void([result()], expected_depth=7_000, depth=depth)
+
+
+def test_a_run_is_void_when_requests_failed() -> None:
+    failed = result(all_failures=2, statuses={"200": 5, "503": 2})
+    assert "2 requests failed (answers by status: {'200': 5, '503': 2})" in runs.why_void(
+        [failed], expected_depth=7_000, depth=7_000
+    )
+
+
+def test_a_run_is_void_when_the_server_went() -> None:
+    assert runs.why_void([result(ended_early="gone")], expected_depth=0, depth=0) == "gone"
+
+
+def test_a_run_is_void_when_nothing_was_answered_in_time() -> None:
+    assert runs.why_void([result(requests=0)], expected_depth=7_000, depth=7_000)
+
+
+@pytest.mark.parametrize(
+    ("batch", "lists", "sms_per_message", "expected"),
+    [(1_000, 1, 1, 1_000), (1_000, 1, 100, 10), (1_000, 3, 100, 12), (10, 3, 100, 3), (1, 3, 100, 1), (250, 1, 100, 3)],
+)
+def test_each_list_has_envelopes_of_its_own(batch: int, lists: int, sms_per_message: int, expected: int) -> None:
+    assert runs.amqp_messages(Setup(batch=batch, sms_per_message=sms_per_message), lists) == expected
+
+
+def one_run(system: str, messages: int, cpu_us: float, *, void: str = "") -> Run:
+    return Run(
+        system=system,
+        setup=Setup(batch=1_000, in_flight=8),
+        seconds=2.0,
+        requests=messages // 1_000,
+        messages=messages,
+        failures=0,
+        p50_ms=5.0,
+        p99_ms=9.0,
+        client_cpu_us_per_message=0.1,
+        server_cpu_us_per_message=cpu_us,
+        server_cpu_us_per_request=cpu_us * 1_000,
+        broker_cpu_us_per_message=30.0,
+        database_cpu_us_per_message=0.3,
+        peak_mb=70.0,
+        ticks=[],
+        void=void,
+    )
+
+
+def test_void_runs_enter_no_figure_and_are_shown() -> None:
+    rounds = [
+        [one_run(LIMIT, 100_000, 0.5), one_run(GATEWAY, 95_000, 2.0)],
+        [one_run(LIMIT, 100_000, 0.5), one_run(GATEWAY, 999_000, 0.1, void="7 accepted, 6 in the queue")],
+    ]
+    compared = compare.evaluate(machine.describe(), Options(sizes={1_000: 8}), rounds)
+    gateway = next(one for one in compared.summaries if one.system == GATEWAY)
+    assert gateway.messages_per_s.highest == 47_500
+    assert [run.void for run in compared.void] == ["7 accepted, 6 in the queue"]
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """The machine is twice as fast in the second round; the gateway is as near to the limit as before."""
+    rounds = [
+        [one_run(LIMIT, 50_000, 1), one_run(GATEWAY, 45_000, 4), one_run(FASTAPI, 5_000, 200)],
+        [one_run(LIMIT, 100_000, 1), one_run(GATEWAY, 90_000, 2), one_run(FASTAPI, 10_000, 100)],
+    ]
+    bars = compare.evaluate(machine.describe(), Options(sizes={1_000: 8}), rounds).bars
+    ratios = {bar.what: bar.measured for bar in bars}
+    share = ratios["accepted msg/s ÷ bare publisher's"]
+    assert [share.lowest, share.highest] == pytest.approx([0.9, 0.9])
+    assert ratios["FastAPI's CPU per message ÷ gateway's"].lowest == pytest.approx(50)
+
+
+def test_the_bare_publisher_counts_a_batch_only_when_all_of_it_is_confirmed() -> None:
+    confirms = Confirms(size=3)
+    confirms.add(1.0)
+    confirms.add(2.0)
+    assert confirms.settle(2, multiple=False) == []
+    assert confirms.settle(1, multiple=False) == []
+    assert confirms.settle(3, multiple=False) == [1.0]
+    assert confirms.settle(5, multiple=True) == []
+    assert confirms.settle(6, multiple=True) == [2.0]
+    assert len(confirms) == 0
