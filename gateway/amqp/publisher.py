@@ -150,7 +150,7 @@ class Publisher:
             try:
                 async with asyncio.timeout(self._settings.amqp_connect_timeout_s), _stray_cancellation_is_loss():
                     await connection.open()
-            except Exception as error:
+            except Exception as error:  # whatever the library raises, this loop must go on
                 log.warning("cannot connect to the broker at %s:%s: %s", node.host, node.port, _reason(error))
                 attempt += 1
             else:
