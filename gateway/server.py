@@ -1,6 +1,7 @@
 """The process: open the runtime, serve two listeners, drain on SIGTERM, close."""
 
 import asyncio
+import gc
 import logging
 import signal
 from typing import Any
@@ -20,6 +21,10 @@ logger = logging.getLogger(__name__)
 def run(settings: Settings) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return."""
     log.configure(settings.log_level)
+    # Requests leave few cycles, and what lives from the start is no garbage: collect seldom, and spare the rest
+    # (3 % of the CPU of scripts/bench compare, batches of 1).
+    gc.set_threshold(50_000, 20, 20)
+    gc.freeze()
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
     uvloop.run(serve(settings))

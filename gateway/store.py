@@ -1,12 +1,13 @@
 """The questions asked of PostgreSQL on the way of a request: one function each, SQL as named constants.
 
+Requests in flight together share queries (grouped.py); an answer is always from a query that began after its question.
 Every wait is bounded, and whatever goes wrong with the database leaves here as DatabaseUnavailable. Reads go to the
 primary, without a cache, so that a revoked key or a suspended account is refused on the first request after the commit.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
@@ -14,20 +15,22 @@ import asyncpg
 
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
+from gateway.grouped import Grouped
 
 log = logging.getLogger(__name__)
 
-FIND_ACCOUNT_BY_KEY = """
-    SELECT account.id, account.status = 'active' AS is_active
+FIND_ACCOUNTS_BY_KEY = """
+    SELECT key.sha256, account.id, account.status = 'active' AS is_active
     FROM api_keys AS key
     JOIN accounts AS account ON account.id = key.account_id
-    WHERE key.sha256 = $1 AND key.revoked_at IS NULL
+    WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
 """
 
 FIND_OWNED_LISTS = """
-    SELECT number, id
-    FROM sending_lists
-    WHERE account_id = $1 AND number = ANY($2::text[]) AND status = 'active'
+    SELECT list.account_id, list.number, list.id
+    FROM unnest($1::bigint[], $2::text[]) AS asked (account_id, number)
+    JOIN sending_lists AS list ON list.account_id = asked.account_id AND list.number = asked.number
+    WHERE list.status = 'active'
 """
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
@@ -63,6 +66,8 @@ class Store:
             reset=_keep_session,
             server_settings={"application_name": "sms-gateway"},
         )
+        self._accounts = Grouped(self._find_accounts)
+        self._lists = Grouped(self._find_lists)
 
     async def open(self) -> None:
         """Make the pool ready; connects to nothing yet."""
@@ -78,15 +83,27 @@ class Store:
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         """Whose key it is; None when it is unknown or revoked."""
-        async with self._connection() as connection:
-            row = await connection.fetchrow(FIND_ACCOUNT_BY_KEY, key_sha256)
-        return Account(*row) if row else None
+        return await self._accounts.ask(key_sha256)
 
     async def find_owned_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
         """List number → list id, for those of `numbers` that are active lists of this account."""
+        return await self._lists.ask((account_id, numbers))
+
+    async def _find_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
         async with self._connection() as connection:
-            rows = await connection.fetch(FIND_OWNED_LISTS, account_id, numbers)
-        return dict(map(tuple, rows))
+            rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
+        accounts = {sha256: Account(account_id, is_active) for sha256, account_id, is_active in rows}
+        return [accounts.get(key) for key in keys]
+
+    async def _find_lists(self, questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
+        asked = [(account_id, number) for account_id, numbers in questions for number in numbers]
+        async with self._connection() as connection:
+            rows = await connection.fetch(FIND_OWNED_LISTS, *map(list, zip(*asked, strict=True)))
+        owned = {(account_id, number): list_id for account_id, number, list_id in rows}
+        return [
+            {number: owned[account_id, number] for number in numbers if (account_id, number) in owned}
+            for account_id, numbers in questions
+        ]
 
     async def lease_message_ids(self) -> int:
         """The number of a lease that no other process has, or will ever have."""
@@ -96,7 +113,7 @@ class Store:
 
     @asynccontextmanager
     async def _connection(self) -> "AsyncIterator[asyncpg.pool.PoolConnectionProxy]":
-        """A connection for one question. Waiting for it, and for the answer, take `timeout_s` together at most."""
+        """A connection for one query. Waiting for it, and for the answer, take `timeout_s` together at most."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection = await self._pool.acquire()
