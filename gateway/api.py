@@ -55,13 +55,14 @@ async def send_bulk(request: web.Request) -> web.Response:
         prepared = batch.build(
             draft,
             lists,
-            await runtime.ids.take(len(draft.messages)),
+            await runtime.ids.take(batch.ids_needed(draft, runtime.layout)),
             account_id=account.id,
             accepted_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             request_id=request[REQUEST_ID],
+            layout=runtime.layout,
         )
-        outcomes = await runtime.publisher.publish(prepared.ids, prepared.payloads)
-        return _json(200, _answer(prepared, outcomes))
+        outcomes = await runtime.publisher.publish(prepared.payload_ids, prepared.payloads, prepared.shards)
+        return _json(200, _answer(prepared, prepared.outcomes_of_messages(outcomes)))
 
 
 def _octets_of_body(request: web.Request) -> int:

@@ -11,13 +11,14 @@ from typing import NamedTuple
 from msgspec import UNSET
 
 from gateway import errors
+from gateway.envelopes import Layout, Placed, place
 from gateway.wire import (
     Bulk,
     ErrorRow,
     Message,
     Misfit,
     Payload,
-    encode_payloads,
+    encode,
     is_contact_data,
     is_object,
     sent_nothing,
@@ -29,6 +30,7 @@ _is_number = re.compile(_E164).fullmatch
 _are_numbers = re.compile(rf"{_E164}(?:\n{_E164})*").fullmatch
 
 MACRO = "{{messageId}}"
+PLAIN = Layout()
 
 
 class Draft(NamedTuple):
@@ -45,13 +47,30 @@ class Draft(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The messages that are the caller's to send, each with its id and its payload; three parallel lists."""
+    """The messages that are the caller's to send, and the payloads that carry them."""
 
-    ids: list[str]
-    payloads: list[bytes]
+    ids: list[str]  # one for each of messages
     messages: list[Message]
-    indexes: Sequence[int]
+    indexes: Sequence[int]  # where each of messages stood in the request
     rows: list[ErrorRow]
+    payload_ids: list[str]  # one for each of payloads: the AMQP message_id
+    payloads: list[bytes]
+    placed: list[Placed] | None = None  # what each payload carries, and where to; None: one message each, one queue
+
+    @property
+    def shards(self) -> list[int] | None:
+        """The shard of each payload, ascending; None where there is one queue."""
+        return [shard for shard, _ in self.placed] if self.placed is not None else None
+
+    def outcomes_of_messages(self, outcomes: bytes) -> bytes:
+        """One outcome per message, from one per payload: what becomes of an envelope becomes of all it carries."""
+        if self.placed is None:
+            return outcomes
+        spread = bytearray(len(self.messages))
+        for (_, positions), outcome in zip(self.placed, outcomes, strict=True):
+            for position in positions:
+                spread[position] = outcome
+        return bytes(spread)
 
 
 def validate(bulk: Bulk) -> Draft:
@@ -130,6 +149,11 @@ def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal |
     return None
 
 
+def ids_needed(draft: Draft, layout: Layout) -> int:
+    """How many ids build() may use: one per message, and one per envelope."""
+    return len(draft.messages) + layout.most_envelopes(draft.list_numbers)
+
+
 def build(
     draft: Draft,
     lists: Mapping[str, int],
@@ -138,15 +162,17 @@ def build(
     account_id: int,
     accepted_at: str,
     request_id: str,
+    layout: Layout = PLAIN,
 ) -> Batch:
     """Payloads for the draft's messages whose list is among `lists` (list number → list id, the account's own).
 
-    `ids` holds one id per message of the draft; those of messages without a list are left unused.
+    `ids` holds ids_needed() ids; those of messages without a list are left unused.
     """
+    envelope_ids = ids[len(draft.messages) :]
     messages, list_numbers, indexes, rows = draft
     if not lists.keys() >= set(list_numbers):
         messages, list_numbers, indexes, rows = _own(draft, lists)
-    payloads = [
+    contents = [
         Payload(
             message_id,
             account_id,
@@ -163,7 +189,18 @@ def build(
         )
         for message, list_number, message_id, index in zip(messages, list_numbers, ids, indexes, strict=False)
     ]
-    return Batch(ids[: len(payloads)], encode_payloads(payloads), messages, indexes, rows)
+    ids = ids[: len(contents)]
+    if layout.is_plain:
+        return Batch(ids, messages, indexes, rows, ids, [encode(content) for content in contents])
+    placed = place([content.list_id for content in contents], layout)
+    if layout.messages_per_envelope == 1:
+        carried = [positions[0] for _, positions in placed]
+        payload_ids = [ids[position] for position in carried]
+        payloads = [encode(contents[position]) for position in carried]
+    else:
+        payload_ids = envelope_ids[: len(placed)]
+        payloads = [encode([contents[position] for position in positions]) for _, positions in placed]
+    return Batch(ids, messages, indexes, rows, payload_ids, payloads, placed)
 
 
 def _own(draft: Draft, lists: Mapping[str, int]) -> Draft:

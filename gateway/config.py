@@ -43,6 +43,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     amqp_queue: AmqpName = "sms.outbound"
     amqp_queue_type: Literal["quorum", "classic", "stream"] = "quorum"
     amqp_topology: Literal["declare", "check"] = "declare"
+    messages_per_envelope: Annotated[int, Meta(ge=1, le=1000)] = 1  # above 1, SMS of a list share an AMQP message
+    queue_shards: Annotated[int, Meta(ge=1, le=256)] = 1  # above 1, as many queues, chosen by list
     amqp_connections: Annotated[int, Meta(ge=1, le=64)] = 2  # spread over the nodes of the URL
     amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 5  # a dead peer shows after 3 × (heartbeat + 1) s
     amqp_connect_timeout_s: Seconds = 5.0
@@ -70,6 +72,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values["database_url"] = _without_password(self.database_url)
         values["amqp_url"] = ",".join(map(_without_password, self.amqp_nodes()))
         return values
+
+    def queues(self) -> list[str]:
+        """The outbound queues, one per shard; each is bound by its own name."""
+        if self.queue_shards == 1:
+            return [self.amqp_queue]
+        return [f"{self.amqp_queue}.{shard}" for shard in range(self.queue_shards)]
 
     def amqp_nodes(self) -> list[str]:
         """The broker's nodes, one URL each, in the order given."""

@@ -11,6 +11,7 @@ from aiohttp import web
 from gateway.admission import Admission
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
+from gateway.envelopes import Layout
 from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
 from gateway.store import Store
@@ -25,6 +26,7 @@ class Runtime:
     ids: IdSupply
     publisher: Publisher
     admission: Admission
+    layout: Layout
     database_was_reached: bool = False
     draining: bool = False
 
@@ -45,7 +47,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         publisher.start()
         stack.push_async_callback(publisher.close)
         admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
-        runtime = Runtime(settings, store, ids, publisher, admission)
+        layout = Layout(settings.messages_per_envelope, settings.queue_shards)
+        runtime = Runtime(settings, store, ids, publisher, admission, layout)
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
         yield runtime

@@ -10,6 +10,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import groupby
 from typing import Any
 
 import aio_pika
@@ -34,7 +35,7 @@ from gateway.errors import Overloaded, QueueUnavailable
 
 log = logging.getLogger(__name__)
 
-MESSAGE_TYPE = "sms.v1"
+MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
 RETRY_MARGIN_S = 0.5  # less than this before the deadline is not worth a second try
 CLOSE_TIMEOUT_S = 2.0
@@ -79,22 +80,30 @@ class Publisher:
     def unconfirmed_bytes(self) -> int:
         return sum(connection.unconfirmed_bytes for connection in self._connections)
 
-    async def publish(self, ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
+    async def publish(
+        self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None = None
+    ) -> bytes:
         """Publish one batch, in order, on one channel; wait until all is confirmed or the deadline has come.
 
-        Returns one Outcome per message. Raises QueueUnavailable or Overloaded when nothing at all was written.
+        `shards` names the queue of each payload, ascending; None means the first for all. Returns one Outcome per
+        payload. Raises QueueUnavailable or Overloaded when nothing at all was written.
         """
         if not payloads:
             return b""
         deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
         connection = self._choose(len(payloads))
-        outcomes = await connection.publish(ids, payloads, deadline)
+        outcomes = await connection.publish(ids, payloads, shards, deadline)
         if connection.is_lost and not self._closed and Outcome.UNKNOWN in outcomes:
-            return await self._republish_unknown(ids, payloads, outcomes, deadline)
+            return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
         return outcomes
 
     async def _republish_unknown(
-        self, ids: Sequence[str], payloads: Sequence[bytes], outcomes: bytes, deadline: float
+        self,
+        ids: Sequence[str],
+        payloads: Sequence[bytes],
+        shards: Sequence[int] | None,
+        outcomes: bytes,
+        deadline: float,
     ) -> bytes:
         """Write the unknown messages once more, elsewhere, with the same ids: a second copy beats a lost one.
 
@@ -107,6 +116,7 @@ class Publisher:
             second = await connection.publish(
                 [ids[position] for position in unknown],
                 [payloads[position] for position in unknown],
+                [shards[position] for position in unknown] if shards else None,
                 deadline,
             )
         except (QueueUnavailable, Overloaded):
@@ -228,13 +238,16 @@ class _PublishConnection:
         publish_channel = self._connection.channel(publisher_confirms=True)
         await publish_channel.initialize()
         underlay = await publish_channel.get_underlay_channel()
-        self._framer = PublishFramer(
-            channel=underlay.number,
-            exchange=self._settings.amqp_exchange,
-            routing_key=self._settings.amqp_queue,
-            message_type=MESSAGE_TYPE,
-            frame_max=underlay.connection.connection_tune.frame_max,
-        )
+        self._framers = [
+            PublishFramer(
+                channel=underlay.number,
+                exchange=self._settings.amqp_exchange,
+                routing_key=queue,
+                message_type=MESSAGE_TYPE if self._settings.messages_per_envelope == 1 else ENVELOPE_TYPE,
+                frame_max=underlay.connection.connection_tune.frame_max,
+            )
+            for queue in self._settings.queues()
+        ]
         self._transports.listen_to(underlay.number)
 
     async def close(self) -> None:
@@ -270,12 +283,14 @@ class _PublishConnection:
         oldest = self._oldest()
         return self._loop.time() - oldest.written_at if oldest else 0.0
 
-    async def publish(self, ids: Sequence[str], payloads: Sequence[bytes], deadline: float) -> bytes:
+    async def publish(
+        self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None, deadline: float
+    ) -> bytes:
         """Write one batch and wait until it is settled, lost, or past `deadline`; one Outcome per message.
 
         Raises QueueUnavailable when the buffer could not be handed to the transport: then nothing was written.
         """
-        buffer = self._framer.pack(ids, payloads)
+        buffer = self._pack(ids, payloads, shards)
         published = self._tracker.add(ids)
         try:
             self._transports.write(buffer)
@@ -294,6 +309,17 @@ class _PublishConnection:
         finally:
             give_up.cancel()
         return published.outcomes()
+
+    def _pack(self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None) -> bytes:
+        """One buffer for the batch: each run of payloads for one shard goes through that shard's framer."""
+        if shards is None:
+            return self._framers[0].pack(ids, payloads)
+        buffers, start = [], 0
+        for shard, run in groupby(shards):
+            stop = start + sum(1 for _ in run)
+            buffers.append(self._framers[shard].pack(ids[start:stop], payloads[start:stop]))
+            start = stop
+        return b"".join(buffers)
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -447,9 +473,12 @@ async def _ensure_topology(channel: AbstractChannel, settings: Settings) -> None
                 arguments={"x-queue-type": settings.amqp_queue_type},
             )
             await dead_queue.bind(dead_exchange)
-    queue = await channel.declare_queue(settings.amqp_queue, durable=True, passive=check_only, arguments=arguments)
-    if not check_only:
-        await queue.bind(exchange, routing_key=settings.amqp_queue)
+    if settings.queue_shards > 1 and settings.amqp_queue_type != "classic":
+        arguments["x-queue-leader-locator"] = "balanced"  # leaders are what works: spread them over the nodes
+    for name in settings.queues():
+        queue = await channel.declare_queue(name, durable=True, passive=check_only, arguments=arguments)
+        if not check_only:
+            await queue.bind(exchange, routing_key=name)
 
 
 def _reason(error: BaseException) -> str:

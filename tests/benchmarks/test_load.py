@@ -118,6 +118,37 @@ async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> N
     assert outcome.latencies.at(50) < 100
 
 
+async def test_open_loop_waits_for_what_was_due_before_the_time_was_up() -> None:
+    """The server stands still from 0.7 s on, for 0.8 s; the measurement ends at 1.0 s."""
+    goes_on = asyncio.Event()
+    answered = 0
+
+    async def stall_at_the_end(request: web.Request) -> web.Response:
+        nonlocal answered
+        answered += 1
+        if answered == 70:
+            asyncio.get_running_loop().call_later(0.8, goes_on.set)
+        if answered >= 70:
+            await goes_on.wait()
+        return await accept(request)
+
+    async with served(stall_at_the_end) as (url, _):
+        outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=1.0))
+    assert outcome.requests == pytest.approx(100, abs=5)
+    assert outcome.latencies.at(90) > 400
+
+
+async def test_open_loop_counts_what_could_never_be_sent_as_failed() -> None:
+    async def never(_: web.Request) -> web.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async with served(never) as (url, _):
+        outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=1.0, timeout_s=0.5))
+    assert outcome.requests == pytest.approx(100, abs=5)
+    assert outcome.error_rate == 1.0
+
+
 async def test_it_ends_when_the_server_dies() -> None:
     async with served(accept) as (url, runner):
 

@@ -64,6 +64,7 @@ def one_run(system: str, messages: int, cpu_us: float, *, void: str = "") -> Run
         broker_cpu_us_per_message=30.0,
         database_cpu_us_per_message=0.3,
         peak_mb=70.0,
+        other_cores=0.0,
         ticks=[],
         void=void,
     )

@@ -156,7 +156,7 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
     _, answer = await gateway.send([gateway.message()] * 1000)
 
     assert answer["queued_count"] == 1000
-    assert queries == [store.FIND_ACCOUNT_BY_KEY, store.FIND_OWNED_LISTS]
+    assert queries == [store.FIND_ACCOUNTS_BY_KEY, store.FIND_OWNED_LISTS]
     assert transport.writes == 1
     assert len(futures) == 1
 

@@ -593,8 +593,7 @@ async def test_over_the_cap_of_messages_nothing_is_written(broker: ScriptedBroke
         last = publish(publisher, 1, "C")
         await broker.wait_published(3)
         assert sorted(ids_of(broker.published)) == [*ids(2, "A"), *ids(1, "C")]
-        for session in broker.sessions:
-            session.ack(max(m.delivery_tag for m in broker.published if m.connection == session.index), multiple=True)
+        broker.sessions[broker.published[0].connection].ack(3, multiple=True)
         assert list(await first + await last) == [ACKED] * 3
         broker.mode = "ack"
         assert list(await publish(publisher, 2, "B")) == [ACKED] * 2
@@ -621,15 +620,24 @@ async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker)
         with pytest.raises(QueueUnavailable):
             await publisher.publish(ids(1), payloads(1))
         with pytest.raises(QueueUnavailable):  # had it been chosen a moment earlier
-            await connection.publish(ids(1), payloads(1), asyncio.get_running_loop().time() + 1)
+            await connection.publish(ids(1), payloads(1), None, asyncio.get_running_loop().time() + 1)
         assert is_idle(publisher)
     assert broker.published == []
 
 
-async def test_the_connection_with_less_on_the_wire_is_chosen(broker: ScriptedBroker) -> None:
+async def test_small_batches_in_flight_together_share_a_connection(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        assert [list(outcomes) for outcomes in await asyncio.gather(*(publish(publisher, 1) for _ in range(6)))] == [
+            [ACKED]
+        ] * 6
+    assert len({message.connection for message in broker.published}) == 1
+
+
+async def test_beyond_that_the_connection_with_less_on_the_wire_is_chosen(broker: ScriptedBroker) -> None:
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
-        batches = [publish(publisher, 1, f"{n}") for n in range(6)]
+        large = [b" " * 70_000]
+        batches = [asyncio.create_task(publisher.publish(ids(1, f"{n}"), large)) for n in range(6)]
         await broker.wait_published(6)
         by_connection = [message.connection for message in broker.published]
         assert by_connection.count(0) == by_connection.count(1) == 3

@@ -33,6 +33,8 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_queue": ("q" * 200, "q" * 200),
     "amqp_queue_type": ("stream", "stream"),
     "amqp_topology": ("check", "check"),
+    "messages_per_envelope": ("100", 100),
+    "queue_shards": ("4", 4),
     "amqp_connections": ("64", 64),
     "amqp_heartbeat_s": ("600", 600),
     "amqp_connect_timeout_s": ("1", 1.0),
@@ -64,6 +66,9 @@ BAD: list[tuple[str, str, str]] = [
     ("amqp_queue", "büro", "matching regex"),
     ("amqp_queue_type", "quorums", "Invalid enum value"),
     ("amqp_topology", "Declare", "Invalid enum value"),
+    ("messages_per_envelope", "0", "Expected `int` >= 1"),
+    ("messages_per_envelope", "1001", "Expected `int` <= 1000"),
+    ("queue_shards", "0", "Expected `int` >= 1"),
     ("amqp_connections", "0", ">= 1"),
     ("amqp_connections", "65", "<= 64"),
     ("amqp_heartbeat_s", "0", ">= 1"),  # 0 would be "no heartbeat": a dead broker would never show

@@ -18,7 +18,8 @@ LAYERS = [
     ["admin", "id_supply"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
-    ["amqp.confirms", "amqp.frames", "wire", "message_ids"],
+    ["grouped"],
+    ["amqp.confirms", "amqp.frames", "envelopes", "wire", "message_ids"],
     ["errors", "config", "log"],
 ]
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
@@ -31,7 +32,7 @@ KNOWN_ONLY_TO = {
     "uvloop": {"server"},
 }
 
-PURE = ["batch", "wire", "message_ids", "amqp.frames", "amqp.confirms"]
+PURE = ["batch", "envelopes", "wire", "message_ids", "amqp.frames", "amqp.confirms"]
 IO_CLOCK_AND_CHANCE = {
     *["asyncio", "socket", "threading", "os", "logging", "time", "datetime", "random", "secrets", "uuid"],
 }

@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -11,7 +10,7 @@ from msgspec import UNSET, Raw
 
 from gateway import wire
 from gateway.errors import GatewayError, InvalidJson, MissingMessages, TooManyMessages
-from gateway.wire import Answer, ErrorRow, Message, Misfit, Payload, decode_bulk, encode, encode_payloads
+from gateway.wire import Answer, ErrorRow, Message, Misfit, decode_bulk, encode
 
 EXAMPLES = settings(derandomize=True, max_examples=300, deadline=None)
 
@@ -320,20 +319,6 @@ def test_a_bytearray_is_as_good_as_bytes() -> None:
 
 
 # What is encoded
-
-
-def payload(index: int, metadata: bytes | None = None) -> Payload:
-    raw = UNSET if metadata is None else Raw(metadata)
-    return Payload("AbC12345", 1, 2, "+18005551000", "+14155551234", "Hi\n", False, UNSET, raw, "now", "r", index)
-
-
-@EXAMPLES
-@given(pretty=st.lists(st.sampled_from([None, b"{}", b"{\n}", b'{"a":\n\n1}', b'{"a":"\\n"}']), max_size=8))
-def test_each_payload_is_one_document_however_it_is_broken_into_lines(pretty: list[bytes | None]) -> None:
-    payloads = [payload(index, metadata) for index, metadata in enumerate(pretty)]
-    encoded = encode_payloads(payloads)
-    assert encoded == [msgspec.json.encode(each) for each in payloads]
-    assert [json.loads(each)["index"] for each in encoded] == list(range(len(pretty)))
 
 
 def test_an_answer_shows_the_extra_fields_only_where_they_say_something() -> None:

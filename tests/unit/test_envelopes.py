@@ -1,0 +1,50 @@
+"""Where SMS are placed: nothing lost, lists never mixed, their order kept, and honest outcomes per SMS."""
+
+from collections import defaultdict
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.batch import Batch
+from gateway.envelopes import Layout, place
+
+EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
+list_ids = st.lists(st.integers(1, 5), max_size=40)
+layouts = st.builds(Layout, st.integers(1, 7), st.integers(1, 4))
+
+
+@EXAMPLES
+@given(list_ids, layouts)
+def test_every_sms_is_placed_once_and_lists_keep_their_order(lists: list[int], layout: Layout) -> None:
+    placed = place(lists, layout) if lists else []
+    by_list: defaultdict[int, list[int]] = defaultdict(list)
+    for shard, positions in placed:
+        assert 1 <= len(positions) <= layout.messages_per_envelope
+        (list_id,) = {lists[position] for position in positions}
+        assert shard == list_id % layout.shards
+        by_list[list_id] += positions
+    assert by_list == {
+        list_id: [position for position, other in enumerate(lists) if other == list_id] for list_id in set(lists)
+    }
+    assert [shard for shard, _ in placed] == sorted(shard for shard, _ in placed)
+
+
+@EXAMPLES
+@given(list_ids, layouts)
+def test_no_more_envelopes_than_ids_were_taken_for(lists: list[int], layout: Layout) -> None:
+    if layout.messages_per_envelope > 1:
+        assert len(place(lists, layout) if lists else []) <= layout.most_envelopes([str(number) for number in lists])
+
+
+@EXAMPLES
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), layouts, st.data())
+def test_what_becomes_of_an_envelope_becomes_of_each_sms_in_it(
+    lists: list[int], layout: Layout, data: st.DataObject
+) -> None:
+    placed = place(lists, layout)
+    outcomes = bytes(data.draw(st.lists(st.integers(2, 5), min_size=len(placed), max_size=len(placed))))
+    batch = Batch([], [None] * len(lists), [], [], [], [], placed)  # type: ignore[list-item]
+    spread = batch.outcomes_of_messages(outcomes)
+    assert len(spread) == len(lists)
+    for (_, positions), outcome in zip(placed, outcomes, strict=True):
+        assert {spread[position] for position in positions} == {outcome}
