@@ -38,9 +38,18 @@ def main(*, version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 @app.command()
-def serve() -> None:
+def serve(
+    *,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes; more than one shares the API port.")] = 1,
+) -> None:
     """Serve the API and the operations listener until SIGTERM, then drain."""
-    server.run(config.load())
+    server.run(config.load(), workers=workers)
+
+
+@app.command(hidden=True)
+def work(ops_socket: str) -> None:
+    """One worker of `serve --workers`."""
+    server.run_worker(config.load(), ops_socket)
 
 
 @app.command()

@@ -56,7 +56,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     body_timeout_s: Seconds = 10.0
     keepalive_timeout_s: Seconds = 75.0  # above the 60 s at which load balancers drop an idle connection
     max_requests_in_flight: Positive = 512
-    max_bytes_in_flight: Positive = 128 * 1024 * 1024  # of request bodies; a chunked one counts as 5 MiB
+    # Of request bodies; a chunked one counts as 5 MiB. A request takes up to five times its body at its peak, so this
+    # keeps a process under 512 MB (scripts/bench memory).
+    max_bytes_in_flight: Positive = 64 * 1024 * 1024
 
     drain_delay_s: SecondsOrNone = 3.0  # serve on while load balancers notice that we are not ready
     drain_timeout_s: Seconds = 20.0  # then, for the requests in flight; the sum stays under Kubernetes' 30 s

@@ -4,6 +4,8 @@ import asyncio
 import gc
 import logging
 import signal
+import sys
+from collections.abc import Coroutine
 from typing import Any
 
 import uvloop
@@ -14,24 +16,38 @@ from gateway import __version__, api, config, errors, log
 from gateway.app import make_app, make_ops_app
 from gateway.config import Settings
 from gateway.runtime import Runtime, open_runtime
+from gateway.workers import supervise
 
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, *, workers: int = 1) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return."""
     log.configure(settings.log_level)
+    for variable in config.unknown_variables():
+        logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
+    if workers == 1:
+        _run(serve(settings))
+    else:
+        uvloop.run(supervise(settings, workers))
+
+
+def run_worker(settings: Settings, ops_socket: str) -> None:
+    """One of several workers: shares the API port, and answers its supervisor's probes on a unix socket."""
+    log.configure(settings.log_level)
+    _run(serve(settings, ops_socket=ops_socket))
+
+
+def _run(serving: Coroutine[None, None, None]) -> None:
     # Requests leave few cycles, and what lives from the start is no garbage: collect seldom, and spare the rest
     # (3 % of the CPU of scripts/bench compare, batches of 1).
     gc.set_threshold(50_000, 20, 20)
     gc.freeze()
-    for variable in config.unknown_variables():
-        logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
-    uvloop.run(serve(settings))
+    uvloop.run(serving)
 
 
-async def serve(settings: Settings) -> None:
-    """Serve until told to stop.
+async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
+    """Serve until told to stop. With `ops_socket`, as one of several workers.
 
     The order of the drain: not ready → serve on for drain_delay_s with `Connection: close` → stop listening → finish
     the requests in flight, which wait for their confirms → close broker, then database.
@@ -43,9 +59,13 @@ async def serve(settings: Settings) -> None:
     async with open_runtime(settings) as runtime:
         ops, callers = make_runners(runtime)
         try:
-            ops_port = await listen(ops, settings.ops_host, settings.ops_port)
-            api_port = await listen(callers, settings.api_host, settings.api_port)
-            logger.info("version %s serves the API on port %s, operations on port %s", __version__, api_port, ops_port)
+            if ops_socket is None:
+                ops_address = str(await listen(ops, settings.ops_host, settings.ops_port))
+            else:
+                ops_address = await listen_on_socket(ops, ops_socket)
+                loop.add_reader(sys.stdin, stop.set)  # nothing is ever written to it: it ends with the supervisor
+            api_port = await listen(callers, settings.api_host, settings.api_port, shared=ops_socket is not None)
+            logger.info("version %s serves the API on %s, operations on %s", __version__, api_port, ops_address)
             logger.info("settings: %s", settings.masked())
             await stop.wait()
             await _drain(runtime, callers)
@@ -68,10 +88,20 @@ def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     return ops, callers
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> int:
-    """Start to accept connections; returns the port, which the system chose if `port` is 0."""
+async def listen_on_socket(runner: web.AppRunner, path: str) -> str:
+    """Start to accept connections on a unix socket; a dead predecessor's is replaced."""
     await runner.setup()
-    await web.TCPSite(runner, host, port).start()
+    await web.UnixSite(runner, path).start()
+    return path
+
+
+async def listen(runner: web.AppRunner, host: str, port: int, *, shared: bool = False) -> int:
+    """Start to accept connections; returns the port, which the system chose if `port` is 0.
+
+    `shared`: with other processes that listen on the same port; the kernel spreads connections over them.
+    """
+    await runner.setup()
+    await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
     bound_port: int = runner.addresses[0][1]
     return bound_port
 

@@ -45,10 +45,10 @@ class Caller:
 
 
 @pytest.fixture
-async def caller(servers: Servers, admin: Admin) -> AsyncIterator[Caller]:
-    """A caller of a gateway that runs as a process of its own, with half a second of drain delay."""
+def settings(servers: Servers) -> dict[str, str]:
+    """The environment of a gateway process, with half a second of drain delay."""
     name = f"test.{uuid.uuid4().hex[:12]}"
-    settings = {
+    return {
         **servers.environment(),
         "GATEWAY_AMQP_EXCHANGE": name,
         "GATEWAY_AMQP_QUEUE": name,
@@ -56,6 +56,11 @@ async def caller(servers: Servers, admin: Admin) -> AsyncIterator[Caller]:
         "GATEWAY_LOG_LEVEL": "DEBUG",
         "GATEWAY_TYPO": "1",
     }
+
+
+@pytest.fixture
+async def caller(settings: dict[str, str], admin: Admin) -> AsyncIterator[Caller]:
+    """A caller of a gateway that runs as a process of its own."""
     process = Gateway(settings)
     try:
         await asyncio.to_thread(process.start)
@@ -126,3 +131,69 @@ async def test_the_log_is_json_lines_without_texts_numbers_or_keys(caller: Calle
     assert "GATEWAY_TYPO is no setting of the gateway; is it misspelt?" in messages
     for secret in (TEXT, "+447911123412", caller.key, caller.number, "guest:guest"):
         assert secret not in text
+
+
+class SeveralWorkers(Gateway):
+    """The gateway as three processes."""
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--workers", "3"]
+
+
+async def test_several_workers_serve_die_return_and_drain_as_one(
+    servers: Servers, admin: Admin, settings: dict[str, str]
+) -> None:
+    process = SeveralWorkers(settings)
+    try:
+        await asyncio.to_thread(process.start)
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+            caller = Caller(process, session)
+            await caller.become_someone(admin)
+
+            async def probe(path: str) -> tuple[int, Any]:
+                async with session.get(process.ops_url + path) as response:
+                    return response.status, await response.json()
+
+            assert await probe("/readyz") == (200, {"workers": [{"status": "ready"}] * 3})
+            supervisor = psutil.Process(gateway_pid(process))
+            workers = {child.pid for child in supervisor.children()}
+            assert len(workers) == 3
+            counted = 0
+            for _ in range(60):
+                status, answer, _ = await caller.send(10)
+                assert status == 200
+                counted += answer["queued_count"]
+
+            victim = workers.pop()
+            os.kill(victim, signal.SIGKILL)
+            while (await probe("/readyz"))[0] == 200:  # noqa: ASYNC110 - the processes set no event of ours
+                await asyncio.sleep(0.01)
+            while (await probe("/readyz"))[0] != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            now = {child.pid for child in supervisor.children()}
+            assert len(now) == 3
+            assert now >= workers
+            assert victim not in now
+
+            os.kill(supervisor.pid, signal.SIGTERM)
+            await eventually(lambda: not process.is_running)
+            assert not any(psutil.pid_exists(pid) for pid in now)
+        async with OutboundQueue(servers.amqp_url, settings["GATEWAY_AMQP_QUEUE"]) as queue:
+            payloads = await queue.take_payloads()
+            await queue.delete()
+        assert len(payloads) == counted
+        assert len({payload["request_id"].split("-")[0] for payload in payloads}) == 3  # each of them served
+    finally:
+        await asyncio.to_thread(process.close)
+
+
+async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[str, str]) -> None:
+    process = SeveralWorkers(settings)
+    try:
+        await asyncio.to_thread(process.start)
+        supervisor = psutil.Process(gateway_pid(process))
+        workers = supervisor.children()
+        supervisor.kill()
+        await eventually(lambda: not any(worker.is_running() for worker in workers))
+    finally:
+        await asyncio.to_thread(process.close)

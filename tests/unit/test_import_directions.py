@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "gateway"
 LAYERS = [
     ["__main__"],
     ["server"],
-    ["app"],
+    ["app", "workers"],
     ["api", "health"],
     ["runtime"],
     ["admin", "id_supply"],
@@ -25,7 +25,7 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "api", "health", "runtime"},
+    "aiohttp": {"server", "app", "workers", "api", "health", "runtime"},
     "asyncpg": {"store", "admin"},
     "aio_pika": {"amqp.publisher"},
     "aiormq": {"amqp.publisher"},
@@ -90,7 +90,7 @@ def test_a_library_is_known_only_to_its_modules(library: str, allowed: set[str])
 
 
 def test_only_the_configuration_reads_the_environment() -> None:
-    """And the command line hands it on to the migration tool, a child process."""
+    """And those who start child processes (the migration tool, the workers) hand it on to them."""
     readers = {
         module
         for module in MODULES
@@ -98,7 +98,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb"))
         or (isinstance(node, ast.ImportFrom) and node.module == "os")
     }
-    assert readers == {"config", "__main__"}
+    assert readers == {"config", "__main__", "workers"}
 
 
 @pytest.mark.parametrize("module", PURE)
