@@ -29,7 +29,7 @@ class Outcome(IntEnum):
     UNKNOWN = 5
 
 
-_UNSETTLED = (Outcome.WRITTEN, Outcome.RETURNING)
+_WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # what is not settled; all above is
 
 
 def _table(written: Outcome) -> bytes:
@@ -64,12 +64,12 @@ class PublishedRange:
         """Settle the messages from `start` to `stop` that are not settled yet."""
         if stop - start == 1:  # batches of one, and brokers that ack one by one: spared three copies of one byte
             state = self.states[start]
-            if state in _UNSETTLED:
+            if state <= _RETURNING:
                 self.states[start] = table[state]
                 self.unsettled -= 1
             return
         part = self.states[start:stop]
-        self.unsettled -= sum(map(part.count, _UNSETTLED))
+        self.unsettled -= part.count(_WRITTEN) + part.count(_RETURNING)
         self.states[start:stop] = part.translate(table)
 
     def mark_returned(self, message_id: str) -> bool:
