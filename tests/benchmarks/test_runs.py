@@ -94,6 +94,14 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert ratios["FastAPI's CPU per message ÷ gateway's"].lowest == pytest.approx(50)
 
 
+def test_a_handful_of_requests_gives_no_verdict() -> None:
+    """However good the ratio looks: three requests of the slow system are chance."""
+    rounds = [[one_run(LIMIT, 100_000, 1), one_run(GATEWAY, 95_000, 2), one_run(FASTAPI, 3_000, 300)]]
+    verdicts = {bar.what: bar.verdict for bar in compare.evaluate(machine.describe(), Options({1_000: 8}), rounds).bars}
+    assert verdicts["accepted msg/s ÷ FastAPI's, batch of 1,000"] == "too few requests: 3"
+    assert verdicts["accepted msg/s ÷ bare publisher's"] == "met"
+
+
 def test_the_bare_publisher_counts_a_batch_only_when_all_of_it_is_confirmed() -> None:
     confirms = Confirms(size=3)
     confirms.add(1.0)

@@ -1,0 +1,304 @@
+"""What does each step on a batch's way cost, and does each trick earn its keep?
+
+CPU time of this thread, in several samples of some milliseconds, of which the lowest is shown: what is above it came
+from elsewhere, such as the other thread of the same core. Below a trick, indented, stands the plain form it replaced.
+"""
+
+import asyncio
+import struct
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
+from typing import Any
+
+import msgspec
+import pamqp.frame
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.header import ContentHeader
+
+from benchmarks import machine, traffic
+from benchmarks.figures import Figure
+from benchmarks.machine import Machine
+from gateway import batch, wire
+from gateway.amqp.confirms import ConfirmTracker
+from gateway.amqp.frames import IncomingFrames, PublishFramer, Settled
+from gateway.envelopes import Layout
+from gateway.message_ids import ALPHABET, BASE, LeasedIds
+from gateway.wire import Answer, Payload
+
+SIZES = (1, 10, 100, 1_000)
+SAMPLE_S = 0.01
+SAMPLES = 9
+LIST_NUMBER = "+18005551000"
+LISTS = {LIST_NUMBER: 7}
+ACCEPTED_AT = "2026-11-23T11:00:00.123Z"
+REQUEST_ID = "0123456789abcdef" * 2
+FRAME_MAX = 131_072  # RabbitMQ's default
+CHANNEL = 1
+NAME = "sms.outbound"
+MULTIPLIER = 134_956_987_654_321  # any that shares no factor with 62
+FORMAT, TYPE = traffic.WRONG_FORMAT, traffic.WRONG_TYPE
+ACK_OCTETS = 21
+ENVELOPE = 100
+ACKS_PER_MESSAGE = 0.012  # measured: quorum queues coalesce, about 12 acks per 1,000 messages
+
+
+class Stage(msgspec.Struct):
+    """One row: microseconds per message, by batch size."""
+
+    name: str
+    plain: bool  # what a trick replaced
+    us_per_message: dict[int, Figure]
+
+
+class Refusing(msgspec.Struct):
+    """Row 6 of the bars (benchmarks/README.md): all refused ÷ clean, everything of the gateway's up to the publish."""
+
+    flaw: str
+    ratio: Figure
+
+
+class Stages(msgspec.Struct):
+    """Everything `stages --json` writes."""
+
+    machine: Machine
+    stages: list[Stage]
+    refusing: list[Refusing]
+
+
+Work = Callable[[], object]
+
+
+def measure(sizes: Sequence[int] = SIZES) -> Stages:
+    """All stages at all sizes."""
+    described = machine.describe()
+    table: dict[str, Stage] = {}
+    for size in sizes:
+        for name, plain, work in _stages(size):
+            stage = table.setdefault(name, Stage(name, plain, {}))
+            stage.us_per_message[size] = _scaled(_seconds(work), 1e6 / size)
+    return Stages(described, list(table.values()), _refusing(max(sizes)))
+
+
+def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
+    """Name, whether it is the plain form, and the work, for one batch of `size`."""
+    clean, one_bad, bad, wrong_type = _body(size), _body(size, 1), _body(size, size), _body(size, size, TYPE)
+    yield "decode", False, partial(wire.decode_bulk, clean)
+    yield "decode, one wrong type", False, partial(wire.decode_bulk, _body(size, 1, TYPE))
+    yield "decode, all wrong types", False, partial(wire.decode_bulk, wrong_type)
+
+    for name, body in (("clean", clean), ("one bad", one_bad), ("all bad", bad), ("all wrong types", wrong_type)):
+        yield f"validate, {name}", False, partial(batch.validate, wire.decode_bulk(body))
+
+    yield "ids", False, _ids(size)
+    numbers = range(10**12, 10**12 + size)
+    yield "arithmetic per id", True, lambda: [_arithmetic_id(number) for number in numbers]
+
+    draft, ids = batch.validate(wire.decode_bulk(clean)), LeasedIds(0).take(size)
+    yield "build", False, partial(_build, draft, ids)
+    objects = _payload_objects(draft, ids)
+    yield "build: its encoding alone", False, lambda: [wire.encode(one) for one in objects]
+    enveloped = Layout(messages_per_envelope=ENVELOPE)
+    more_ids = LeasedIds(0).take(batch.ids_needed(draft, enveloped))
+    yield f"build, envelopes of {ENVELOPE}", False, partial(_build, draft, more_ids, enveloped)
+
+    payloads = _build(draft, ids).payloads
+    framer = PublishFramer(channel=CHANNEL, exchange=NAME, routing_key=NAME, message_type="sms.v1", frame_max=FRAME_MAX)
+    yield "frames", False, partial(framer.pack, ids, payloads)
+    yield "bytes formatting", True, _frames_by_formatting(ids, payloads)
+    yield "pamqp objects", True, partial(_frames_by_pamqp, ids, payloads)
+
+    loop = asyncio.new_event_loop()  # only to own the futures
+    for name, acks in (("coalesced", max(1, round(size * ACKS_PER_MESSAGE))), ("1 ack each", size)):
+        chunks = _ack_chunks(size, acks)
+        yield f"confirms, {name}", False, partial(_confirm, ids, chunks)
+        yield f"pamqp and futures, {name}", True, partial(_confirm_plainly, size, chunks, loop)
+
+    loop.close()
+
+    rows = batch.validate(wire.decode_bulk(bad)).rows
+    yield "answer, clean", False, partial(wire.encode, Answer(size, 0, []))
+    yield "answer, all bad", False, partial(wire.encode, Answer(0, size, rows))
+
+
+def _body(size: int, bad: int = 0, flaw: dict[str, Any] = FORMAT) -> bytes:
+    return msgspec.json.encode({"messages": traffic.messages(size, [LIST_NUMBER], bad=bad, flaws=[flaw])})
+
+
+def _build(draft: batch.Draft, ids: list[str], layout: Layout = batch.PLAIN) -> batch.Batch:
+    return batch.build(draft, LISTS, ids, account_id=42, accepted_at=ACCEPTED_AT, request_id=REQUEST_ID, layout=layout)
+
+
+def _payload_objects(draft: batch.Draft, ids: list[str]) -> list[Payload]:
+    """What build() makes before it encodes."""
+    return [
+        Payload(
+            message_id,
+            42,
+            LISTS[LIST_NUMBER],
+            LIST_NUMBER,
+            message.to or "",
+            (message.body or "").replace(batch.MACRO, message_id),
+            False,
+            msgspec.UNSET,
+            msgspec.UNSET,
+            ACCEPTED_AT,
+            REQUEST_ID,
+            index,
+        )
+        for message, message_id, index in zip(draft.messages, ids, draft.indexes, strict=True)
+    ]
+
+
+def _ids(size: int) -> Work:
+    """Takes from one lease after the other, as IdSupply does."""
+    leases = count()
+    leased = LeasedIds(next(leases))
+
+    def take() -> list[str]:
+        nonlocal leased
+        if len(leased) < size:
+            leased = LeasedIds(next(leases))
+        return leased.take(size)
+
+    return take
+
+
+def _arithmetic_id(number: int) -> str:
+    """An id of the same kind from a number: scattered by a multiplication, then eight digits to the base of 62."""
+    scattered = number * MULTIPLIER % BASE**8
+    characters = bytearray(8)
+    for place in range(8):
+        scattered, digit = divmod(scattered, BASE)
+        characters[place] = ALPHABET[digit]
+    return characters.decode("ascii")
+
+
+def _frames_by_formatting(ids: Sequence[str], payloads: Sequence[bytes]) -> Work:
+    """One `%` per message, over a template of what does not change."""
+    publish, header = (pamqp.frame.marshal(frame, CHANNEL) for frame in _publish_frames("00000000", b""))
+    before_size = publish + header[:11]
+    before_id, after_id = header[19:].split(b"00000000")
+    body_start = struct.pack(">BH", 3, CHANNEL)
+    size, long_size = struct.Struct(">I").pack, struct.Struct(">Q").pack
+
+    def format_all() -> bytes:
+        return b"".join(
+            [
+                b"%b%b%b%b%b%b%b%b\xce"
+                % (
+                    before_size,
+                    long_size(len(payload)),
+                    before_id,
+                    message_id.encode(),
+                    after_id,
+                    body_start,
+                    size(len(payload)),
+                    payload,
+                )
+                for message_id, payload in zip(ids, payloads, strict=True)
+            ]
+        )
+
+    return format_all
+
+
+def _frames_by_pamqp(ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
+    """The marshaller's objects, as aiormq uses them."""
+    return b"".join(
+        [
+            pamqp.frame.marshal(frame, CHANNEL)
+            for message_id, payload in zip(ids, payloads, strict=True)
+            for frame in (*_publish_frames(message_id, payload), ContentBody(payload))
+        ]
+    )
+
+
+def _publish_frames(message_id: str, payload: bytes) -> tuple[commands.Basic.Publish, ContentHeader]:
+    properties = commands.Basic.Properties(
+        content_type="application/json", delivery_mode=2, message_id=message_id, message_type="sms.v1"
+    )
+    publish = commands.Basic.Publish(exchange=NAME, routing_key=NAME, mandatory=True)
+    return publish, ContentHeader(body_size=len(payload), properties=properties)
+
+
+def _ack_chunks(size: int, acks: int) -> list[bytes]:
+    """What the broker sends for a batch: a few acks, each read by itself, or one for each message, all read at once."""
+    tags = [size * (number + 1) // acks for number in range(acks)]
+    frames = [pamqp.frame.marshal(commands.Basic.Ack(delivery_tag=tag, multiple=acks < size), CHANNEL) for tag in tags]
+    return frames if acks < size else [b"".join(frames)]
+
+
+def _confirm(ids: Sequence[str], chunks: Sequence[bytes]) -> None:
+    tracker, frames = ConfirmTracker(), IncomingFrames()
+    frames.channel = CHANNEL
+    published = tracker.add(ids)
+    for chunk in chunks:
+        for event in frames.feed(chunk)[1]:
+            if isinstance(event, Settled):
+                tracker.settle(acked=event.acked, delivery_tag=event.delivery_tag, multiple=event.multiple)
+    if published.unsettled:
+        raise AssertionError("the acks do not cover the batch")
+
+
+def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractEventLoop) -> None:
+    """A future for each message, each settled by itself, and frames unmarshalled as objects."""
+    futures = {tag: loop.create_future() for tag in range(1, size + 1)}
+    settled_to = 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk):
+            octets, _, frame = pamqp.frame.unmarshal(chunk[at : at + ACK_OCTETS])
+            if not isinstance(frame, commands.Basic.Ack):
+                raise AssertionError(f"{frame!r} is no ack")
+            at += octets
+            tags = range(settled_to + 1, frame.delivery_tag + 1) if frame.multiple else (frame.delivery_tag,)
+            for tag in tags:
+                futures.pop(tag).set_result(None)
+            settled_to = frame.delivery_tag
+    if futures:
+        raise AssertionError("the acks do not cover the batch")
+
+
+def _refusing(size: int) -> list[Refusing]:
+    """Whole batches, decode to frames against decode to answer, sampled in turn."""
+    clean = _body(size)
+    framer = PublishFramer(channel=CHANNEL, exchange=NAME, routing_key=NAME, message_type="sms.v1", frame_max=FRAME_MAX)
+    take_ids = _ids(size)
+
+    def accept() -> None:
+        built = _build(batch.validate(wire.decode_bulk(clean)), take_ids())  # type: ignore[arg-type]
+        framer.pack(built.ids, built.payloads)
+
+    def refuse(body: bytes) -> None:
+        draft = batch.validate(wire.decode_bulk(body))
+        wire.encode(Answer(0, len(draft.rows), draft.rows))
+
+    found = []
+    for name, flaw in (("wrong format", FORMAT), ("wrong type", TYPE)):
+        body = _body(size, size, flaw)
+        pairs = [(_sample(partial(refuse, body)), _sample(accept)) for _ in range(SAMPLES)]
+        found.append(Refusing(name, Figure.of(refused / accepted for refused, accepted in pairs)))
+    return found
+
+
+def _seconds(work: Work) -> Figure:
+    return Figure.of(_sample(work) for _ in range(SAMPLES))
+
+
+def _sample(work: Work) -> float:
+    """CPU seconds of one call, over as many calls as fill SAMPLE_S."""
+    calls = 0
+    begin = time.thread_time_ns()
+    until = begin + SAMPLE_S * 1e9
+    while (now := time.thread_time_ns()) < until:
+        for _ in range(calls // 4 + 1):
+            work()
+        calls += calls // 4 + 1
+    return (now - begin) / 1e9 / calls
+
+
+def _scaled(figure: Figure, factor: float) -> Figure:
+    return Figure(figure.median * factor, figure.lowest * factor, figure.highest * factor)

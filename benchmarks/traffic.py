@@ -1,0 +1,88 @@
+"""What is sent: request bodies and the AMQP payloads that come of them, seeded, so that every run sends the same."""
+
+import random
+from collections.abc import Sequence
+from itertools import cycle, islice
+from typing import Any
+
+import msgspec
+
+from gateway import batch, wire
+
+SEED = 20261123
+# 50 characters of text make 111 octets of JSON a message, and an AMQP payload of 270.
+BODY_LENGTH = 50
+_REFERENCE = " Ref: {{messageId}}"
+
+# One flaw per way to fail: what it replaces, and whether the value has the wrong type altogether.
+WRONG_FORMAT: dict[str, Any] = {"to": "4155559876"}
+WRONG_TYPE: dict[str, Any] = {"to": 4155559876}
+FLAWS: tuple[dict[str, Any], ...] = (
+    WRONG_FORMAT,
+    {"to": ""},
+    {"body": ""},
+    {"list_number": "1-800-FLOWERS"},
+    {"wrap_links": "yes"},
+)
+
+
+def messages(
+    count: int,
+    list_numbers: Sequence[str],
+    *,
+    body_length: int = BODY_LENGTH,
+    bad: int = 0,
+    flaws: Sequence[dict[str, Any]] = FLAWS,
+    seed: int = SEED,
+) -> list[dict[str, Any]]:
+    """Messages, of which `bad`, spread evenly, have a flaw; lists take turns."""
+    chance = random.Random(seed)  # noqa: S311 - reproducible, not secret
+    text = "Your parcel is on its way and arrives today. " * (body_length // 45 + 1)
+    body = text[: body_length - len(_REFERENCE)] + _REFERENCE if body_length > len(_REFERENCE) else text[:body_length]
+    made: list[dict[str, Any]] = [
+        {"to": f"+1{chance.randrange(2 * 10**9, 10**10)}", "list_number": number, "body": body}
+        for number in islice(cycle(list_numbers), count)
+    ]
+    for n, flaw in zip(range(bad), cycle(flaws), strict=False):
+        made[n * count // bad].update(flaw)
+    return made
+
+
+def request_bodies(
+    kinds: int, count: int, list_numbers: Sequence[str], *, body_length: int = BODY_LENGTH, bad_share: float = 0.0
+) -> list[tuple[bytes, int]]:
+    """`kinds` different request bodies, each with how many of its messages are good.
+
+    The share of bad messages is kept over all bodies together, so that it also holds for batches of one.
+    """
+    made = []
+    bad_before = 0
+    for number in range(kinds):
+        bad_now = round(bad_share * count * (number + 1))
+        bad = bad_now - bad_before
+        bad_before = bad_now
+        content = messages(count, list_numbers, body_length=body_length, bad=bad, seed=SEED + number)
+        made.append((msgspec.json.encode({"messages": content}), count - bad))
+    return made
+
+
+def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
+    """What the gateway would publish for `count` good messages: the bare publisher sends the very same octets."""
+    number = "+18005551000"
+    body = msgspec.json.encode({"messages": messages(count, [number], body_length=body_length)})
+    return batch.build(
+        batch.validate(wire.decode_bulk(body)),
+        {number: 7},
+        [f"{n:08}" for n in range(count)],
+        account_id=42,
+        accepted_at="2026-11-23T11:00:00.123Z",
+        request_id="0123456789abcdef" * 2,
+    ).payloads
+
+
+def envelopes(single: Sequence[bytes], sms_per_message: int) -> list[bytes]:
+    """Payloads carried several to an AMQP message, as a JSON array; as they are when it is one."""
+    if sms_per_message == 1:
+        return list(single)
+    groups = (single[at : at + sms_per_message] for at in range(0, len(single), sms_per_message))
+    return [b"[" + b",".join(group) + b"]" for group in groups]
