@@ -247,7 +247,10 @@ def _brief(value: float) -> str:
 
 
 def _show_others(cores: Figure) -> None:
-    console.print(f"other processes took {cores.shown(short)} cores meanwhile", highlight=False)
+    console.print(
+        f"other processes, and other machines on the same host, took {cores.shown(short)} cores meanwhile",
+        highlight=False,
+    )
 
 
 def _show_void(void: list[Run]) -> None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable
 
 
-async def eventually(holds: Callable[[], bool], *, timeout: float = 30.0) -> None:
+async def eventually(holds: Callable[[], bool], *, timeout: float = 60.0) -> None:
     """Return as soon as `holds()`; raises TimeoutError after `timeout` seconds."""
     async with asyncio.timeout(timeout):
         while not holds():  # noqa: ASYNC110 - what we wait for knows nothing of us, and sets no event
