@@ -113,6 +113,7 @@ def compare(
     seconds: Seconds = 3.0,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the rates as an SVG picture, for a document.")] = None,
 ) -> None:
     """Gateway, broker's limit and a FastAPI service, interleaved: rates, ratios, CPU, latency, memory."""
     sizes, flights = numbers(batch), numbers(in_flight)
@@ -138,6 +139,8 @@ def compare(
     comparison = comparing.compare(options, tables.show_run)
     tables.show_comparison(comparison)
     write(json_file, comparison, report_file, report.of_comparison)
+    if plot is not None:
+        plot.write_text(report.rates_picture(comparison), encoding="utf-8")
     if comparison.void:
         raise typer.Exit(EXIT_VOID)
 

@@ -121,6 +121,12 @@ def _round_ticks(low: float, high: float) -> Ticks:
     return Ticks(places, [f"{place:,.{max(0, -math.floor(math.log10(step)))}f}" for place in places])
 
 
+def standalone(svg: str) -> str:
+    """An inline picture as a file of its own, readable on a light and on a dark page."""
+    style = "<style>text{font:13px sans-serif;fill:#6b7280}line{stroke:#6b7280}</style>"
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + "\n"
+
+
 def _svg(height: float, parts: Sequence[str]) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img">{"".join(parts)}</svg>'
 

@@ -99,12 +99,23 @@ def of_limits(limits: Limits) -> str:
     )
 
 
-def of_comparison(comparison: Comparison) -> str:
-    options = comparison.options
+def rates_picture(comparison: Comparison) -> str:
+    """The rates alone, as an SVG file that a document can show."""
+    return plots.standalone(plots.bars(_rates(comparison), "msg/s"))
+
+
+def _rates(comparison: Comparison) -> dict[str, dict[str, Figure]]:
     rates: dict[str, dict[str, Figure]] = {}
-    cpu: dict[str, dict[str, Figure]] = {}
     for one in comparison.summaries:
         rates.setdefault(f"{one.batch:,}", {})[one.system] = one.messages_per_s
+    return rates
+
+
+def of_comparison(comparison: Comparison) -> str:
+    options = comparison.options
+    rates = _rates(comparison)
+    cpu: dict[str, dict[str, Figure]] = {}
+    for one in comparison.summaries:
         cpu.setdefault(f"{one.batch:,}", {})[one.system] = one.server_cpu_us_per_message
     rows = [
         [

@@ -7,8 +7,8 @@ A row's number, multiplied by a constant modulo 62⁶ (a bijection, for the cons
 six digits. A column's number gives, through a fixed shuffle, the last two characters; and through fixed tables six
 shifts, which are added to the row's six digits modulo 62. It is one round of a Feistel network: reading the last two
 characters tells the column, so the shifts can be taken off again and the row be read, hence no two places share
-an id; and neighbours look unrelated. Done for a whole row at once it is eight `bytes.translate`, and a tenth
-of what arithmetic per id takes (scripts/bench stages, row "ids").
+an id; and neighbours look unrelated. Done for a whole row at once it is eight `bytes.translate`, and a
+fraction of what arithmetic per id takes (scripts/bench stages, row "ids").
 
 **Changing any constant here breaks the promise of uniqueness** for databases that have leased ids already.
 """

@@ -40,7 +40,7 @@ def run_worker(settings: Settings, ops_socket: str) -> None:
 
 def _run(serving: Coroutine[None, None, None]) -> None:
     # Requests leave few cycles, and what lives from the start is no garbage: collect seldom, and spare the rest
-    # (3 % of the CPU of scripts/bench compare, batches of 1).
+    # (scripts/bench compare, batches of 1).
     gc.set_threshold(50_000, 20, 20)
     gc.freeze()
     uvloop.run(serving)

@@ -130,4 +130,4 @@ class Store:
 
 
 async def _keep_session(_connection: object) -> None:
-    """The pool's reset costs a round trip, a third of our queries' time; ours leave no state behind them."""
+    """The pool's own reset costs a round trip for each question; our queries leave no state behind them."""
