@@ -17,16 +17,37 @@ class Admission:
         self.closed = False
 
     @contextmanager
-    def admit(self, octets: int) -> Iterator[None]:
-        """Hold a place for a request with a body of `octets`. Raises Overloaded or Draining."""
+    def admit(self) -> Iterator["Place"]:
+        """Hold a place for a request. Raises Overloaded or Draining."""
         if self.closed:
             raise Draining
-        if self.requests >= self._max_requests or self.octets + octets > self._max_octets:
+        if self.requests >= self._max_requests:
             raise Overloaded
         self.requests += 1
-        self.octets += octets
+        place = Place(self)
         try:
-            yield
+            yield place
         finally:
             self.requests -= 1
-            self.octets -= octets
+            self.octets -= place.octets
+
+    def reserve(self, octets: int) -> None:
+        """Take room for a body; a Place gives it back."""
+        if self.octets + octets > self._max_octets:
+            raise Overloaded
+        self.octets += octets
+
+
+class Place:
+    """One request's place, and the room reserved for its body."""
+
+    __slots__ = ("_admission", "octets")
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+        self.octets = 0
+
+    def reserve(self, octets: int) -> None:
+        """Reserve room for a body before any of it is read. Raises Overloaded."""
+        self._admission.reserve(octets)
+        self.octets += octets

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from itertools import count
 
 import msgspec
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway import batch, wire
@@ -34,6 +34,7 @@ from gateway.wire import MAX_BODY_BYTES, Answer, ErrorRow
 
 log = logging.getLogger(__name__)
 
+SEND_BULK = "/api/v2/send/bulk"
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
 # What a log line, a header and a JSON string can carry as it is.
@@ -45,8 +46,9 @@ _JSON_TYPES = (None, "application/json")
 async def send_bulk(request: web.Request) -> web.Response:
     """The way of the data; each step refuses by raising, and a bad message by a row."""
     runtime = request.app[RUNTIME]
-    with runtime.admission.admit(_octets_of_body(request)):
+    with runtime.admission.admit() as place:
         account = await authenticate(request.headers, runtime.store)
+        place.reserve(_octets_of_body(request))  # only now: without a key nobody takes room from the others
         bulk = wire.decode_bulk(await _read_body(request, runtime.settings.body_timeout_s))
         draft = batch.validate(bulk)
         if not draft.messages:
@@ -63,6 +65,11 @@ async def send_bulk(request: web.Request) -> web.Response:
         )
         outcomes = await runtime.publisher.publish(prepared.payload_ids, prepared.payloads, prepared.shards)
         return _json(200, _answer(prepared, prepared.outcomes_of_messages(outcomes)))
+
+
+async def refuse_route(request: web.Request) -> web.Response:
+    """Every other path, and every other method. A route like any, so that its `Expect` is not answered by aiohttp."""
+    raise MethodNotAllowed("POST") if request.path == SEND_BULK else NotFound
 
 
 def _octets_of_body(request: web.Request) -> int:
@@ -98,8 +105,7 @@ async def _read_body(request: web.Request, timeout_s: float) -> bytes:
 
 
 def _is_plain_json(request: web.Request) -> bool:
-    encodings = request.headers.getall(hdrs.CONTENT_ENCODING, ["identity"])
-    if encodings != ["identity"]:
+    if any(coding.lower() not in ("", "identity") for coding in request.headers.getall(hdrs.CONTENT_ENCODING, [])):
         return False
     raw = request.headers.get(hdrs.CONTENT_TYPE)
     if raw in _JSON_TYPES:  # nearly every request: spares the parsing of parameters
@@ -117,6 +123,8 @@ async def expect_later(_request: web.Request) -> None:
 async def _continue(request: web.Request) -> None:
     if request.headers[hdrs.EXPECT].lower() != "100-continue":
         raise ExpectationFailed
+    if request.version < HttpVersion11:  # RFC 9110, 10.1.1: such a client cannot know what it would be told
+        return
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0  # the answer's own octets are counted from here
 

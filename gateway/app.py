@@ -11,7 +11,8 @@ def make_app(runtime: Runtime) -> web.Application:
     """What callers reach."""
     app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
     app[RUNTIME] = runtime
-    app.router.add_post("/api/v2/send/bulk", api.send_bulk, expect_handler=api.expect_later)
+    app.router.add_post(api.SEND_BULK, api.send_bulk, expect_handler=api.expect_later)
+    app.router.add_route("*", "/{path:.*}", api.refuse_route, expect_handler=api.expect_later)
     return app
 
 

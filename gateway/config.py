@@ -1,4 +1,4 @@
-"""Settings: one frozen struct, read from the environment once, at start. The only module that knows os.environ.
+"""Settings: one frozen struct, read from the environment once, at start; nobody else reads it.
 
 Every variable is the field's name in upper case behind `GATEWAY_`. A bad value is refused with the variable's name.
 """
@@ -35,8 +35,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
     ops_port: Port = 9090
 
-    database_pool_size: Positive = 10
-    database_timeout_s: Seconds = 2.0  # acquire and query together; 0.1 ms to 1.2 ms is what they take
+    database_pool_size: Positive = 5  # questions are grouped: two queries of each kind at once, and the lease of ids
+    database_timeout_s: Seconds = 2.0  # of a query, waiting for a connection included
     database_statement_cache: Annotated[int, Meta(ge=0)] = 100  # 0 behind PgBouncer before 1.21
 
     amqp_exchange: AmqpName = "sms.outbound"
@@ -50,15 +50,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     amqp_connect_timeout_s: Seconds = 5.0
     confirm_timeout_s: Seconds = 10.0  # under the usual 30 s of a load balancer, with room for a retry
     abandon_timeout_s: Seconds = 30.0  # unconfirmed for this long: the connection is closed and made anew
-    max_unconfirmed_messages: Positive = 100_000
+    max_unconfirmed_messages: Annotated[int, Meta(ge=1_000)] = 100_000  # less would refuse a full batch for ever
     max_unconfirmed_bytes: Positive = 128 * 1024 * 1024
 
     body_timeout_s: Seconds = 10.0
+    answer_timeout_s: Seconds = 30.0  # for a caller to read its answer; then the connection is cut
     keepalive_timeout_s: Seconds = 75.0  # above the 60 s at which load balancers drop an idle connection
     max_requests_in_flight: Positive = 512
-    # Of request bodies; a chunked one counts as 5 MiB. A request takes up to five times its body at its peak, so this
+    # Of request bodies; a chunked one counts as 5 MiB. A request takes some five times its body at its peak, so this
     # keeps a process under 512 MB (scripts/bench memory).
-    max_bytes_in_flight: Positive = 64 * 1024 * 1024
+    max_bytes_in_flight: Annotated[int, Meta(ge=5_242_880)] = 64 * 1024 * 1024
 
     drain_delay_s: SecondsOrNone = 3.0  # serve on while load balancers notice that we are not ready
     drain_timeout_s: Seconds = 20.0  # then, for the requests in flight; the sum stays under Kubernetes' 30 s

@@ -6,15 +6,14 @@ import logging
 import signal
 import sys
 from collections.abc import Coroutine
-from typing import Any
 
 import uvloop
 from aiohttp import web
-from aiohttp.web_protocol import RequestHandler
 
-from gateway import __version__, api, config, errors, log
+from gateway import __version__, config, log
 from gateway.app import make_app, make_ops_app
-from gateway.config import Settings
+from gateway.config import ConfigurationError, Settings
+from gateway.listeners import JsonRunner
 from gateway.runtime import Runtime, open_runtime
 from gateway.workers import supervise
 
@@ -56,6 +55,11 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
+
+    def supervisor_is_gone() -> None:
+        loop.remove_reader(sys.stdin)
+        stop.set()
+
     async with open_runtime(settings) as runtime:
         ops, callers = make_runners(runtime)
         try:
@@ -63,7 +67,7 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
                 ops_address = str(await listen(ops, settings.ops_host, settings.ops_port))
             else:
                 ops_address = await listen_on_socket(ops, ops_socket)
-                loop.add_reader(sys.stdin, stop.set)  # nothing is ever written to it: it ends with the supervisor
+                loop.add_reader(sys.stdin, supervisor_is_gone)  # nothing is ever written to it: it ends with him
             api_port = await listen(callers, settings.api_host, settings.api_port, shared=ops_socket is not None)
             logger.info("version %s serves the API on %s, operations on %s", __version__, api_port, ops_address)
             logger.info("settings: %s", settings.masked())
@@ -77,13 +81,14 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
 
 def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     """The two listeners, operations and API, still to be bound."""
-    ops = _Runner(make_ops_app(runtime), access_log=None)
-    callers = _Runner(
+    settings = runtime.settings
+    ops = JsonRunner(make_ops_app(runtime), answer_timeout_s=settings.answer_timeout_s)
+    callers = JsonRunner(
         make_app(runtime),
-        access_log=None,
+        answer_timeout_s=settings.answer_timeout_s,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is looked at
-        keepalive_timeout=runtime.settings.keepalive_timeout_s,
-        shutdown_timeout=runtime.settings.drain_timeout_s,
+        keepalive_timeout=settings.keepalive_timeout_s,
+        shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits so long twice: for handlers, for connections
     )
     return ops, callers
 
@@ -98,10 +103,14 @@ async def listen_on_socket(runner: web.AppRunner, path: str) -> str:
 async def listen(runner: web.AppRunner, host: str, port: int, *, shared: bool = False) -> int:
     """Start to accept connections; returns the port, which the system chose if `port` is 0.
 
-    `shared`: with other processes that listen on the same port; the kernel spreads connections over them.
+    Raises ConfigurationError when host and port cannot be had. `shared`: with other processes that listen on the same
+    port; the kernel spreads connections over them.
     """
     await runner.setup()
-    await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
+    try:
+        await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     bound_port: int = runner.addresses[0][1]
     return bound_port
 
@@ -114,42 +123,3 @@ async def _drain(runtime: Runtime, callers: web.AppRunner) -> None:
         await site.stop()
     runtime.admission.closed = True  # what a kept-alive connection still brings is refused as draining
     # The runner's cleanup now closes idle connections and waits drain_timeout_s for the handlers.
-
-
-class _Runner(web.AppRunner):
-    """An AppRunner whose connections answer malformed HTTP as everything else: in JSON, with a request id."""
-
-    async def _make_server(self) -> web.Server:
-        made = await super()._make_server()
-        return _Server(made.request_handler, request_factory=made.request_factory, **self._kwargs)
-
-
-class _Server(web.Server):
-    def __call__(self) -> RequestHandler:
-        return _Connection(self, loop=self._loop, **self._kwargs)
-
-
-class _Connection(RequestHandler):
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        """Answer what the HTTP parser refused, and log a line where aiohttp logs a traceback."""
-        request_id = api.sane_request_id([])
-        if status == 400:
-            logger.info("malformed HTTP: %s", type(exc).__name__)
-            response = api.refuse(errors.MalformedHttp())
-        else:
-            logger.error("request %s failed outside its handler", request_id, exc_info=exc)
-            response = api.refuse(errors.InternalError())
-        response.headers[api.REQUEST_ID_HEADER] = request_id
-        response.force_close()
-        return response
-
-    def log_exception(self, *args: Any, **kwargs: Any) -> None:
-        logger.error(*args, **kwargs)

@@ -67,7 +67,7 @@ class Store:
             server_settings={"application_name": "sms-gateway"},
         )
         self._accounts = Grouped(self._find_accounts)
-        self._lists = Grouped(self._find_lists)
+        self._lists = Grouped(self._find_lists, weigh=lambda question: len(question[1]))
 
     async def open(self) -> None:
         """Make the pool ready; connects to nothing yet."""

@@ -21,7 +21,8 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from gateway.config import Settings
+from gateway import api
+from gateway.config import ConfigurationError, Settings
 
 log = logging.getLogger(__name__)
 
@@ -31,46 +32,45 @@ DRAIN_MARGIN_S = 5.0  # beyond a worker's own drain budget, before it is killed
 
 
 class Worker:
-    """One worker process, started again whenever it dies, until told to stop."""
+    """One worker process, started again whenever it dies, until it is told to stop."""
 
     def __init__(self, number: int, settings: Settings, directory: Path) -> None:
         self.number = number
         self.ops_socket = directory / f"worker-{number}"
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
-        self._process: asyncio.subprocess.Process | None = None
-        self._stopping = False
 
-    async def run(self, environment: dict[str, str]) -> None:
-        """Keep the process running; returns once stop() has ended it."""
-        while True:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
-                env=environment,
-                stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
-            )
-            if self._stopping:  # told to stop while it was being started
-                self._process.send_signal(signal.SIGTERM)
-            log.info("worker %s runs as process %s", self.number, self._process.pid)
-            status = await self._process.wait()
-            if self._stopping:
-                return
-            log.error("worker %s ended with status %s; starting it again", self.number, status)
-            await asyncio.sleep(random.uniform(*RESTART_DELAY_S))  # noqa: S311 - jitter
+    async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
+        """Keep a process running; drain it, and return, once `stop` is set."""
+        while not stop.is_set():
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
+                    env=environment,
+                    stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
+                )
+            except OSError as error:  # no memory, no process, no descriptor to be had: later, perhaps
+                log.error("worker %s cannot be started: %s", self.number, error)
+            else:
+                log.info("worker %s runs as process %s", self.number, process.pid)
+                await self._watch(process, stop)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(*RESTART_DELAY_S)):  # noqa: S311 - jitter
+                    await stop.wait()
 
-    async def stop(self) -> None:
-        """Drain the worker; kill it if it takes longer than it may."""
-        self._stopping = True
-        if self._process is None or self._process.returncode is not None:
+    async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+        """Return when the process has ended: by itself, drained, or killed because it took too long to drain."""
+        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if ended.done():
+            log.error("worker %s ended with status %s", self.number, ended.result())
             return
-        with suppress(ProcessLookupError):
-            self._process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(self._drain_budget_s):
-                await self._process.wait()
-        except TimeoutError:
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait({ended}, timeout=self._drain_budget_s)
+        if not ended.done():
             log.error("worker %s did not drain in %.0f s: killing it", self.number, self._drain_budget_s)
-            with suppress(ProcessLookupError):
-                self._process.kill()
+            process.kill()
+            await ended
 
     async def probe(self, path: str) -> tuple[int, dict[str, object]]:
         """What the worker's own operations listener answers; 503 when it does not."""
@@ -95,36 +95,39 @@ async def supervise(settings: Settings, count: int) -> None:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sms-gateway-")))
         # Held, and never listened on: nobody else can take the port between the death of a worker and its return.
-        holder = stack.enter_context(socket.socket())
+        family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
+        holder = stack.enter_context(socket.socket(family))
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind((settings.api_host, settings.api_port))
+        try:
+            holder.bind((settings.api_host, settings.api_port))
+        except OSError as error:
+            where = f"{settings.api_host} port {settings.api_port}"
+            raise ConfigurationError(f"cannot listen on {where}: {error.strerror}") from None
         environment = os.environ | {"GATEWAY_API_PORT": str(holder.getsockname()[1])}
         workers = [Worker(number, settings, directory) for number in range(count)]
-        runner = web.AppRunner(make_ops_app(workers), access_log=None)
+        runner = web.AppRunner(make_probes_app(workers), access_log=None)
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
-            async with asyncio.TaskGroup() as running:
-                for worker in workers:
-                    running.create_task(worker.run(environment))
-                await stop.wait()
-                log.info("draining %s workers", count)
-                await asyncio.gather(*(worker.stop() for worker in workers))
+            await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
         finally:
             await runner.cleanup()
     log.info("stopped")
 
 
-def make_ops_app(workers: list[Worker]) -> web.Application:
-    """Liveness and readiness of the whole: 200 when every worker says so, else 503 and what each says."""
-    app = web.Application()
+def make_probes_app(workers: list[Worker]) -> web.Application:
+    """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
+    app = web.Application(middlewares=[api.answer_every_request])
 
-    async def ask_all(request: web.Request) -> web.Response:
-        answers = await asyncio.gather(*(worker.probe(request.path) for worker in workers))
+    async def live(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def ready(_request: web.Request) -> web.Response:
+        answers = await asyncio.gather(*(worker.probe("/readyz") for worker in workers))
         status = max(status for status, _ in answers)
         return web.json_response({"workers": [answer for _, answer in answers]}, status=status)
 
-    app.router.add_get("/livez", ask_all)
-    app.router.add_get("/readyz", ask_all)
+    app.router.add_get("/livez", live)
+    app.router.add_get("/readyz", ready)
     return app

@@ -1,5 +1,6 @@
 """What a consumer would find: reads the outbound queue of one test, whole messages, through a connection of its own."""
 
+import asyncio
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,6 +32,18 @@ class OutboundQueue:
         messages = []
         while (message := await queue.get(no_ack=True, fail=False)) is not None:
             messages.append(message)
+        return messages
+
+    async def read_stream(self, count: int) -> list[AbstractIncomingMessage]:
+        """The first `count` messages of a stream, which is read from its beginning and keeps them."""
+        channel = await self._connection.channel()
+        await channel.set_qos(prefetch_count=1000)
+        stream = await channel.get_queue(self.name, ensure=False)
+        messages: list[AbstractIncomingMessage] = []
+        async with asyncio.timeout(30), stream.iterator(arguments={"x-stream-offset": "first"}) as iterator:
+            while len(messages) < count:
+                messages.append(await anext(iterator))
+                await messages[-1].ack()
         return messages
 
     async def take_payloads(self) -> list[dict[str, Any]]:

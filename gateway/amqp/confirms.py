@@ -37,7 +37,7 @@ def _table(written: Outcome) -> bytes:
     return bytes([written, Outcome.RETURNED, *range(Outcome.ACKED, 256)])
 
 
-_ACK, _NACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.NACKED), _table(Outcome.UNKNOWN)
+_ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
 
 class PublishedRange:
@@ -86,7 +86,9 @@ class PublishedRange:
 class ConfirmTracker:
     """The unsettled ranges of one channel. Methods that settle return the ranges that became wholly settled."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, nacked: Outcome = Outcome.NACKED) -> None:
+        """`nacked` is what a nack says of a message; with quorum queues, that it is certainly not queued."""
+        self._nack = _table(nacked)
         self._ranges: list[PublishedRange] = []  # ascending, contiguous; settled ones leave from the front
         self._next_tag = 1
 
@@ -106,7 +108,7 @@ class ConfirmTracker:
 
     def settle(self, *, acked: bool, delivery_tag: int, multiple: bool) -> list[PublishedRange]:
         """An ack or a nack. Tags we never gave out, or that are settled already, change nothing."""
-        table = _ACK if acked else _NACK
+        table = _ACK if acked else self._nack
         newest = bisect_right(self._ranges, delivery_tag, key=lambda r: r.first_tag) - 1
         if newest < 0 or delivery_tag >= self._next_tag:
             return []

@@ -18,6 +18,7 @@ END = b"\xce"
 FRAME_OVERHEAD = 8  # octets of a frame beside its payload: 7 before, 1 behind
 HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00" + END
 PERSISTENT = 2
+DEFAULT_FRAME_MAX = 131_072  # RabbitMQ's
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _frame_start = struct.Struct(">BHI")
@@ -34,13 +35,13 @@ class PublishFramer:
     """Packs publishes to one exchange and routing key on one channel: persistent, mandatory, JSON."""
 
     def __init__(self, *, channel: int, exchange: str, routing_key: str, message_type: str, frame_max: int) -> None:
-        """`frame_max` is the negotiated size of a whole frame in octets."""
+        """`frame_max` is the negotiated size of a whole frame in octets; 0 means that the broker sets none."""
         self._channel = channel
         self._message_type = message_type
         self._publish = pamqp.frame.marshal(
             commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True), channel
         )
-        self._max_body = frame_max - FRAME_OVERHEAD
+        self._max_body = (frame_max or DEFAULT_FRAME_MAX) - FRAME_OVERHEAD
         # Everything of a publish before its payload has one length, as long as ids have 8 characters.
         header = pamqp.frame.marshal(self._header("00000000", 0), channel)
         size_at = _frame_start.size + _method.size  # behind class id and weight

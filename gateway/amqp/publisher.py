@@ -58,7 +58,9 @@ class Publisher:
     def start(self) -> None:
         """Begin connecting, and go on for ever; returns at once."""
         for number in range(self._settings.amqp_connections):
-            self._tasks.append(asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}"))
+            task = asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}")
+            task.add_done_callback(_log_if_ended)
+            self._tasks.append(task)
 
     async def close(self) -> None:
         """Close every connection. What is unconfirmed by then becomes unknown."""
@@ -182,8 +184,7 @@ class Publisher:
             finally:
                 self._connections = [other for other in self._connections if other is not connection]
                 await connection.close()
-            shortest, longest = RECONNECT_DELAYS_S
-            await asyncio.sleep(random.uniform(shortest, min(longest, shortest * 2 ** (attempt + 1))))  # noqa: S311
+            await asyncio.sleep(reconnect_delay_s(attempt))
 
     async def _serve(self, connection: "_PublishConnection") -> None:
         """Return when the connection is lost, or has kept a batch unconfirmed for so long that it is given up."""
@@ -196,6 +197,18 @@ class Publisher:
 
     def _count_late(self, count: int) -> None:
         self.late_confirms += count
+
+
+def _log_if_ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        log.critical("%s ended: its connection will not come back", task.get_name(), exc_info=task.exception())
+
+
+def reconnect_delay_s(failures: int) -> float:
+    """How long to wait after so many failures in a row: full jitter, up to RECONNECT_DELAYS_S."""
+    shortest, longest = RECONNECT_DELAYS_S
+    doublings = min(failures + 1, 10)  # an outage may last for days: without the bound the power would overflow
+    return random.uniform(shortest, min(longest, shortest * 2**doublings))  # noqa: S311 - jitter
 
 
 class _Pending:
@@ -218,7 +231,9 @@ class _PublishConnection:
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
-        self._tracker = ConfirmTracker()
+        # A classic queue whose process dies has all its unconfirmed messages nacked, also those it has on disk.
+        nacked = Outcome.UNKNOWN if settings.amqp_queue_type == "classic" else Outcome.NACKED
+        self._tracker = ConfirmTracker(nacked=nacked)
         self._pending: dict[PublishedRange, _Pending] = {}
         self._blocked = False
         self._lost = self._loop.create_future()

@@ -48,7 +48,11 @@ async def test_an_envelope_in_a_stream_is_counted(start_gateway: StartGateway, m
     gateway = await start_gateway(settings)
     _, answer = await gateway.send([gateway.message()] * 1000)
     assert answer == {"queued_count": 1000, "error_count": 0, "errors": []}
+    _, answer = await gateway.send([gateway.message()])
     async with OutboundQueue(settings.amqp_url, settings.amqp_queue) as queue:
+        envelopes = [msgspec.json.decode(message.body) for message in await queue.read_stream(3)]
+        assert [len(envelope) for envelope in envelopes] == [500, 500, 1]  # these, and no other before the last
+        assert [sms["index"] for envelope in envelopes[:2] for sms in envelope] == list(range(1000))
         await queue.delete()
 
 

@@ -235,6 +235,8 @@ async def test_only_plain_json_is_taken(gateway: GatewayUnderTest, headers: dict
         b"Content-Type: application/json; charset=utf-8",
         b'Content-Type: APPLICATION/JSON ; charset="UTF-8"',
         b"Content-Encoding: identity",
+        b"Content-Encoding: Identity",
+        b"Content-Encoding:",
         b"Accept: */*",
     ],
 )
@@ -259,6 +261,27 @@ async def test_the_body_is_asked_for_with_a_good_key(gateway: GatewayUnderTest, 
     headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(body), b"Expect: 100-continue"]
     answer = await exchange(gateway.url, headers=headers, body=body)
     assert answer.raw.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
+    assert await queue.depth() == 1
+
+
+@pytest.mark.parametrize("expectation", [b"100-continue", b"miracles"])
+@pytest.mark.parametrize(("line", "status"), [(b"POST /nope", 404), (b"PUT /api/v2/send/bulk", 405)])
+async def test_no_expectation_is_met_where_nothing_is(
+    gateway: GatewayUnderTest, line: bytes, status: int, expectation: bytes
+) -> None:
+    request = line + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: " + expectation + b"\r\n\r\n{}"
+    answer = await exchange(gateway.url, request=request)
+    assert (answer.status, answer.raw.count(b"HTTP/1.1 ")) == (status, 1)
+    assert b"\r\nX-Request-Id: " in answer.raw
+    assert set(answer.json()) == {"error", "code"}
+
+
+async def test_an_old_client_is_not_told_to_continue(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    body = msgspec.json.encode({"messages": [gateway.message()]})
+    head = f"X-Api-Key: {gateway.key}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+    request = b"POST /api/v2/send/bulk HTTP/1.0\r\n" + head.encode() + body
+    answer = await exchange(gateway.url, request=request)
+    assert answer.raw.startswith(b"HTTP/1.0 200 ")
     assert await queue.depth() == 1
 
 
@@ -287,12 +310,14 @@ async def test_malformed_http_is_answered_in_json(gateway: GatewayUnderTest, req
 
 
 async def test_a_caller_that_hangs_up_in_the_middle_disturbs_nobody(
-    gateway: GatewayUnderTest, queue: OutboundQueue
+    gateway: GatewayUnderTest, queue: OutboundQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
     headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 100"]
     await exchange(gateway.url, headers=headers, body=b'{"messages"', hang_up=True)
     assert (await gateway.send([gateway.message()]))[0] == 200
     assert await queue.depth() == 1
+    await eventually(lambda: gateway.runtime.admission.requests == 0)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
 
 
 async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
@@ -336,7 +361,7 @@ async def test_more_requests_than_places_are_refused_before_they_cost_anything(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings(max_requests_in_flight=1))
-    with gateway.runtime.admission.admit(0):
+    with gateway.runtime.admission.admit():
         outcome = await gateway.post(b"{}")
         await assert_refused(outcome, 503, "overloaded")
         assert int(outcome[2]["Retry-After"]) > 0
@@ -346,6 +371,35 @@ async def test_more_requests_than_places_are_refused_before_they_cost_anything(
 async def test_more_octets_than_room_are_refused(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
     await assert_refused(await gateway.post(b" " * 1001), 503, "overloaded")
+    assert (await gateway.send([gateway.message()]))[0] == 200
+
+
+async def test_room_for_a_body_is_taken_only_by_those_with_a_key(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
+    headers = [b"X-Api-Key: trk_" + b"0" * 32, b"Content-Length: 5000000"]
+    answer = await exchange(gateway.url, headers=headers, body=b"")
+    await assert_refused((answer.status, answer.json(), None), 401, "invalid_api_key")
+
+
+async def test_an_answer_that_nobody_reads_is_given_up(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(answer_timeout_s=0.3))
+    body = msgspec.json.encode({"messages": [gateway.message(to="x" * 5_000)] * 1000})  # all of it comes back
+    head = f"X-Api-Key: {gateway.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.api_url.rsplit(":", 1)[1]), limit=1024)
+    try:
+        writer.write(b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\n" + head.encode() + body)
+        await writer.drain()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]  # typed as a write-only transport
+        await asyncio.sleep(1.5)
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        with pytest.raises(ConnectionResetError):
+            await reader.readexactly(len(body))
+    finally:
+        writer.transport.abort()
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 

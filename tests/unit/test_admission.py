@@ -1,6 +1,7 @@
 """What fits is admitted, what does not is refused, and a place is given back whatever happens in it."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +11,19 @@ from gateway.admission import Admission
 from gateway.errors import Draining, Overloaded
 
 
+@contextmanager
+def held(admission: Admission, octets: int) -> Iterator[None]:
+    """A request in its place, with the room for its body."""
+    with admission.admit() as place:
+        place.reserve(octets)
+        yield
+
+
 def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
     admission = Admission(max_requests=2, max_octets=1_000)
-    with admission.admit(1), admission.admit(1):
+    with held(admission, 1), held(admission, 1):
         assert (admission.requests, admission.octets) == (2, 2)
-        with pytest.raises(Overloaded), admission.admit(0):
+        with pytest.raises(Overloaded), held(admission, 0):
             pytest.fail("a third was admitted")
         assert (admission.requests, admission.octets) == (2, 2), "a refused request holds nothing"
     assert (admission.requests, admission.octets) == (0, 0)
@@ -22,19 +31,19 @@ def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
 
 def test_octets_are_admitted_up_to_the_limit_and_not_beyond() -> None:
     admission = Admission(max_requests=10, max_octets=1_000)
-    with admission.admit(600):
-        with pytest.raises(Overloaded), admission.admit(401):
+    with held(admission, 600):
+        with pytest.raises(Overloaded), held(admission, 401):
             pytest.fail("1,001 octets were admitted")
-        with admission.admit(400):
+        with held(admission, 400):
             assert admission.octets == 1_000
-            with admission.admit(0):
+            with held(admission, 0):
                 assert admission.requests == 3
 
 
 def test_a_place_given_back_can_be_had_again() -> None:
     admission = Admission(max_requests=1, max_octets=10)
     for _ in range(3):
-        with admission.admit(10):
+        with held(admission, 10):
             assert admission.requests == 1
 
 
@@ -45,16 +54,16 @@ class Failure(BaseException):
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, Failure])
 def test_a_request_that_fails_gives_its_place_back(failure: type[BaseException]) -> None:
     admission = Admission(max_requests=1, max_octets=10)
-    with pytest.raises(failure), admission.admit(10):
+    with pytest.raises(failure), held(admission, 10):
         raise failure
     assert (admission.requests, admission.octets) == (0, 0)
 
 
 def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
     admission = Admission(max_requests=2, max_octets=10)
-    with admission.admit(3):
+    with held(admission, 3):
         admission.closed = True
-        with pytest.raises(Draining), admission.admit(1):
+        with pytest.raises(Draining), held(admission, 1):
             pytest.fail("admitted while draining")
         assert (admission.requests, admission.octets) == (1, 3)
     assert (admission.requests, admission.octets) == (0, 0)
@@ -63,9 +72,9 @@ def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
 def test_draining_is_said_before_overloaded() -> None:
     """The caller should go to another process, not wait for this one."""
     admission = Admission(max_requests=1, max_octets=10)
-    with admission.admit(10):
+    with held(admission, 10):
         admission.closed = True
-        with pytest.raises(Draining), admission.admit(10):
+        with pytest.raises(Draining), held(admission, 10):
             pytest.fail("admitted")
 
 
@@ -81,7 +90,7 @@ def test_neither_bound_is_ever_passed_and_nothing_that_fits_is_refused(comings: 
         place = ExitStack()
         fits = len(inside) < 4 and sum(held for held, _ in inside) + octets <= 100
         try:
-            place.enter_context(admission.admit(octets))
+            place.enter_context(held(admission, octets))
         except Overloaded:
             assert not fits
         else:

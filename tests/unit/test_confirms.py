@@ -293,3 +293,11 @@ def test_only_the_newest_batch_can_be_withdrawn() -> None:
     tracker.withdraw(first)
     with pytest.raises(ValueError, match="newest"):
         tracker.withdraw(first)
+
+
+def test_where_a_nack_says_nothing_certain_it_is_unknown() -> None:
+    """A classic queue that dies has messages nacked that it has on disk."""
+    tracker = ConfirmTracker(nacked=Outcome.UNKNOWN)
+    published = tracker.add(["A", "B"])
+    tracker.settle(acked=False, delivery_tag=2, multiple=True)
+    assert list(published.outcomes()) == [Outcome.UNKNOWN] * 2

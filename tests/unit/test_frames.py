@@ -337,3 +337,11 @@ def test_a_thousand_acks_in_one_read_are_a_thousand_events() -> None:
     passed_on, events = feed_in_pieces(listening(), b"".join(acks), ends[::100])
     assert passed_on == b""
     assert events == [Settled(True, tag, False) for tag in range(1, 1_001)]
+
+
+def test_a_broker_without_a_frame_limit_gets_bodies() -> None:
+    """RabbitMQ says 0 where its frame_max is unlimited."""
+    unlimited = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=0)
+    limited = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=131_072)
+    payloads = [b"{}", b" " * 200_000]
+    assert unlimited.pack(["AbC12345"] * 2, payloads) == limited.pack(["AbC12345"] * 2, payloads)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "gateway"
 LAYERS = [
     ["__main__"],
     ["server"],
-    ["app", "workers"],
+    ["app", "listeners", "workers"],
     ["api", "health"],
     ["runtime"],
     ["admin", "id_supply"],
@@ -25,7 +25,7 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "workers", "api", "health", "runtime"},
+    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
     "asyncpg": {"store", "admin"},
     "aio_pika": {"amqp.publisher"},
     "aiormq": {"amqp.publisher"},

@@ -1,6 +1,7 @@
 """Whatever bytes come in, decoding gives messages or one of three refusals, and nothing else, ever."""
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -327,3 +328,21 @@ def test_an_answer_shows_the_extra_fields_only_where_they_say_something() -> Non
         b'{"queued_count":1,"error_count":2,"errors":[{"index":0,"to":null,"code":"missing_to","error":"no"},'
         b'{"index":3,"to":"+1","code":"outcome_unknown","error":"?","may_be_queued":true,"message_id":"AbC12345"}]}'
     )
+
+
+@pytest.mark.parametrize("element", [b"1", b"{}", b'"x"', b"null", b"[]"])
+def test_a_body_full_of_tiny_elements_is_refused_before_a_list_of_them_is_built(element: bytes) -> None:
+    body = b'{"messages":[' + b",".join([element] * (5_000_000 // (len(element) + 1))) + b"]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooManyMessages):
+            decode_bulk(body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+
+
+def test_commas_in_texts_are_not_elements() -> None:
+    messages = [{"to": "+1", "body": "," * 5_000, "metadata": {"a": [1, 2, {}]}}] * 1000
+    assert len(decode_bulk(json.dumps({"messages": messages}).encode()).messages) == 1000
