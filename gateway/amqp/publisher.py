@@ -65,10 +65,13 @@ class Publisher:
     async def close(self) -> None:
         """Close every connection. What is unconfirmed by then becomes unknown."""
         self._closed = True
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._changed.set()  # whoever waits for a connection to come back waits in vain
+        running = set(self._tasks)
+        while running:
+            # Once may not be enough: in the middle of a handshake, aiormq absorbs a cancellation.
+            for task in running:
+                task.cancel()
+            _, running = await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
 
     def is_usable(self) -> bool:
         """Whether a batch would be written if it came now."""
@@ -164,7 +167,7 @@ class Publisher:
         """One connection's life: connect, serve until it is lost, wait a moment, connect to the next node."""
         nodes = self._settings.amqp_nodes()
         attempt = 0
-        while True:
+        while not self._closed:
             node = URL(nodes[(number + attempt) % len(nodes)])
             connection = _PublishConnection(self._settings, node, self._count_late)
             try:
@@ -179,7 +182,8 @@ class Publisher:
                 self.was_connected = True
                 self._connections.append(connection)
                 self._changed.set()
-                await self._serve(connection)
+                if not self._closed:  # a cancellation may have been absorbed on the way
+                    await self._serve(connection)
                 number += 1  # the next node first: this one has just failed us
             finally:
                 self._connections = [other for other in self._connections if other is not connection]
@@ -200,7 +204,7 @@ class Publisher:
 
 
 def _log_if_ended(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
+    if not task.cancelled() and task.exception() is not None:
         log.critical("%s ended: its connection will not come back", task.get_name(), exc_info=task.exception())
 
 

@@ -6,7 +6,7 @@ What a message's outcome is, and when a batch is written again, refused or given
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -915,3 +915,24 @@ def no_message_text_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 def test_after_days_of_failures_the_delay_is_still_a_delay() -> None:
     shortest, longest = RECONNECT_DELAYS_S
     assert all(shortest <= reconnect_delay_s(failures) <= longest for failures in (0, 1, 10, 1_100, 10**6))
+
+
+async def test_a_cancellation_that_is_absorbed_on_the_way_does_not_hold_the_closing_up(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a handshake aiormq swallows it, and the connection opens all the same."""
+    opening = asyncio.Event()
+    open_for_real = publisher_module._PublishConnection.open
+
+    async def open_absorbing(connection: publisher_module._PublishConnection) -> None:
+        await open_for_real(connection)
+        opening.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(publisher_module._PublishConnection, "open", open_absorbing)
+    publisher = Publisher(settings_for(broker.url))
+    publisher.start()
+    await opening.wait()
+    async with asyncio.timeout(10):
+        await publisher.close()
