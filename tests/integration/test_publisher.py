@@ -15,7 +15,7 @@ from pamqp.base import Frame
 
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp.confirms import Outcome
-from gateway.amqp.publisher import RECONNECT_DELAYS_S, Publisher, reconnect_delay_s
+from gateway.amqp.publisher import Publisher, reconnect_delay_s
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
 from tests.eventually import eventually
@@ -913,7 +913,7 @@ def no_message_text_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def test_after_days_of_failures_the_delay_is_still_a_delay() -> None:
-    shortest, longest = RECONNECT_DELAYS_S
+    shortest, longest = publisher_module.RECONNECT_DELAYS_S
     assert all(shortest <= reconnect_delay_s(failures) <= longest for failures in (0, 1, 10, 1_100, 10**6))
 
 
