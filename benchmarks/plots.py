@@ -123,7 +123,7 @@ def _round_ticks(low: float, high: float) -> Ticks:
 
 def standalone(svg: str) -> str:
     """An inline picture as a file of its own, readable on a light and on a dark page."""
-    style = "<style>text{font:13px sans-serif;fill:#6b7280}line{stroke:#6b7280}</style>"
+    style = "<style>text{font:11px sans-serif;fill:#6b7280}line{stroke:#6b7280}</style>"
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + "\n"
 
 

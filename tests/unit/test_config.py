@@ -84,7 +84,7 @@ BAD: list[tuple[str, str, str]] = [
     ("body_timeout_s", "0", "> 0"),
     ("keepalive_timeout_s", "never", "float"),
     ("max_requests_in_flight", "1_000.0.0", "int"),
-    ("max_bytes_in_flight", "0", ">= 1"),
+    ("max_bytes_in_flight", "5242879", ">= 5242880"),
     ("drain_delay_s", "-0.1", ">= 0"),
     ("drain_timeout_s", "0", "> 0"),
     ("log_level", "verbose", "Invalid enum value"),
