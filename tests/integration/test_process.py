@@ -3,8 +3,11 @@
 import asyncio
 import os
 import signal
+import sys
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -13,7 +16,7 @@ import psutil
 import pytest
 
 from gateway.admin import Admin
-from scripts.servers import Gateway, Servers
+from scripts.servers import Gateway, Port, Servers
 from tests.conftest import new_number
 from tests.eventually import eventually
 from tests.outbound_queue import OutboundQueue
@@ -189,16 +192,43 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
 
 
 async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[str, str]) -> None:
-    process = SeveralWorkers(settings | {"GATEWAY_DRAIN_DELAY_S": "5"})
+    """Started without the tests' own supervision, which would end them for us."""
+    api_port, ops_port = Port(), Port()
+    ports = {"GATEWAY_API_PORT": str(api_port), "GATEWAY_OPS_PORT": str(ops_port), "GATEWAY_DRAIN_DELAY_S": "5"}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "serve", "--workers", "2"),
+        cwd=Path(__file__).parents[2],
+        env=os.environ | settings | ports,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    workers: list[psutil.Process] = []
     try:
-        await asyncio.to_thread(process.start)
-        supervisor = psutil.Process(gateway_pid(process))
-        workers = supervisor.children()
+        async with aiohttp.ClientSession() as session:
+            while not await is_ready(session, f"http://127.0.0.1:{ops_port}/readyz"):  # noqa: ASYNC110 - the process sets no event of ours
+                await asyncio.sleep(0.05)
+        workers = psutil.Process(process.pid).children()
+        assert len(workers) == 2
         before = sum(worker.cpu_times().user for worker in workers)
-        supervisor.kill()
+        process.kill()
         await asyncio.sleep(1.0)  # of the five seconds that they go on serving
         spent = sum(worker.cpu_times().user for worker in workers) - before
         assert spent < 0.3, "they spin: idle workers spend next to nothing, spinning ones all they can get"
         await eventually(lambda: not any(worker.is_running() for worker in workers))
     finally:
-        await asyncio.to_thread(process.close)
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.kill()
+        api_port.release()
+        ops_port.release()
+
+
+async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    """Whether the probe says so; False also while nobody listens."""
+    try:
+        async with session.get(url) as response:
+            return response.status == 200
+    except aiohttp.ClientError:
+        return False
