@@ -73,7 +73,7 @@ async def refuse_route(request: web.Request) -> web.Response:
 
 
 def _octets_of_body(request: web.Request) -> int:
-    """What to reserve for the body before any of it is read. Raises PayloadTooLarge."""
+    """What to reserve for the body before any of it is read."""
     octets = request.content_length
     if octets is None:  # chunked: it may become the largest allowed
         return MAX_BODY_BYTES if request.can_read_body else 0

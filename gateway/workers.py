@@ -65,11 +65,13 @@ class Worker:
         if ended.done():
             log.error("worker %s ended with status %s", self.number, ended.result())
             return
-        process.send_signal(signal.SIGTERM)
+        with suppress(ProcessLookupError):  # it may end in the very moment in which it is told to
+            process.send_signal(signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._drain_budget_s)
         if not ended.done():
             log.error("worker %s did not drain in %.0f s: killing it", self.number, self._drain_budget_s)
-            process.kill()
+            with suppress(ProcessLookupError):
+                process.kill()
             await ended
 
     async def probe(self, path: str) -> tuple[int, dict[str, object]]:
