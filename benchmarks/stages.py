@@ -96,12 +96,12 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     numbers = range(10**12, 10**12 + size)
     yield "arithmetic per id", True, lambda: [_arithmetic_id(number) for number in numbers]
 
-    draft, ids = batch.validate(wire.decode_bulk(clean)), LeasedIds(0).take(size)
+    draft, ids = batch.validate(wire.decode_bulk(clean)), LeasedIds(0).take(size).ids
     yield "build", False, partial(_build, draft, ids)
     objects = _payload_objects(draft, ids)
     yield "build: its encoding alone", False, lambda: [wire.encode(one) for one in objects]
     enveloped = Layout(messages_per_envelope=ENVELOPE)
-    more_ids = LeasedIds(0).take(batch.ids_needed(draft, enveloped))
+    more_ids = LeasedIds(0).take(batch.ids_needed(draft, enveloped)).ids
     yield f"build, envelopes of {ENVELOPE}", False, partial(_build, draft, more_ids, enveloped)
 
     payloads = _build(draft, ids).payloads
@@ -161,7 +161,7 @@ def _ids(size: int) -> Work:
         nonlocal leased
         if len(leased) < size:
             leased = LeasedIds(next(leases))
-        return leased.take(size)
+        return leased.take(size).ids
 
     return take
 

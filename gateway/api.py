@@ -4,14 +4,17 @@ import asyncio
 import logging
 import re
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from itertools import count
+from types import MappingProxyType
 
 import msgspec
 from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 
-from gateway import batch, wire
+from gateway import batch, idempotency, wire
 from gateway.amqp.confirms import Outcome
 from gateway.auth import authenticate
 from gateway.errors import (
@@ -30,6 +33,7 @@ from gateway.errors import (
     UnsupportedMediaType,
 )
 from gateway.runtime import RUNTIME
+from gateway.store import Account
 from gateway.wire import MAX_BODY_BYTES, Answer, ErrorRow
 
 log = logging.getLogger(__name__)
@@ -48,23 +52,44 @@ async def send_bulk(request: web.Request) -> web.Response:
     runtime = request.app[RUNTIME]
     with runtime.admission.admit() as place:
         account = await authenticate(request.headers, runtime.store)
-        place.reserve(_octets_of_body(request))  # only now: without a key nobody takes room from the others
-        bulk = wire.decode_bulk(await _read_body(request, runtime.settings.body_timeout_s))
-        draft = batch.validate(bulk)
-        if not draft.messages:
-            return _json(200, Answer(0, len(draft.rows), draft.rows))
-        lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
-        prepared = batch.build(
-            draft,
-            lists,
-            await runtime.ids.take(batch.ids_needed(draft, runtime.layout)),
-            account_id=account.id,
-            accepted_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            request_id=request[REQUEST_ID],
-            layout=runtime.layout,
-        )
-        outcomes = await runtime.publisher.publish(prepared.payload_ids, prepared.payloads, prepared.shards)
-        return _json(200, _answer(prepared, prepared.outcomes_of_messages(outcomes)))
+        place.reserve(account.id, _octets_of_body(request))  # only now: without a key nobody takes room from the others
+        key = idempotency.sent_key(request.headers)
+        body = await _read_body(request, runtime.settings.body_timeout_s)
+        deadline = asyncio.get_running_loop().time() + runtime.settings.confirm_timeout_s
+        draft = batch.validate(wire.decode_bulk(body))
+        numbers = draft.distinct_list_numbers()
+        block = await runtime.ids.take(batch.ids_needed(draft, runtime.layout))
+        send = partial(_send, request, account, draft, deadline)
+        if key is None:
+            lists = await runtime.store.find_owned_lists(account.id, numbers)
+            return _json(200, await send(lists, block.ids))
+        sent = await runtime.idempotency.send_once(account.id, key, body, numbers, block, send)
+        return _json(200, sent.answer, {idempotency.REPLAYED: "true"} if sent.is_replayed else {})
+
+
+async def _send(
+    request: web.Request,
+    account: Account,
+    draft: batch.Draft,
+    deadline: float,
+    lists: Mapping[str, int],
+    ids: list[str],
+) -> Answer:
+    """Build and publish what is the account's own, and say what became of it."""
+    runtime = request.app[RUNTIME]
+    prepared = batch.build(
+        draft,
+        lists,
+        ids,
+        account_id=account.id,
+        accepted_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        request_id=request[REQUEST_ID],
+        layout=runtime.layout,
+    )
+    outcomes = await runtime.publisher.publish(
+        prepared.payload_ids, prepared.payloads, prepared.shards, deadline=deadline
+    )
+    return _answer(prepared, prepared.outcomes_of_messages(outcomes))
 
 
 async def refuse_route(request: web.Request) -> web.Response:
@@ -191,14 +216,12 @@ class Refused(msgspec.Struct):
 
 def refuse(error: GatewayError) -> web.Response:
     """The answer to a refused request."""
-    response = _json(error.status, Refused(str(error), error.code))
-    response.headers.update(error.headers())
-    return response
+    return _json(error.status, Refused(str(error), error.code), error.headers())
 
 
-def _json(status: int, body: object) -> web.Response:
+def _json(status: int, body: object, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
     return web.Response(
         status=status,
-        body=wire.encode(body),
-        headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"},
+        body=body if isinstance(body, bytes) else wire.encode(body),
+        headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway", **headers},
     )

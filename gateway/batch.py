@@ -172,6 +172,8 @@ def build(
     envelope_ids = ids[len(draft.messages) :]
     messages, list_numbers, indexes, rows = draft
     if not lists.keys() >= set(list_numbers):
+        # A message's id depends on the draft alone: when the batch runs again, its lists may be others'.
+        ids = [message_id for message_id, number in zip(ids, list_numbers, strict=False) if number in lists]
         messages, list_numbers, indexes, rows = _own(draft, lists)
     contents = [
         Payload(

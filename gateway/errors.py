@@ -2,6 +2,7 @@
 
 GatewayError                    status  code                    the caller may send it again
 ├── MissingMessages             400     missing_messages        after mending it
+├── InvalidIdempotencyKey       400     invalid_idempotency_key after mending it
 ├── InvalidJson                 400     invalid_json            after mending it
 ├── MalformedHttp               400     malformed_http          after mending it
 ├── MissingApiKey               401     missing_api_key         with a key
@@ -10,10 +11,12 @@ GatewayError                    status  code                    the caller may s
 ├── NotFound                    404     not_found               elsewhere
 ├── MethodNotAllowed            405     method_not_allowed      as one of Allow
 ├── RequestTimeout              408     request_timeout         always
+├── IdempotencyInProgress       409     idempotency_in_progress in a moment, with the same key
 ├── TooManyMessages             413     too_many_messages       in parts
 ├── PayloadTooLarge             413     payload_too_large       in parts
 ├── UnsupportedMediaType        415     unsupported_media_type  as plain JSON
 ├── ExpectationFailed           417     expectation_failed      without it
+├── IdempotencyKeyReused        422     idempotency_key_reused  with another key
 ├── InternalError               500     internal_error          it is our bug
 ├── Unavailable                 503     (its children)          always: nothing of the request was queued
 │   ├── QueueUnavailable                queue_unavailable
@@ -23,7 +26,10 @@ GatewayError                    status  code                    the caller may s
 └── OutcomeUnknown              504     outcome_unknown         it may be queued already
 """
 
+import math
 from typing import ClassVar, NamedTuple
+
+MAX_RETRY_AFTER_S = 10  # a promise for longer than that nobody can keep
 
 
 class GatewayError(Exception):
@@ -44,6 +50,11 @@ class GatewayError(Exception):
 class MissingMessages(GatewayError):
     status, code = 400, "missing_messages"
     sentence = "messages must be a non-empty array of message objects"
+
+
+class InvalidIdempotencyKey(GatewayError):
+    status, code = 400, "invalid_idempotency_key"
+    sentence = "Idempotency-Key must be sent once, as 1 to 255 visible ASCII characters"
 
 
 class InvalidJson(GatewayError):
@@ -90,6 +101,14 @@ class RequestTimeout(GatewayError):
     sentence = "The request body did not arrive in time. Nothing was queued; send it again"
 
 
+class IdempotencyInProgress(GatewayError):
+    status, code = 409, "idempotency_in_progress"
+    sentence = "The first request with this Idempotency-Key has not ended yet; send it again in a moment"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "1"}
+
+
 class TooManyMessages(GatewayError):
     status, code = 413, "too_many_messages"
     sentence = "A request may carry at most 1,000 messages. Split it"
@@ -110,6 +129,11 @@ class ExpectationFailed(GatewayError):
     sentence = "The only expectation this service meets is 100-continue"
 
 
+class IdempotencyKeyReused(GatewayError):
+    status, code = 422, "idempotency_key_reused"
+    sentence = "This Idempotency-Key was sent with another body. Use a new key for a new batch"
+
+
 class InternalError(GatewayError):
     status, code = 500, "internal_error"
     sentence = "Something went wrong on our side. Please report the request id"
@@ -119,7 +143,11 @@ class Unavailable(GatewayError):
     """Nothing of this request was queued; it is always safe to send again."""
 
     status = 503
-    retry_after_s: ClassVar[int] = 1
+
+    def __init__(self, sentence: str | None = None, *, retry_after_s: float = 1.0) -> None:
+        """`retry_after_s`: what was measured says that it is worth another try then."""
+        super().__init__(sentence)
+        self.retry_after_s = min(max(math.ceil(retry_after_s), 1), MAX_RETRY_AFTER_S)
 
     def headers(self) -> dict[str, str]:
         return {"Retry-After": str(self.retry_after_s)}

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from gateway.message_ids import LeasedIds
+from gateway.message_ids import IdBlock, LeasedIds
 from gateway.store import Store
 
 
@@ -15,7 +15,7 @@ class IdSupply:
         self._next: LeasedIds | None = None
         self._leasing: asyncio.Task[None] | None = None
 
-    async def take(self, count: int) -> list[str]:
+    async def take(self, count: int) -> IdBlock:
         """`count` ids that nobody else has. Raises DatabaseUnavailable when a lease is needed and cannot be had."""
         while self._current is None or len(self._current) < count:
             if self._next is None:

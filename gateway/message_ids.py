@@ -14,6 +14,7 @@ fraction of what arithmetic per id takes (scripts/bench stages, row "ids").
 """
 
 import hashlib
+from typing import NamedTuple
 
 ALPHABET = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 BASE = len(ALPHABET)
@@ -49,6 +50,23 @@ def row_ids(row: int) -> list[str]:
     return ids.decode("ascii").split()
 
 
+class IdBlock(NamedTuple):
+    """Ids that are neighbours in the table, from the place `first` on."""
+
+    first: int
+    ids: list[str]
+
+
+def ids_at(first: int, count: int) -> list[str]:
+    """`count` ids from a place on; a place is row × COLUMNS + column."""
+    row, column = divmod(first, COLUMNS)
+    ids = row_ids(row)[column : column + count]
+    while len(ids) < count:
+        row += 1
+        ids += row_ids(row)[: count - len(ids)]
+    return ids
+
+
 class LeasedIds:
     """The ids of one lease, handed out in order."""
 
@@ -64,10 +82,11 @@ class LeasedIds:
     def __len__(self) -> int:
         return (self._end_row - self._next_row) * COLUMNS + len(self._row) - self._column
 
-    def take(self, count: int) -> list[str]:
+    def take(self, count: int) -> IdBlock:
         """The next `count` ids. Raises IndexError, and hands out none, when fewer are left."""
         if count > len(self):
             raise IndexError(f"{count} ids asked for, {len(self)} left in this lease")
+        first = self._next_row * COLUMNS - (len(self._row) - self._column)
         taken = self._row[self._column : self._column + count]
         self._column += len(taken)
         while len(taken) < count:
@@ -75,4 +94,4 @@ class LeasedIds:
             self._next_row += 1
             self._column = count - len(taken)
             taken += self._row[: self._column]
-        return taken
+        return IdBlock(first, taken)

@@ -11,9 +11,11 @@ from aiohttp import web
 from gateway.admission import Admission
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
+from gateway.database import Database
 from gateway.envelopes import Layout
 from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
+from gateway.idempotency import Idempotency
 from gateway.store import Store
 
 
@@ -24,6 +26,7 @@ class Runtime:
     settings: Settings
     store: Store
     ids: IdSupply
+    idempotency: Idempotency
     publisher: Publisher
     admission: Admission
     layout: Layout
@@ -38,19 +41,24 @@ RUNTIME = web.AppKey("runtime", Runtime)
 async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """Open store, ids and publisher. Neither server needs to be up: the gateway becomes ready when they are."""
     async with AsyncExitStack() as stack:
-        store = Store(settings)
-        await store.open()
-        stack.push_async_callback(store.close)
+        database = Database(settings)
+        await database.open()
+        stack.push_async_callback(database.close)
+        store = Store(database)
         ids = IdSupply(store)
         stack.push_async_callback(ids.close)
         publisher = Publisher(settings)
         publisher.start()
         stack.push_async_callback(publisher.close)
+        idempotency = Idempotency(store, longest_run_s=settings.confirm_timeout_s)
+        stack.push_async_callback(idempotency.close)
         admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
-        runtime = Runtime(settings, store, ids, publisher, admission, layout)
+        runtime = Runtime(settings, store, ids, idempotency, publisher, admission, layout)
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
+        sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")
+        stack.push_async_callback(_stop, sweeping)
         yield runtime
 
 

@@ -30,6 +30,7 @@ from gateway.amqp.frames import (
     Returned,
     Settled,
 )
+from gateway.amqp.window import ConfirmWindow
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
 
@@ -38,17 +39,29 @@ log = logging.getLogger(__name__)
 MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
 RETRY_MARGIN_S = 0.5  # less than this before the deadline is not worth a second try
+TOO_LATE_S = 0.1  # nor, this short before it, a first one: it would only end as unknown
+STALLED_S = 1.0  # so much younger batches elsewhere are confirmed already: something is wrong with this connection
 CLOSE_TIMEOUT_S = 2.0
+WATCH_INTERVAL_S = 0.25
 SHARED_CONNECTION_BYTES = 64 * 1024  # some 200 messages
 
 
 class Publisher:
     """Several publish connections, spread over the broker's nodes; each heals itself."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, first_node: int | None = None) -> None:
+        """`first_node` is where the first connection goes; None draws one, so that replicas spread over the nodes."""
         self._settings = settings
-        self._connections: list[_PublishConnection] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._connections: list[_PublishConnection] = []  # those that may be given batches
+        self._leaving: set[_PublishConnection] = set()  # those that only wait for their last confirms
+        self._window = ConfirmWindow(
+            most_messages=settings.max_unconfirmed_messages, target_s=settings.confirm_timeout_s / 4
+        )
+        self._first_node = (
+            random.randrange(len(settings.amqp_nodes())) if first_node is None else first_node  # noqa: S311
+        )
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unusable_since: float | None = None
         self._changed = asyncio.Event()
         self._closed = False
         self.was_connected = False
@@ -60,18 +73,17 @@ class Publisher:
         for number in range(self._settings.amqp_connections):
             task = asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}")
             task.add_done_callback(_log_if_ended)
-            self._tasks.append(task)
+            self._tasks.add(task)
 
     async def close(self) -> None:
         """Close every connection. What is unconfirmed by then becomes unknown."""
         self._closed = True
         self._changed.set()  # whoever waits for a connection to come back waits in vain
-        running = set(self._tasks)
-        while running:
+        while running := {task for task in self._tasks if not task.done()}:
             # Once may not be enough: in the middle of a handshake, aiormq absorbs a cancellation.
             for task in running:
                 task.cancel()
-            _, running = await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
+            await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
 
     def is_usable(self) -> bool:
         """Whether a batch would be written if it came now."""
@@ -79,25 +91,37 @@ class Publisher:
 
     @property
     def unconfirmed_messages(self) -> int:
-        return sum(connection.unconfirmed_messages for connection in self._connections)
+        return sum(connection.unconfirmed_messages for connection in [*self._connections, *self._leaving])
 
     @property
     def unconfirmed_bytes(self) -> int:
-        return sum(connection.unconfirmed_bytes for connection in self._connections)
+        return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._leaving])
 
     async def publish(
-        self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None = None
+        self,
+        ids: Sequence[str],
+        payloads: Sequence[bytes],
+        shards: Sequence[int] | None = None,
+        *,
+        deadline: float | None = None,
     ) -> bytes:
         """Publish one batch, in order, on one channel; wait until all is confirmed or the deadline has come.
 
-        `shards` names the queue of each payload, ascending; None means the first for all. Returns one Outcome per
-        payload. Raises QueueUnavailable or Overloaded when nothing at all was written.
+        `shards` names the queue of each payload, ascending; None means the first for all. `deadline` is on the event
+        loop's clock; None means a whole confirm_timeout_s from now. Returns one Outcome per payload. Raises
+        QueueUnavailable or Overloaded when nothing at all was written.
         """
         if not payloads:
             return b""
-        deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
+        clock = asyncio.get_running_loop().time
+        written_at = clock()
+        if deadline is None:
+            deadline = written_at + self._settings.confirm_timeout_s
+        elif deadline < written_at + TOO_LATE_S:
+            raise QueueUnavailable
         connection = self._choose(len(payloads))
         outcomes = await connection.publish(ids, payloads, shards, deadline)
+        self._window.note(len(payloads), written_at=written_at, now=clock())
         if connection.is_lost and not self._closed and Outcome.UNKNOWN in outcomes:
             return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
         return outcomes
@@ -140,14 +164,20 @@ class Publisher:
         leaves in one system call, and is confirmed by one ack (scripts/bench compare, batches of 1). Beyond that the
         one with the least unconfirmed.
         """
+        now = asyncio.get_running_loop().time()
         usable = [connection for connection in self._connections if connection.is_usable()]
         if not usable:
-            raise QueueUnavailable
+            self._unusable_since = self._unusable_since or now
+            raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage may well go on
+        self._unusable_since = None
+        unconfirmed = self.unconfirmed_messages
         if (
-            self.unconfirmed_messages + count > self._settings.max_unconfirmed_messages
-            or self.unconfirmed_bytes > self._settings.max_unconfirmed_bytes
-        ):
-            raise Overloaded
+            unconfirmed and unconfirmed + count > self._window.messages
+        ) or self.unconfirmed_bytes > self._settings.max_unconfirmed_bytes:
+            raise Overloaded(retry_after_s=self._window.confirm_s)
+        if len(usable) > 1:
+            latest = max(connection.confirmed_written_at for connection in usable)
+            usable = [one for one in usable if not one.is_stalled(latest)] or usable
         if usable[0].unconfirmed_bytes < SHARED_CONNECTION_BYTES:
             return usable[0]
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
@@ -166,10 +196,12 @@ class Publisher:
     async def _keep_connected(self, number: int) -> None:
         """One connection's life: connect, serve until it is lost, wait a moment, connect to the next node."""
         nodes = self._settings.amqp_nodes()
+        number += self._first_node
         attempt = 0
+        on_probation = False
         while not self._closed:
             node = URL(nodes[(number + attempt) % len(nodes)])
-            connection = _PublishConnection(self._settings, node, self._count_late)
+            connection = _PublishConnection(self._settings, node, self._count_late, on_probation=on_probation)
             try:
                 async with asyncio.timeout(self._settings.amqp_connect_timeout_s), _stray_cancellation_is_loss():
                     await connection.open()
@@ -187,17 +219,46 @@ class Publisher:
                 number += 1  # the next node first: this one has just failed us
             finally:
                 self._connections = [other for other in self._connections if other is not connection]
-                await connection.close()
+                on_probation = connection.is_overdue()  # the next one has to show that there are confirms again
+                if on_probation and not connection.is_blocked and not self._closed:
+                    self._see_out(connection)
+                else:
+                    await connection.close()
             await asyncio.sleep(reconnect_delay_s(attempt))
 
     async def _serve(self, connection: "_PublishConnection") -> None:
-        """Return when the connection is lost, or has kept a batch unconfirmed for so long that it is given up."""
-        while not await connection.wait_lost(timeout=1.0):
-            self._changed.set()  # an alarm may have gone, an overdue batch been settled
-            if connection.oldest_age_s() > self._settings.abandon_timeout_s:
-                log.warning("a batch is unconfirmed for %.0f s: closing its connection", connection.oldest_age_s())
+        """Return when the connection is lost, or a batch on it is past its deadline and no alarm explains that."""
+        while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):
+            self._changed.set()  # an alarm may have gone
+            if connection.is_overdue() and not connection.is_blocked:
+                log.warning("no confirms from the broker at %s:%s in time", connection.node.host, connection.node.port)
+                return
+            if self._is_abandoned(connection):
                 return
         log.warning("lost the connection to the broker at %s:%s", connection.node.host, connection.node.port)
+
+    def _is_abandoned(self, connection: "_PublishConnection") -> bool:
+        if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:
+            log.warning("a batch is unconfirmed for %.0f s: closing its connection", age_s)
+            return True
+        return False
+
+    def _see_out(self, connection: "_PublishConnection") -> None:
+        """Let a connection that is too slow wait for its last confirms beside the one that takes its place."""
+        self._leaving.add(connection)
+        task = asyncio.create_task(self._wait_for_the_last(connection), name="amqp-leaving")
+        task.add_done_callback(_log_if_ended)
+        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(task)
+
+    async def _wait_for_the_last(self, connection: "_PublishConnection") -> None:
+        try:
+            while connection.unconfirmed_messages and not self._is_abandoned(connection):
+                if await connection.wait_lost(timeout=WATCH_INTERVAL_S):
+                    break
+        finally:
+            self._leaving.discard(connection)
+            await connection.close()
 
     def _count_late(self, count: int) -> None:
         self.late_confirms += count
@@ -230,8 +291,13 @@ class _Pending:
 class _PublishConnection:
     """One connection with one channel in confirm mode, from its opening to its loss; never used again after."""
 
-    def __init__(self, settings: Settings, node: URL, count_late: Callable[[int], None]) -> None:
+    def __init__(
+        self, settings: Settings, node: URL, count_late: Callable[[int], None], *, on_probation: bool = False
+    ) -> None:
+        """`on_probation`: one batch at a time until the first is confirmed, because its predecessor's were not."""
         self.node = node
+        self._on_probation = on_probation
+        self.confirmed_written_at = float("-inf")  # when the youngest batch was written that has been confirmed
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
@@ -239,7 +305,7 @@ class _PublishConnection:
         nacked = Outcome.UNKNOWN if settings.amqp_queue_type == "classic" else Outcome.NACKED
         self._tracker = ConfirmTracker(nacked=nacked)
         self._pending: dict[PublishedRange, _Pending] = {}
-        self._blocked = False
+        self.is_blocked = False
         self._lost = self._loop.create_future()
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
@@ -295,7 +361,23 @@ class _PublishConnection:
 
     def is_usable(self) -> bool:
         """Whether a new batch may be written: not lost, no broker alarm, and no batch past its deadline."""
-        return not (self.is_lost or self._blocked or self._transports.is_closing or self._is_overdue())
+        return not (
+            self.is_lost
+            or self.is_blocked
+            or self._transports.is_closing
+            or self.is_overdue()
+            or (self._on_probation and self._pending)
+        )
+
+    def is_overdue(self) -> bool:
+        """Whether a batch has passed its deadline unconfirmed, on a connection that is not lost."""
+        oldest = self._oldest()
+        return oldest is not None and oldest.deadline < self._loop.time()
+
+    def is_stalled(self, latest: float) -> bool:
+        """Whether its oldest batch waits while much younger ones, up to `latest`, have been confirmed elsewhere."""
+        oldest = self._oldest()
+        return oldest is not None and oldest.written_at + STALLED_S < latest
 
     def oldest_age_s(self) -> float:
         """How long the oldest unconfirmed batch has been waiting; 0.0 when there is none."""
@@ -351,7 +433,7 @@ class _PublishConnection:
                 self._on_lost()
             case Blocked(blocked):
                 log.warning("the broker %s this connection", "blocked" if blocked else "unblocked")
-                self._blocked = blocked
+                self.is_blocked = blocked
 
     def _on_lost(self) -> None:
         if not self._lost.done():
@@ -363,6 +445,9 @@ class _PublishConnection:
             pending = self._pending.pop(published)
             self.unconfirmed_messages -= len(published.ids)
             self.unconfirmed_bytes -= pending.size
+            if not self.is_lost:
+                self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
+                self._on_probation = False
             if not pending.settled.done():
                 _finish(pending.settled)
             elif not self.is_lost:
@@ -371,10 +456,6 @@ class _PublishConnection:
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()
         return self._pending[oldest] if oldest else None
-
-    def _is_overdue(self) -> bool:
-        oldest = self._oldest()
-        return oldest is not None and oldest.deadline < self._loop.time()
 
 
 def _finish(settled: asyncio.Future[None]) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from gateway.config import Settings
+from gateway.database import Database
 from gateway.id_supply import IdSupply
 from gateway.store import Store
 from scripts.servers import Servers
@@ -14,17 +15,18 @@ from scripts.servers import Servers
 TAKE_IDS = """
 import asyncio, os, sys
 from gateway.config import Settings
+from gateway.database import Database
 from gateway.id_supply import IdSupply
 from gateway.store import Store
 
 async def main():
-    store = Store(Settings(database_url=os.environ["GATEWAY_DATABASE_URL"], amqp_url="amqp://unused"))
-    await store.open()
-    supply = IdSupply(store)
+    database = Database(Settings(database_url=os.environ["GATEWAY_DATABASE_URL"], amqp_url="amqp://unused"))
+    await database.open()
+    supply = IdSupply(Store(database))
     for _ in range(100):
-        sys.stdout.write(" ".join(await supply.take(1000)) + " ")
+        sys.stdout.write(" ".join((await supply.take(1000)).ids) + " ")
     await supply.close()
-    await store.close()
+    await database.close()
 
 asyncio.run(main())
 """
@@ -54,15 +56,15 @@ async def test_two_processes_take_a_million_ids_side_by_side_and_share_none(serv
 
 
 async def test_a_lease_that_runs_out_is_followed_by_another(servers: Servers) -> None:
-    store = Store(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
-    await store.open()
-    supply = IdSupply(store)
+    database = Database(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
+    await database.open()
+    supply = IdSupply(Store(database))
     try:
         taken: list[str] = []
         while len(taken) < 2_100_000:
             for batch in await asyncio.gather(*(supply.take(999) for _ in range(64))):
-                taken += batch
+                taken += batch.ids
         assert len(set(taken)) == len(taken)
     finally:
         await supply.close()
-        await store.close()
+        await database.close()

@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def settings_for(*urls: str, **changes: Any) -> Settings:
 @asynccontextmanager
 async def started(*urls: str, **changes: Any) -> AsyncIterator[Publisher]:
     """A publisher that has begun to connect."""
-    publisher = Publisher(settings_for(*urls, **changes))
+    publisher = Publisher(settings_for(*urls, **changes), first_node=0)
     publisher.start()
     try:
         yield publisher
@@ -500,14 +501,145 @@ async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
     async with connected(broker.url, confirm_timeout_s=0.2, abandon_timeout_s=0.3) as publisher:
         assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
         await broker.wait_opened(2)
+        await broker.sessions[0].closed.wait()
         await eventually(publisher.is_usable)
-        assert broker.sessions[0].closed.is_set()
         assert is_idle(publisher)
         assert publisher.late_confirms == 0, "what was given up has not been confirmed"
         broker.mode = "ack"
         assert list(await publish(publisher, 1, "B")) == [ACKED]
         assert len(broker.published) == 3
     assert "a batch is unconfirmed for" in caplog.text
+
+
+async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_confirms(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2, abandon_timeout_s=60) as publisher:
+        assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
+        await broker.wait_opened(2)
+        await eventually(publisher.is_usable)
+        assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
+        assert not broker.sessions[0].closed.is_set()
+        broker.sessions[0].ack(2, multiple=True)
+        await eventually(lambda: publisher.late_confirms == 2)
+        await broker.sessions[0].closed.wait()
+        assert is_idle(publisher)
+        broker.mode = "ack"
+        assert list(await publish(publisher, 1, "B")) == [ACKED]
+        assert broker.published[-1].connection == 1
+        assert len(broker.sessions) == 2
+
+
+async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are_confirms(
+    broker: ScriptedBroker,
+) -> None:
+    """The broker that left the first unconfirmed is most likely still in trouble: one batch finds out, not all."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
+        await publish(publisher, 1, "A")
+        await broker.wait_opened(2)
+        await eventually(publisher.is_usable)
+        probe = publish(publisher, 1, "B")
+        await broker.wait_published(2)
+        assert not publisher.is_usable()
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1, "C")
+        broker.sessions[1].ack(1)
+        assert list(await probe) == [ACKED]
+        others = [publish(publisher, 1, str(n)) for n in range(3)]
+        await broker.wait_published(5)
+        broker.sessions[1].ack(4, multiple=True)
+        assert [list(await other) for other in others] == [[ACKED]] * 3
+
+
+async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: ScriptedBroker) -> None:
+    """The broker has said what is wrong, and will confirm when the alarm is over. A new one would not be told."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        broker.sessions[0].blocked("low on memory")
+        assert list(await batch) == [UNKNOWN]
+        await asyncio.sleep(3 * publisher_module.WATCH_INTERVAL_S)
+        assert len(broker.sessions) == 1
+        broker.mode = "ack"
+        with broker.sessions[0].together():
+            broker.sessions[0].ack(1)
+            broker.sessions[0].unblocked()
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 1, "B")) == [ACKED]
+        assert len(broker.sessions) == 1
+
+
+async def test_a_connection_that_hangs_is_left_alone_while_another_confirms(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "STALLED_S", 0.2)
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        hanging = publish(publisher, 1, "A")
+        await broker.wait_published(1)
+        hung = broker.published[0].connection
+        large = [b"x" * publisher_module.SHARED_CONNECTION_BYTES]
+
+        def ack_elsewhere(session: Session, message: Published) -> None:
+            if message.connection != hung:
+                session.ack(message.delivery_tag)
+
+        broker.on_publish = ack_elsewhere
+        await asyncio.sleep(0.3)
+        on_the_hung = asyncio.create_task(publisher.publish(ids(1, "B"), large))  # nothing shows yet that it hangs
+        await broker.wait_published(2)
+        assert list(await publisher.publish(ids(1, "C"), large)) == [ACKED]
+        for n in range(5):
+            assert list(await publish(publisher, 1, str(n))) == [ACKED]
+        assert {message.connection for message in broker.published[2:]} == {1 - hung}
+        broker.sessions[hung].ack(2, multiple=True)
+        assert list(await hanging) == list(await on_the_hung) == [ACKED]
+
+
+async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroker) -> None:
+    async with connected(broker.url) as publisher:
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(QueueUnavailable):
+            await publisher.publish(ids(1), payloads(1), deadline=now + publisher_module.TOO_LATE_S / 2)
+        assert broker.published == []
+        assert list(await publisher.publish(ids(1), payloads(1), deadline=now + 5)) == [ACKED]
+
+
+async def test_a_slow_broker_is_handed_less_and_callers_are_told_when_to_come_back(broker: ScriptedBroker) -> None:
+    """Whatever was on the wire past a quarter of the deadline narrows the window; here down to two full batches."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=2.0, max_unconfirmed_messages=3_000) as publisher:
+        for n in range(2):
+            batch = publish(publisher, 1, str(n))
+            await broker.wait_published(n + 1)
+            await asyncio.sleep(0.55)
+            broker.sessions[0].ack(n + 1)
+            assert list(await batch) == [ACKED]
+        full = [publish(publisher, 1_000, batch) for batch in "AB"]
+        await broker.wait_published(2_002)
+        with pytest.raises(Overloaded) as refused:
+            await publish(publisher, 1, "C")
+        assert refused.value.headers() == {"Retry-After": "1"}
+        broker.sessions[0].ack(2_002, multiple=True)
+        assert [list(await batch) for batch in full] == [[ACKED] * 1_000] * 2
+
+
+async def test_a_long_outage_is_told_to_be_long(broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected(broker.url) as publisher:
+        await broker.stop_listening()
+        broker.sessions[0].drop()
+        await eventually(lambda: not publisher.is_usable())
+        loop = asyncio.get_running_loop()
+        waits = []
+        now = loop.time()
+        for moment in (now, now + 7, now + 9_000):
+            monkeypatch.setattr(loop, "time", partial(float, moment))
+            with pytest.raises(QueueUnavailable) as refused:
+                await publisher.publish(ids(1), payloads(1))
+            waits.append(refused.value.headers()["Retry-After"])
+            monkeypatch.undo()
+        assert waits == ["1", "4", "10"]
 
 
 async def test_a_caller_who_goes_away_stops_no_tracking(broker: ScriptedBroker) -> None:

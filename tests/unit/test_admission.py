@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import count
 
 import pytest
 from hypothesis import given, settings
@@ -10,13 +11,59 @@ from hypothesis import strategies as st
 from gateway.admission import Admission
 from gateway.errors import Draining, Overloaded
 
+strangers = count(1_000)
+
 
 @contextmanager
-def held(admission: Admission, octets: int) -> Iterator[None]:
-    """A request in its place, with the room for its body."""
+def held(admission: Admission, octets: int, account_id: int | None = None) -> Iterator[None]:
+    """A request in its place, with the room for its body; of an account of its own, unless told whose."""
     with admission.admit() as place:
-        place.reserve(octets)
+        place.reserve(next(strangers) if account_id is None else account_id, octets)
         yield
+
+
+def fill(house: ExitStack, admission: Admission, octets: int, account_id: int) -> int:
+    """Let in as many requests of one account as are admitted; how many that were."""
+    for number in count():
+        try:
+            house.enter_context(held(admission, octets, account_id))
+        except Overloaded:
+            return number
+    raise AssertionError
+
+
+def test_one_account_alone_gets_three_quarters_and_leaves_room_for_others() -> None:
+    admission = Admission(max_requests=100, max_octets=1_000_000)
+    with ExitStack() as house:
+        assert fill(house, admission, 0, account_id=1) == 75
+        assert fill(house, admission, 0, account_id=2) > 15
+        with held(admission, 0, account_id=3):
+            assert admission.requests_of[3] == 1
+    assert not admission.requests_of
+
+
+def test_one_accounts_large_bodies_leave_room_for_others() -> None:
+    admission = Admission(max_requests=100, max_octets=1_000)
+    with ExitStack() as house:
+        assert fill(house, admission, 10, account_id=1) == 75
+        with held(admission, 150, account_id=2):
+            assert admission.octets == 900
+    assert (admission.octets, admission.octets_of) == (0, {})
+
+
+def test_a_share_given_back_can_be_had_again() -> None:
+    admission = Admission(max_requests=8, max_octets=1_000)
+    for _ in range(3):
+        with ExitStack() as house:
+            assert fill(house, admission, 1, account_id=1) == 6
+
+
+def test_who_is_refused_is_told_how_long_a_place_is_held() -> None:
+    admission = Admission(max_requests=1, max_octets=10)
+    admission.held_s = 3.2
+    with held(admission, 1), pytest.raises(Overloaded) as refused, held(admission, 1):
+        pytest.fail("admitted")
+    assert refused.value.headers() == {"Retry-After": "4"}
 
 
 def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:

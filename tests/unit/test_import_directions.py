@@ -15,24 +15,24 @@ LAYERS = [
     ["app", "listeners", "workers"],
     ["api", "health"],
     ["runtime"],
-    ["admin", "id_supply"],
+    ["admin", "id_supply", "idempotency"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
-    ["grouped"],
-    ["amqp.confirms", "amqp.frames", "envelopes", "wire", "message_ids"],
+    ["grouped", "database"],
+    ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids"],
     ["errors", "config", "log"],
 ]
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
     "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
-    "asyncpg": {"store", "admin"},
+    "asyncpg": {"database", "admin"},
     "aio_pika": {"amqp.publisher"},
     "aiormq": {"amqp.publisher"},
     "uvloop": {"server"},
 }
 
-PURE = ["batch", "envelopes", "wire", "message_ids", "amqp.frames", "amqp.confirms"]
+PURE = ["batch", "envelopes", "wire", "message_ids", "amqp.frames", "amqp.confirms", "amqp.window"]
 IO_CLOCK_AND_CHANCE = {
     *["asyncio", "socket", "threading", "os", "logging", "time", "datetime", "random", "secrets", "uuid"],
 }

@@ -44,9 +44,9 @@ def test_the_ids_of_databases_in_use_never_change() -> None:
         56_800_235_584,
     )
     assert LEASE_ROWS == 256
-    assert LeasedIds(0).take(4) == GOLDEN_FIRST
+    assert LeasedIds(0).take(4).ids == GOLDEN_FIRST
     assert [row_ids(row)[column] for row, column in GOLDEN_PLACES] == list(GOLDEN_PLACES.values())
-    assert LeasedIds(7).take(1) == row_ids(7 * 256)[:1]
+    assert LeasedIds(7).take(1).ids == row_ids(7 * 256)[:1]
 
 
 GOLDEN_FIRST = ["ZtfyJv2P", "a2XujsNn", "nrk6ajLN", "5hCp9obr"]
@@ -62,14 +62,14 @@ GOLDEN_PLACES = {  # (row, column): id
 def test_no_id_comes_twice_over_neighbouring_and_distant_leases() -> None:
     ids: list[str] = []
     for lease in (0, 1, 2, LEASES // 2, LEASES - 1):
-        ids += LeasedIds(lease).take(5 * COLUMNS + 1)
+        ids += LeasedIds(lease).take(5 * COLUMNS + 1).ids
     assert len(set(ids)) == len(ids)
 
 
 def test_all_leases_lie_within_the_table() -> None:
     assert LEASES * LEASE_ROWS <= ROWS
     last = LeasedIds(LEASES - 1)
-    assert place_of(last.take(len(last))[-1]) == (LEASES * LEASE_ROWS - 1, COLUMNS - 1)
+    assert place_of(last.take(len(last)).ids[-1]) == (LEASES * LEASE_ROWS - 1, COLUMNS - 1)
 
 
 @EXAMPLES
@@ -88,7 +88,7 @@ def test_the_multiplier_scatters_rows_without_loss() -> None:
 
 def test_neighbours_do_not_look_like_neighbours() -> None:
     """They share as many characters as two random ids do: 8/62 of one on average, and never more than half."""
-    ids = LeasedIds(5).take(4 * COLUMNS)
+    ids = LeasedIds(5).take(4 * COLUMNS).ids
     shared = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in pairwise(ids)]
     assert max(shared) <= 4
     assert sum(shared) / len(shared) == pytest.approx(8 / BASE, rel=0.1)
@@ -101,7 +101,7 @@ def test_taking_in_any_sizes_hands_out_the_rows_in_order_and_nothing_twice(lease
     whole = len(leased)
     taken: list[str] = []
     for size in sizes:
-        part = leased.take(size)
+        part = leased.take(size).ids
         assert len(part) == size
         taken += part
         assert len(leased) == whole - len(taken)
@@ -116,19 +116,19 @@ def test_a_lease_holds_all_its_rows_and_not_one_id_more() -> None:
     leased.take(len(leased) - 2)
     with pytest.raises(IndexError, match="3 ids asked for, 2 left"):
         leased.take(3)
-    assert leased.take(2) == row_ids(3 * LEASE_ROWS + LEASE_ROWS - 1)[-2:]
+    assert leased.take(2).ids == row_ids(3 * LEASE_ROWS + LEASE_ROWS - 1)[-2:]
     assert len(leased) == 0
     with pytest.raises(IndexError):
         leased.take(1)
-    assert leased.take(0) == []
+    assert leased.take(0).ids == []
 
 
 def test_asking_for_too_many_hands_out_none() -> None:
     leased = LeasedIds(9)
-    first = leased.take(1)
+    first = leased.take(1).ids
     with pytest.raises(IndexError):
         leased.take(len(leased) + 1)
-    assert first + leased.take(1) == LeasedIds(9).take(2)
+    assert first + leased.take(1).ids == LeasedIds(9).take(2).ids
 
 
 @pytest.mark.parametrize("lease", [-1, LEASES, LEASES + 1])

@@ -1,0 +1,161 @@
+"""A pool of connections to the primary, whichever host that is; what fails leaves here as DatabaseUnavailable.
+
+Once the database does not answer, whoever asks is refused at once, and one task alone goes on asking until it does.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from gateway.config import Settings
+from gateway.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from asyncpg.pool import PoolConnectionProxy
+
+log = logging.getLogger(__name__)
+
+PROBE_DELAYS_S = (0.05, 0.5)  # jitter between them: the replicas do not knock in step
+
+# What a server that is gone, hung, starting up or stopping looks like; a lost connection alone is no such sign.
+IS_AWAY = (
+    OSError,
+    TimeoutError,
+    asyncpg.CannotConnectNowError,
+    asyncpg.TargetServerAttributeNotMatched,
+    asyncpg.TooManyConnectionsError,
+)
+DATABASE_ERRORS = (*IS_AWAY, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+
+
+class Database:
+    """Connects when first asked, and again whenever the database has been away or another host became the primary."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._timeout_s = settings.database_timeout_s
+        self._return: asyncio.Task[None] | None = None
+        self._pool = asyncpg.create_pool(
+            settings.database_url,
+            connect=connect_to_primary,
+            min_size=0,  # nothing is asked of the database at start: the gateway starts without it
+            max_size=settings.database_pool_size,
+            timeout=settings.database_timeout_s,  # of one attempt to connect
+            statement_cache_size=settings.database_statement_cache,
+            reset=_keep_session,
+            server_settings={"application_name": "sms-gateway"},
+        )
+
+    async def open(self) -> None:
+        """Make the pool ready; connects to nothing yet."""
+        await self._pool
+
+    async def close(self) -> None:
+        """Close all connections, by force if they do not close in time."""
+        if self._return is not None:
+            self._return.cancel()
+            await asyncio.wait([self._return])
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._pool.close()
+        except TimeoutError:
+            self._pool.terminate()
+
+    @property
+    def is_away(self) -> bool:
+        """Whether the last question found nobody, and nobody has been found since."""
+        return self._return is not None
+
+    @asynccontextmanager
+    async def connection(self) -> "AsyncIterator[PoolConnectionProxy]":
+        """A connection for one question. Waiting for it, and for the answer, take database_timeout_s together at most.
+
+        Raises DatabaseUnavailable, from the error that shows why.
+        """
+        if self._return is not None:
+            raise DatabaseUnavailable
+        try:
+            async with self._bounded_connection() as connection:
+                yield connection
+        except DATABASE_ERRORS as error:
+            log.warning("the database is unavailable: %s %s", type(error).__name__, error)
+            if isinstance(error, IS_AWAY) and self._return is None:
+                self._return = asyncio.create_task(self._wait_for_return(), name="wait for the database")
+            raise DatabaseUnavailable from error
+
+    @asynccontextmanager
+    async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
+        async with asyncio.timeout(self._timeout_s):
+            connection = await self._pool.acquire()
+            try:
+                yield connection
+            except (TimeoutError, asyncio.CancelledError):
+                connection.terminate()  # a polite cancel request would wait for the same silent server
+                raise
+            finally:
+                await self._pool.release(connection)
+
+    async def _wait_for_return(self) -> None:
+        try:
+            await self._pool.expire_connections()  # they lead to a server that another may have replaced
+            while not await self._answers():  # noqa: ASYNC110 - nobody could set an event: we have to ask
+                await asyncio.sleep(random.uniform(*PROBE_DELAYS_S))  # noqa: S311 - jitter
+            log.info("the database is back")
+        finally:
+            self._return = None
+
+    async def _answers(self) -> bool:
+        try:
+            async with self._bounded_connection() as connection:
+                await connection.fetchval("SELECT 1")
+        except DATABASE_ERRORS:
+            return False
+        return True
+
+
+async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
+    """A connection to that host of the URL which is the primary. All are asked at once; the first to agree is taken.
+
+    asyncpg by itself asks one after the other, and a host that hangs would hide those behind it for ever.
+    Raises what the last attempt raised, when none agrees.
+    """
+    pending = {
+        asyncio.create_task(asyncpg.connect(one, target_session_attrs="primary", **options))
+        for one in urls_of_hosts(url)
+    }
+    failure: BaseException | None = None
+    try:
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for attempt in done:
+                if (failure := attempt.exception()) is None:
+                    done.discard(attempt)
+                    pending |= done  # who comes second in the same moment is let go with the others
+                    return attempt.result()
+    finally:
+        for late in pending:
+            late.cancel()
+            late.add_done_callback(_let_go)
+    assert failure is not None  # noqa: S101 - a URL has at least one host
+    raise failure
+
+
+def _let_go(late: "asyncio.Task[asyncpg.Connection]") -> None:
+    if not late.cancelled() and late.exception() is None:
+        late.result().terminate()
+
+
+def urls_of_hosts(url: str) -> list[str]:
+    """One URL for each host of a URL with several: `//user@one:5432,two:5432/name`, as libpq writes them."""
+    parts = urlsplit(url)
+    credentials, at, hosts = parts.netloc.rpartition("@")
+    return [parts._replace(netloc=credentials + at + host).geturl() for host in hosts.split(",")]
+
+
+async def _keep_session(_connection: object) -> None:
+    """The pool's own reset costs a round trip for each question; our queries leave no state behind them."""

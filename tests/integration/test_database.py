@@ -1,0 +1,132 @@
+"""The pool finds the primary, whatever the other hosts do, and waits for no database that is known to be away."""
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import asyncpg
+import pytest
+
+from gateway.config import Settings
+from gateway.database import Database, connect_to_primary, urls_of_hosts
+from gateway.errors import DatabaseUnavailable
+from scripts.servers import Servers
+from tests.eventually import eventually
+from tests.tcp_proxy import TcpProxy
+
+
+def through(url: str, *ports: int) -> str:
+    """The URL with these ports of 127.0.0.1 as its hosts."""
+    parts = urlsplit(url)
+    hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[0] + "@" + hosts).geturl()
+
+
+def proxy_to(servers: Servers) -> TcpProxy:
+    parts = urlsplit(servers.database_url)
+    return TcpProxy(parts.hostname or "", parts.port or 5432)
+
+
+@asynccontextmanager
+async def opened(url: str, **changes: float) -> AsyncIterator[Database]:
+    database = Database(Settings(database_url=url, amqp_url="amqp://unused", **changes))  # type: ignore[arg-type]
+    await database.open()
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def ask(database: Database) -> int:
+    async with database.connection() as connection:
+        answer: int = await connection.fetchval("SELECT 1")
+    return answer
+
+
+def test_a_url_with_several_hosts_is_one_url_for_each() -> None:
+    url = "postgres://me:p%40ss@one:1,two,[::1]:3/name?sslmode=disable"
+    assert urls_of_hosts(url) == [
+        "postgres://me:p%40ss@one:1/name?sslmode=disable",
+        "postgres://me:p%40ss@two/name?sslmode=disable",
+        "postgres://me:p%40ss@[::1]:3/name?sslmode=disable",
+    ]
+    assert urls_of_hosts("postgres://host/name") == ["postgres://host/name"]
+
+
+@pytest.mark.parametrize("fault", ["hangs", "refuses"])
+async def test_a_host_that_hangs_or_refuses_does_not_hide_the_next(servers: Servers, fault: str) -> None:
+    async with proxy_to(servers) as bad:
+        if fault == "hangs":
+            bad.black_hole()
+        else:
+            bad.refuse()
+        url = through(servers.database_url, bad.port, urlsplit(servers.database_url).port or 5432)
+        async with opened(url, database_timeout_s=5.0) as database:
+            assert await ask(database) == 1
+            assert not database.is_away
+
+
+async def test_when_two_agree_one_is_taken_and_the_other_let_go(servers: Servers) -> None:
+    async with proxy_to(servers) as one, proxy_to(servers) as other:
+        connection = await connect_to_primary(through(servers.database_url, one.port, other.port))
+        assert await connection.fetchval("SELECT 1") == 1
+        await connection.close()
+        await eventually(lambda: not one._links and not other._links)
+
+
+async def test_when_nobody_agrees_the_last_reason_is_said(servers: Servers) -> None:
+    async with proxy_to(servers) as one:
+        url = through(servers.database_url, one.port) + "&application_name=x"
+        with pytest.raises(asyncpg.InvalidCatalogNameError):
+            await connect_to_primary(url.replace("/gateway?", "/nosuchdatabase?"))
+
+
+async def test_while_nobody_answers_questions_are_refused_at_once_and_then_no_longer(servers: Servers) -> None:
+    async with (
+        proxy_to(servers) as proxy,
+        opened(through(servers.database_url, proxy.port), database_timeout_s=1.0) as db,
+    ):
+        assert await ask(db) == 1
+        proxy.black_hole()
+        with pytest.raises(DatabaseUnavailable):
+            await ask(db)
+        assert db.is_away
+        started = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(DatabaseUnavailable):
+                await ask(db)
+        assert time.monotonic() - started < 0.9, "a hundred waits in vain would take a hundred timeouts"
+        proxy.pass_through()
+        await eventually(lambda: not db.is_away)
+        assert await ask(db) == 1
+
+
+async def test_one_lost_connection_is_no_outage(servers: Servers) -> None:
+    async with proxy_to(servers) as proxy, opened(through(servers.database_url, proxy.port)) as db:
+        async with db.connection() as connection:
+            backend = await connection.fetchval("SELECT pg_backend_pid()")
+        with pytest.raises(DatabaseUnavailable):
+            async with db.connection() as connection:
+                await connection.fetchval("SELECT pg_terminate_backend($1)", backend)
+        assert not db.is_away
+        assert await ask(db) == 1
+
+
+async def test_a_bad_query_is_no_outage(servers: Servers) -> None:
+    async with opened(servers.database_url) as db:
+        with pytest.raises(DatabaseUnavailable):
+            async with db.connection() as connection:
+                await connection.fetchval("SELECT 1 / 0")
+        assert not db.is_away
+
+
+async def test_it_closes_in_time_while_the_database_is_away(servers: Servers) -> None:
+    async with proxy_to(servers) as proxy:
+        async with opened(through(servers.database_url, proxy.port), database_timeout_s=0.5) as db:
+            assert await ask(db) == 1
+            proxy.black_hole()
+            with pytest.raises(DatabaseUnavailable):
+                await ask(db)
+            started = time.monotonic()
+        assert time.monotonic() - started < 5.0
