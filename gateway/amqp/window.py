@@ -20,6 +20,11 @@ class ConfirmWindow:
         self._shrunk_at = float("-inf")
         self.confirm_s = 0.0  # what a batch waits for its confirms, smoothed
 
+    @property
+    def share(self) -> float:
+        """How far it is open, 0 < share ≤ 1: for what is bounded in octets as well."""
+        return self.messages / self._most
+
     def note(self, messages: int, *, written_at: float, now: float) -> None:
         """A batch of `messages` has been confirmed, or given up, `now`."""
         waited_s = now - written_at

@@ -14,8 +14,10 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
+from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp.confirms import Outcome
+from gateway.amqp.connection import PublishConnection
 from gateway.amqp.publisher import Publisher, reconnect_delay_s
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
@@ -573,7 +575,7 @@ async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: Scri
 async def test_a_connection_that_hangs_is_left_alone_while_another_confirms(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publisher_module, "STALLED_S", 0.2)
+    monkeypatch.setattr(connection_module, "STALLED_S", 0.2)
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
         hanging = publish(publisher, 1, "A")
@@ -1054,15 +1056,15 @@ async def test_a_cancellation_that_is_absorbed_on_the_way_does_not_hold_the_clos
 ) -> None:
     """In the middle of a handshake aiormq swallows it, and the connection opens all the same."""
     opening = asyncio.Event()
-    open_for_real = publisher_module._PublishConnection.open
+    open_for_real = PublishConnection.open
 
-    async def open_absorbing(connection: publisher_module._PublishConnection) -> None:
+    async def open_absorbing(connection: PublishConnection) -> None:
         await open_for_real(connection)
         opening.set()
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(60)
 
-    monkeypatch.setattr(publisher_module._PublishConnection, "open", open_absorbing)
+    monkeypatch.setattr(PublishConnection, "open", open_absorbing)
     publisher = Publisher(settings_for(broker.url))
     publisher.start()
     await opening.wait()

@@ -18,7 +18,7 @@ LAYERS = [
     ["admin", "id_supply", "idempotency"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
-    ["grouped", "database"],
+    ["grouped", "database", "amqp.connection"],
     ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids"],
     ["errors", "config", "log"],
 ]
@@ -27,8 +27,8 @@ LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in 
 KNOWN_ONLY_TO = {
     "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
     "asyncpg": {"database", "admin"},
-    "aio_pika": {"amqp.publisher"},
-    "aiormq": {"amqp.publisher"},
+    "aio_pika": {"amqp.connection"},
+    "aiormq": {"amqp.connection"},
     "uvloop": {"server"},
 }
 
