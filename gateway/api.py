@@ -51,6 +51,7 @@ async def send_bulk(request: web.Request) -> web.Response:
     """The way of the data; each step refuses by raising, and a bad message by a row."""
     runtime = request.app[RUNTIME]
     with runtime.admission.admit() as place:
+        runtime.publisher.refuse_if_full()
         account = await authenticate(request.headers, runtime.store)
         place.reserve(account.id, _octets_of_body(request))  # only now: without a key nobody takes room from the others
         key = idempotency.sent_key(request.headers)

@@ -78,6 +78,11 @@ class Publisher:
     def unconfirmed_bytes(self) -> int:
         return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._leaving])
 
+    def refuse_if_full(self) -> None:
+        """Raise Overloaded when a batch has just been refused for want of room: the next need not even be read."""
+        if self._window.is_full(unconfirmed=self.unconfirmed_messages):
+            raise Overloaded(retry_after_s=self._window.confirm_s)
+
     async def publish(
         self,
         ids: Sequence[str],
@@ -101,8 +106,9 @@ class Publisher:
         elif deadline < written_at + TOO_LATE_S:
             raise QueueUnavailable
         connection = self._choose(len(payloads))
+        unconfirmed = self.unconfirmed_messages + len(payloads)
         outcomes = await connection.publish(ids, payloads, shards, deadline)
-        self._window.note(len(payloads), written_at=written_at, now=clock())
+        self._window.note(len(payloads), unconfirmed=unconfirmed, written_at=written_at, now=clock())
         if connection.is_lost and not self._closed and Outcome.UNKNOWN in outcomes:
             return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
         return outcomes
@@ -151,9 +157,10 @@ class Publisher:
             self._unusable_since = self._unusable_since or now
             raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage may well go on
         self._unusable_since = None
-        unconfirmed = self.unconfirmed_messages
         most_bytes = self._settings.max_unconfirmed_bytes * self._window.share
-        if unconfirmed and (unconfirmed + count > self._window.messages or self.unconfirmed_bytes > most_bytes):
+        if not self._window.has_room(count, unconfirmed=self.unconfirmed_messages) or (
+            self.unconfirmed_bytes > most_bytes
+        ):
             raise Overloaded(retry_after_s=self._window.confirm_s)
         if len(usable) > 1:
             latest = max(connection.confirmed_written_at for connection in usable)

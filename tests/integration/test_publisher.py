@@ -581,22 +581,25 @@ async def test_a_connection_that_hangs_is_left_alone_while_another_confirms(
         hanging = publish(publisher, 1, "A")
         await broker.wait_published(1)
         hung = broker.published[0].connection
-        large = [b"x" * publisher_module.SHARED_CONNECTION_BYTES]
+        large = b"x" * publisher_module.SHARED_CONNECTION_BYTES
 
-        def ack_elsewhere(session: Session, message: Published) -> None:
-            if message.connection != hung:
+        def ack_small_ones_elsewhere(session: Session, message: Published) -> None:
+            if message.connection != hung and len(message.body) < len(large):
                 session.ack(message.delivery_tag)
 
-        broker.on_publish = ack_elsewhere
+        broker.on_publish = ack_small_ones_elsewhere
         await asyncio.sleep(0.3)
-        on_the_hung = asyncio.create_task(publisher.publish(ids(1, "B"), large))  # nothing shows yet that it hangs
+        on_the_hung = asyncio.create_task(publisher.publish(ids(1, "B"), [large]))  # nothing shows yet that it hangs
         await broker.wait_published(2)
-        assert list(await publisher.publish(ids(1, "C"), large)) == [ACKED]
-        for n in range(5):
+        assert list(await publish(publisher, 1, "C")) == [ACKED]
+        elsewhere = asyncio.create_task(publisher.publish(ids(3, "D"), [large] * 3))
+        await broker.wait_published(6)
+        for n in range(5):  # by what is unconfirmed, the hung one would be the better choice
             assert list(await publish(publisher, 1, str(n))) == [ACKED]
         assert {message.connection for message in broker.published[2:]} == {1 - hung}
         broker.sessions[hung].ack(2, multiple=True)
-        assert list(await hanging) == list(await on_the_hung) == [ACKED]
+        broker.sessions[1 - hung].ack(4, multiple=True)
+        assert [list(await hanging), list(await on_the_hung), list(await elsewhere)] == [[ACKED], [ACKED], [ACKED] * 3]
 
 
 async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroker) -> None:

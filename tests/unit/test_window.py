@@ -3,17 +3,49 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.amqp.window import FLOOR_MESSAGES, ConfirmWindow
+from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, ConfirmWindow
 
 
 def window(most: int = 100_000) -> ConfirmWindow:
-    return ConfirmWindow(most_messages=most, target_s=2.0)
+    opened = ConfirmWindow(most_messages=most, target_s=2.0)
+    opened.messages = most
+    return opened
+
+
+def note(w: ConfirmWindow, messages: int, *, written_at: float, now: float, unconfirmed: int = 100_000) -> None:
+    w.note(messages, unconfirmed=unconfirmed, written_at=written_at, now=now)
+
+
+def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
+    w = ConfirmWindow(most_messages=100_000, target_s=2.0)
+    assert w.messages == START_MESSAGES
+    note(w, 1_000, written_at=0.0, now=0.1, unconfirmed=9_000)
+    assert w.messages == START_MESSAGES, "who uses half of it shows nothing about the whole"
+    note(w, 1_000, written_at=0.0, now=0.1, unconfirmed=10_000)
+    assert w.messages == START_MESSAGES + 1_000
+
+
+def test_a_full_window_stays_full_until_a_tenth_of_it_is_free() -> None:
+    w = window(10_000)
+    assert not w.is_full(unconfirmed=10_000), "nobody has been refused yet"
+    assert w.has_room(1_000, unconfirmed=9_000)
+    assert not w.has_room(1_000, unconfirmed=9_500)
+    assert w.is_full(unconfirmed=9_500)
+    assert w.is_full(unconfirmed=9_001)
+    assert not w.is_full(unconfirmed=9_000)
+    assert not w.is_full(unconfirmed=9_500)
+
+
+def test_a_batch_larger_than_the_window_goes_alone() -> None:
+    w = window(1_000)
+    assert w.has_room(5_000, unconfirmed=0)
+    assert not w.has_room(1, unconfirmed=1_000)
 
 
 def test_quick_confirms_leave_it_wide_open() -> None:
     w = window()
     for now in range(1, 50):
-        w.note(1_000, written_at=now - 1.9, now=now)
+        note(w, 1_000, written_at=now - 1.9, now=now)
     assert w.messages == 100_000
 
 
@@ -21,7 +53,7 @@ def test_slow_confirms_narrow_it_down_to_the_floor_and_no_further() -> None:
     w = window()
     widths = []
     for n in range(20):
-        w.note(1_000, written_at=10.0 * n, now=10.0 * n + 2.1)
+        note(w, 1_000, written_at=10.0 * n, now=10.0 * n + 2.1)
         widths.append(w.messages)
     assert widths[:3] == [70_000, 49_000, 34_300]
     assert widths[-1] == FLOOR_MESSAGES
@@ -30,21 +62,21 @@ def test_slow_confirms_narrow_it_down_to_the_floor_and_no_further() -> None:
 def test_batches_that_were_on_the_wire_together_narrow_it_once() -> None:
     w = window()
     for n in range(90):
-        w.note(1_000, written_at=0.001 * n, now=5.0 + 0.001 * n)
+        note(w, 1_000, written_at=0.001 * n, now=5.0 + 0.001 * n)
     assert w.messages == 70_000
 
 
 def test_it_opens_again_by_what_is_confirmed_in_time() -> None:
     w = window()
-    w.note(1_000, written_at=0.0, now=5.0)
+    note(w, 1_000, written_at=0.0, now=5.0)
     for n in range(10):
-        w.note(1_000, written_at=6.0 + n, now=6.1 + n)
+        note(w, 1_000, written_at=6.0 + n, now=6.1 + n)
     assert w.messages == 80_000
 
 
 def test_a_window_smaller_than_the_floor_stays_what_it_is() -> None:
     w = window(most=1_000)
-    w.note(1_000, written_at=0.0, now=9.0)
+    note(w, 1_000, written_at=0.0, now=9.0)
     assert w.messages == 1_000
 
 
@@ -53,6 +85,6 @@ def test_a_window_smaller_than_the_floor_stays_what_it_is() -> None:
 def test_it_never_leaves_its_bounds(batches: list[tuple[int, float, float]]) -> None:
     w = window()
     for messages, written_at, waited_s in batches:
-        w.note(messages, written_at=written_at, now=written_at + waited_s)
+        note(w, messages, written_at=written_at, now=written_at + waited_s)
         assert FLOOR_MESSAGES <= w.messages <= 100_000
         assert 0 <= w.confirm_s <= 30
