@@ -1,0 +1,39 @@
+"""`python -m examples.consumer`: consume until SIGTERM or Ctrl-C."""
+
+import asyncio
+import logging
+import signal
+import sys
+
+from examples.consumer.consumer import Consumer, UnsupportedQueue
+from examples.consumer.settings import ConfigurationError, Settings, load
+
+log = logging.getLogger(__name__)
+
+
+async def consume(settings: Settings) -> None:
+    consumer = Consumer(settings)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, consumer.stop)
+    await consumer.run()
+    log.info(
+        "%d delivered, %d repeats dropped, %d old ones discarded, %d dead-lettered",
+        consumer.delivered,
+        consumer.dropped_repeats,
+        consumer.discarded_old,
+        consumer.dead_lettered,
+    )
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    for library in ("aio_pika", "aiormq"):  # the consumer says what happens to its connection
+        logging.getLogger(library).setLevel(logging.CRITICAL)
+    try:
+        asyncio.run(consume(load()))
+    except (ConfigurationError, UnsupportedQueue) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

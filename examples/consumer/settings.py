@@ -1,0 +1,66 @@
+"""Settings, from the environment: each variable is the field's name in upper case behind `CONSUMER_`."""
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+PREFIX = "CONSUMER_"
+
+Positive = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class ConfigurationError(Exception):
+    """The environment does not describe a consumer that could run; the text names the variable."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What an operator can set."""
+
+    database_url: str
+    amqp_url: str  # several nodes: separated by commas
+    queue: str = "sms.outbound"  # with shards: a consumer for each, `sms.outbound.0` and so on
+    amqp_heartbeat_s: Positive = 10  # a dead peer shows after 3 × (heartbeat + 1) s
+    prefetch: Annotated[int, Meta(ge=1, le=65_535)] = 1000  # AMQP messages the broker hands over before an ack
+    group_size: Positive = 500  # SMS in one transaction; one envelope may go beyond it
+    group_wait_s: Seconds = 0.05  # for a group to fill: the price in latency when there is little to do
+    max_age_s: Seconds = 1800.0  # since `accepted_at`; what is older is discarded
+    # A request repeated with its Idempotency-Key, within 24 h, brings the same ids with a new `accepted_at`, and may
+    # then lie in the queue for another max_age_s: only after both can an id not come again. Plus room for clocks.
+    remember_ids_s: Seconds = 25 * 3600.0
+    sweep_interval_s: Seconds = 60.0
+    database_timeout_s: Seconds = 5.0  # of one transaction, waiting for a connection included
+
+    def __post_init__(self) -> None:
+        if self.remember_ids_s < self.max_age_s:
+            raise ValueError("remember_ids_s is below max_age_s: a repeat could come after its id was forgotten")
+
+    def __repr__(self) -> str:
+        return f"Settings(queue={self.queue!r})"  # the URLs hold passwords
+
+    def amqp_nodes(self) -> list[str]:
+        return [url.strip() for url in self.amqp_url.split(",")]
+
+
+def load(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the settings. Raises ConfigurationError, naming the variable and what it takes."""
+    values: dict[str, object] = {}
+    for name, kind in get_type_hints(Settings, include_extras=True).items():
+        variable = PREFIX + name.upper()
+        if raw := environ.get(variable, "").strip():  # set but empty is "not set"
+            try:
+                values[name] = msgspec.convert(raw, kind, strict=False)
+            except msgspec.ValidationError as error:
+                raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
+    for name, schemes in {"database_url": ("postgres", "postgresql"), "amqp_url": ("amqp", "amqps")}.items():
+        urls = str(values.get(name, "")).split("," if name == "amqp_url" else None)
+        if not all(url.strip().partition("://")[0] in schemes for url in urls or [""]):
+            # Without the value: it may hold a password.
+            raise ConfigurationError(f"Set {PREFIX}{name.upper()} to a URL: {schemes[0]}://user:password@host/name")
+    try:
+        return msgspec.convert(values, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigurationError(f"{PREFIX}…: {error}") from None

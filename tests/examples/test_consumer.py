@@ -1,0 +1,489 @@
+"""The reference consumer on the real servers: each SMS is handed on once, whatever dies meanwhile."""
+
+import asyncio
+import os
+import signal
+import sys
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+import aio_pika
+import asyncpg
+import msgspec
+import pytest
+from pamqp.common import FieldTable
+from yarl import URL
+
+from examples.consumer import Consumer, Settings, open_consumer
+from examples.consumer.consumer import UnsupportedQueue
+from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
+from examples.consumer.payloads import Sms
+from examples.consumer.settings import ConfigurationError, load
+from scripts.servers import Servers
+from tests.eventually import eventually
+from tests.tcp_proxy import TcpProxy
+
+T = TypeVar("T")
+
+
+def sms(id_: str, *, age_s: float = 0.0, **changes: Any) -> dict[str, Any]:
+    """A payload as docs/consumers.md shows it."""
+    accepted_at = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat(timespec="milliseconds")
+    return {
+        "id": id_,
+        "account_id": 42,
+        "list_id": 7,
+        "list_number": "+18005551000",
+        "to": "+14155551234",
+        "body": f"Hello. Ref: {id_}",
+        "wrap_links": False,
+        "accepted_at": accepted_at.replace("+00:00", "Z"),
+        "request_id": "test",
+        "index": 0,
+    } | changes
+
+
+def numbered(count: int) -> list[str]:
+    return [f"{number:08}" for number in range(count)]
+
+
+class World:
+    """A queue with its dead letters, and a database schema, of one test's own."""
+
+    def __init__(self, servers: Servers, database: asyncpg.Connection, channel: aio_pika.abc.AbstractChannel) -> None:
+        name = f"test.{uuid.uuid4().hex[:12]}"
+        self.queue, self.dead, self.schema = name, f"{name}.dead", name.replace(".", "_")
+        self.database_url = str(URL(servers.database_url).update_query(search_path=self.schema))
+        self.amqp_url = servers.amqp_url
+        self.database = database
+        self.channel = channel
+
+    async def declare_queue(self, name: str, queue_type: str = "quorum") -> None:
+        arguments: FieldTable = {
+            "x-queue-type": queue_type,
+            "x-dead-letter-exchange": "",
+            "x-dead-letter-routing-key": self.dead,
+        }
+        if queue_type == "stream":
+            arguments = {"x-queue-type": "stream"}
+        await self.channel.declare_queue(name, durable=True, arguments=arguments)
+
+    def settings(self, **changes: Any) -> Settings:
+        defaults = {"database_url": self.database_url, "amqp_url": self.amqp_url, "queue": self.queue}
+        return Settings(**(defaults | changes))
+
+    async def publish(self, *payloads: Any, queue: str = "", message_type: str | None = "sms.v1") -> None:
+        """Each payload as one AMQP message; bytes as they are, all else as JSON. Returns when they are queued."""
+        bodies = [payload if isinstance(payload, bytes) else msgspec.json.encode(payload) for payload in payloads]
+        messages = [
+            aio_pika.Message(body, type=message_type, delivery_mode=aio_pika.DeliveryMode.PERSISTENT) for body in bodies
+        ]
+        exchange = self.channel.default_exchange
+        await asyncio.gather(*(exchange.publish(message, queue or self.queue) for message in messages))
+
+    async def handed_on(self) -> Counter[str]:
+        """How often each id was handed on."""
+        if await self.database.fetchval("SELECT to_regclass('deliveries') IS NULL"):
+            return Counter()
+        return Counter([row["id"] for row in await self.database.fetch("SELECT id FROM deliveries")])
+
+    async def wait_handed_on(self, count: int) -> Counter[str]:
+        await until(self.handed_on, lambda handed_on: handed_on.total() >= count)
+        return await self.handed_on()
+
+    async def depth(self, name: str = "") -> int:
+        """Messages in the queue that nobody has; all that were not acked, when nobody consumes."""
+        queue = await self.channel.declare_queue(name or self.queue, passive=True)
+        return queue.declaration_result.message_count or 0
+
+    async def consumers(self) -> int:
+        return (await self.channel.declare_queue(self.queue, passive=True)).declaration_result.consumer_count or 0
+
+
+async def until(read: Callable[[], Awaitable[T]], is_so: Callable[[T], bool]) -> None:
+    """Read again and again until it is so; raises TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while not is_so(await read()):  # noqa: ASYNC110 - servers are asked, and set no event
+            await asyncio.sleep(0.02)
+
+
+async def until_equal(read: Callable[[], Awaitable[int]], value: int) -> None:
+    await until(read, lambda found: found == value)
+
+
+@pytest.fixture
+async def world(servers: Servers) -> AsyncIterator[World]:
+    """Queues, dead letters and tables of this test's own; removed afterwards."""
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(await aio_pika.connect(servers.amqp_url))
+        channel = await broker.channel(on_return_raises=True)
+        database = await asyncpg.connect(servers.database_url)
+        stack.push_async_callback(database.close)
+        world = World(servers, database, channel)
+        await database.execute(f'CREATE SCHEMA "{world.schema}"')
+        stack.push_async_callback(database.execute, f'DROP SCHEMA "{world.schema}" CASCADE')
+        await database.execute(f'SET search_path = "{world.schema}"')
+        await channel.declare_queue(world.dead, durable=True)
+        await world.declare_queue(world.queue)
+        stack.push_async_callback(channel.queue_delete, world.dead)
+        stack.push_async_callback(channel.queue_delete, world.queue)
+        yield world
+
+
+async def start_process(settings: Settings) -> asyncio.subprocess.Process:
+    """`python -m examples.consumer` with these settings."""
+    environment = {f"CONSUMER_{name.upper()}": str(value) for name, value in msgspec.structs.asdict(settings).items()}
+    return await asyncio.create_subprocess_exec(
+        *[sys.executable, "-m", "examples.consumer"],
+        env=os.environ | environment,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+
+
+async def end(process: asyncio.subprocess.Process, number: signal.Signals) -> int:
+    if process.returncode is None:
+        process.send_signal(number)
+    async with asyncio.timeout(60):
+        return await process.wait()
+
+
+def seen(consumer: Consumer) -> int:
+    return consumer.delivered + consumer.dropped_repeats + consumer.discarded_old
+
+
+def proxy_for(url: str) -> tuple[TcpProxy, str]:
+    """A proxy in front of a server, to be entered, and the URL that leads through it once its {port} is filled in."""
+    parts = URL(url)
+    return TcpProxy(parts.host or "", parts.port or 0), url.replace(f":{parts.port}/", ":{port}/")
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+async def test_repeats_are_dropped_within_a_group_and_across_groups(world: World, queue_type: str) -> None:
+    await world.channel.queue_delete(world.queue)
+    await world.declare_queue(world.queue, queue_type)
+    ids = numbered(60)
+    await world.publish(*[sms(id_) for id_ in ids], sms(ids[0]), sms(ids[59]))
+    async with open_consumer(world.settings(group_size=20)) as consumer:
+        await eventually(lambda: seen(consumer) == 62)
+        await world.publish(*[sms(id_) for id_ in ids])
+        await eventually(lambda: seen(consumer) == 122)
+        assert (consumer.delivered, consumer.dropped_repeats) == (60, 62)
+    assert await world.handed_on() == Counter(ids)
+    assert await world.depth() == 0  # and nobody holds any: the consumer is gone
+
+
+async def test_the_body_arrives_byte_for_byte(world: World) -> None:
+    body = "NUL \x00, emoji \U0001f389, right to left \u200f, \r\n"
+    await world.publish(sms("AbC12345", body=body))
+    async with open_consumer(world.settings()):
+        await world.wait_handed_on(1)
+    row = await world.database.fetchrow("SELECT * FROM deliveries")
+    assert (row["id"], row["list_number"], row["recipient"]) == ("AbC12345", "+18005551000", "+14155551234")
+    assert row["body"].decode() == body
+
+
+async def test_two_consumers_with_the_same_ids_hand_each_on_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In opposite orders, so that locks taken in the order of arrival would be a deadlock."""
+    other = f"{world.queue}.other"
+    await world.declare_queue(other)
+    ids = numbered(2000)
+    envelopes = [ids[start : start + 500] for start in range(0, 2000, 500)]
+    for envelope in envelopes:
+        payload = [sms(id_) for id_ in envelope]
+        await world.publish(payload, message_type="sms.batch.v1")
+        await world.publish(payload[::-1], queue=other, message_type="sms.batch.v1")
+    # Slow inserts hold the locks for a while.
+    async with (
+        open_consumer(world.settings(), insert_slowly) as one,
+        open_consumer(world.settings(queue=other), insert_slowly) as two,
+    ):
+        await eventually(lambda: seen(one) + seen(two) == 4000)
+        assert one.delivered + two.delivered == one.dropped_repeats + two.dropped_repeats == 2000
+    assert await world.handed_on() == Counter(ids)
+    await world.channel.queue_delete(other)
+    assert not [record for record in caplog.records if "deadlock" in record.getMessage()]
+
+
+async def insert_slowly(connection: asyncpg.Connection, messages: list[Sms]) -> None:
+    await insert_deliveries(connection, messages)
+    await connection.execute("SELECT pg_sleep(0.1)")
+
+
+async def test_a_process_killed_between_commit_and_ack_leaves_repeats_that_are_dropped(world: World) -> None:
+    ids = numbered(50)
+    proxy, url = proxy_for(world.amqp_url)
+    async with proxy:
+        process = await start_process(world.settings(amqp_url=url.format(port=proxy.port), amqp_heartbeat_s=60))
+        try:
+            await until_equal(world.consumers, 1)
+            proxy.limit(20)  # an ack has 21 bytes: not one will arrive
+            await world.publish([sms(id_) for id_ in ids], message_type="sms.batch.v1")  # one delivery, one group
+            await world.wait_handed_on(50)
+        finally:
+            assert await end(process, signal.SIGKILL) == -signal.SIGKILL
+    await until_equal(world.depth, 1)
+    async with open_consumer(world.settings()) as consumer:
+        await eventually(lambda: seen(consumer) == 50)
+        assert (consumer.delivered, consumer.dropped_repeats) == (0, 50)
+    assert await world.handed_on() == Counter(ids)
+    assert await world.depth() == 0
+
+
+async def test_a_broker_lost_between_commit_and_ack_is_found_again(world: World) -> None:
+    ids = numbered(50)
+    proxy, url = proxy_for(world.amqp_url)
+    losses = iter([True, True, True])
+
+    async def lose_the_broker(connection: asyncpg.Connection, messages: list[Sms]) -> None:
+        await insert_deliveries(connection, messages)
+        if next(losses, False):
+            proxy.reset()
+
+    async with proxy:
+        settings = world.settings(amqp_url=url.format(port=proxy.port), group_size=10)
+        async with open_consumer(settings, lose_the_broker) as consumer:
+            await world.publish(*[sms(id_) for id_ in ids])
+            await eventually(lambda: consumer.delivered == 50)
+            assert consumer.dropped_repeats >= 10
+    assert await world.handed_on() == Counter(ids)
+    assert await world.depth() == 0
+
+
+async def test_of_an_envelope_that_repeats_in_part_the_rest_is_handed_on(world: World) -> None:
+    ids = numbered(12)
+    await world.publish(*[sms(id_) for id_ in ids[:4]])
+    await world.publish([sms(id_) for id_ in ids[2:10]], message_type="sms.batch.v1")
+    await world.publish([sms(id_) for id_ in [*ids[8:], ids[11]]], message_type="sms.batch.v1")
+    async with open_consumer(world.settings(group_size=1)) as consumer:  # each envelope in a group of its own
+        await eventually(lambda: seen(consumer) == 17)
+        assert (consumer.delivered, consumer.dropped_repeats) == (12, 5)
+    assert await world.handed_on() == Counter(ids)
+
+
+async def test_what_is_older_than_the_limit_is_discarded(world: World) -> None:
+    await world.publish(sms("old00000", age_s=1801), sms("young000", age_s=1700), sms("new00000"))
+    await world.publish([sms("old00001", age_s=7200), sms("young001", age_s=60)], message_type="sms.batch.v1")
+    async with open_consumer(world.settings()) as consumer:
+        await eventually(lambda: seen(consumer) == 5)
+        assert (consumer.delivered, consumer.discarded_old) == (3, 2)
+    assert await world.handed_on() == Counter(["young000", "new00000", "young001"])
+    assert await world.depth() == await world.depth(world.dead) == 0
+
+
+POISON: list[tuple[str | None, Any]] = [
+    ("sms.v1", b"no JSON"),
+    ("sms.v1", b"\xff\xfe"),
+    ("sms.v1", b"[" * 100_000),
+    ("sms.v1", b""),
+    ("sms.v1", [sms("AbC12345")]),
+    ("sms.v1", {"id": "AbC12345"}),
+    ("sms.v1", sms("AbC12345", body=None)),
+    ("sms.v1", sms("AbC\x0012345")),
+    ("sms.v1", sms("AbC12345", to="4155551234")),
+    ("sms.v1", sms("AbC12345", accepted_at="2026-11-23T11:00:00")),
+    ("sms.v1", b'{"body": "\\ud800"}'),
+    ("sms.batch.v1", sms("AbC12345")),
+    ("sms.batch.v1", []),
+    ("sms.batch.v1", [sms("AbC12345"), {}]),
+    ("sms.v2", sms("AbC12345")),
+    (None, sms("AbC12345")),
+]
+
+
+async def test_poison_goes_to_the_dead_letters_and_costs_no_neighbour(world: World) -> None:
+    ids = numbered(len(POISON))
+    for id_, (message_type, payload) in zip(ids, POISON, strict=True):
+        await world.publish(sms(id_))
+        await world.publish(payload, message_type=message_type)
+    async with open_consumer(world.settings()) as consumer:
+        await eventually(lambda: consumer.delivered == len(ids) and consumer.dead_lettered == len(POISON))
+    await until_equal(lambda: world.depth(world.dead), len(POISON))
+    assert await world.handed_on() == Counter(ids)
+    assert await world.depth() == 0
+
+
+async def test_a_group_of_nothing_but_poison_is_settled(world: World) -> None:
+    await world.publish(b"", b"")
+    async with open_consumer(world.settings()) as consumer:
+        await eventually(lambda: consumer.dead_lettered == 2)
+        await world.publish(sms("AbC12345"))
+        await eventually(lambda: consumer.delivered == 1)
+    assert await world.depth() == 0
+
+
+@pytest.mark.parametrize("outage", ["refused", "reset", "black hole"])
+async def test_an_outage_of_the_database_loses_and_doubles_nothing(world: World, outage: str) -> None:
+    ids = numbered(200)
+    proxy, url = proxy_for(world.database_url)
+    is_cut = asyncio.Event()
+
+    async def lose_the_database(connection: asyncpg.Connection, messages: list[Sms]) -> None:
+        if consumer.delivered >= 50 and not is_cut.is_set():
+            is_cut.set()
+            if outage == "black hole":
+                proxy.black_hole()  # in the middle of a transaction that holds ids
+            else:
+                proxy.refuse()
+                proxy.reset()
+        await insert_deliveries(connection, messages)
+
+    async with proxy:
+        settings = world.settings(
+            database_url=url.format(port=proxy.port), group_size=25, prefetch=50, database_timeout_s=1.0
+        )
+        async with open_consumer(settings, lose_the_database) as consumer:
+            await world.publish(*[sms(id_) for id_ in ids])
+            await eventually(is_cut.is_set)
+            await asyncio.sleep(1.5)  # long enough for an ack that must not come
+            in_table = (await world.handed_on()).total()
+            assert in_table < 200
+            # 50 at most are with the consumer; all others were either committed, or still wait in the queue.
+            assert await world.depth() >= 200 - in_table - 50
+            if outage == "reset":
+                proxy.reset()
+            proxy.pass_through()
+            await world.wait_handed_on(200)
+    assert await world.handed_on() == Counter(ids)
+    assert await world.depth() == 0
+
+
+async def test_stopped_during_an_outage_it_acks_nothing(world: World) -> None:
+    proxy, url = proxy_for(world.database_url)
+    async with proxy:
+        proxy.refuse()
+        await world.publish(*[sms(id_) for id_ in numbered(10)])
+        async with open_consumer(world.settings(database_url=url.format(port=proxy.port))):
+            await until_equal(world.depth, 0)  # all are with the consumer
+    await until_equal(world.depth, 10)
+
+
+async def test_sigterm_finishes_the_group_and_leaves_the_rest(world: World) -> None:
+    ids = numbered(400)
+    await world.publish(*[sms(id_) for id_ in ids])
+    process = await start_process(world.settings(group_size=5, prefetch=10))
+    try:
+        await world.wait_handed_on(20)
+    finally:
+        assert await end(process, signal.SIGTERM) == 0
+    done = await world.handed_on()
+    assert done.total() < 400
+    await until_equal(world.depth, 400 - done.total())  # what was handed on was acked too
+    async with open_consumer(world.settings()) as consumer:
+        await eventually(lambda: seen(consumer) == 400 - done.total())
+        assert consumer.dropped_repeats == 0
+    assert await world.handed_on() == Counter(ids)
+
+
+async def test_a_queue_that_is_not_there_is_waited_for(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    await world.channel.queue_delete(world.queue)
+    async with open_consumer(world.settings()) as consumer:
+        await asyncio.sleep(0.3)
+        await world.declare_queue(world.queue)
+        await world.publish(sms("AbC12345"))
+        await eventually(lambda: consumer.delivered == 1)
+        caplog.clear()
+        await world.channel.queue_delete(world.queue)  # the broker cancels the consumer
+        await eventually(lambda: "NOT_FOUND" in caplog.text)
+        await world.declare_queue(world.queue)
+        await world.publish(sms("AbC12346"))
+        await eventually(lambda: consumer.delivered == 2)
+
+
+async def test_a_stream_is_refused(world: World) -> None:
+    await world.channel.queue_delete(world.queue)
+    await world.declare_queue(world.queue, "stream")
+    running = asyncio.create_task(Consumer(world.settings()).run())
+    # Again and again: by default a stream's consumer gets only what comes after it.
+    await until(lambda: world.publish(sms("AbC12345")), lambda _: running.done())
+    with pytest.raises(UnsupportedQueue, match="stream"):
+        await running
+    assert not await world.handed_on()
+
+
+async def test_a_sweep_removes_what_expired_and_nothing_else(world: World) -> None:
+    async with Inbox(world.settings()) as inbox:
+        assert await inbox.sweep() == 0
+        await remember(world, "expired", 15_000, "-1 second")  # more than one transaction of it
+        await remember(world, "valid", 10, "1 hour")
+        assert await inbox.sweep() == 15_000
+    assert await world.database.fetchval("SELECT count(*) FROM inbox") == 10
+
+
+async def test_a_sweep_passes_over_what_another_is_removing(world: World) -> None:
+    async with Inbox(world.settings(database_timeout_s=5.0)) as inbox:
+        await inbox.sweep()
+        await remember(world, "expired", 10, "-1 second")
+        async with world.database.transaction():
+            await world.database.execute("SELECT FROM inbox WHERE id < 'expired5' FOR UPDATE")
+            assert await inbox.sweep() == 5  # or TimeoutError, had it waited
+        assert await inbox.sweep() == 5
+
+
+async def test_the_consumer_sweeps_by_itself(world: World) -> None:
+    async with open_consumer(world.settings(sweep_interval_s=0.05, max_age_s=0.5, remember_ids_s=0.5)) as consumer:
+        await world.publish(sms("AbC12345"))
+        await eventually(lambda: consumer.delivered == 1)
+        await until_equal(lambda: world.database.fetchval("SELECT count(*) FROM inbox"), 0)
+
+
+async def remember(world: World, prefix: str, count: int, expiry: str) -> None:
+    await world.database.execute(
+        "INSERT INTO inbox SELECT $1 || number, now() + $3::text::interval FROM generate_series(0, $2 - 1) AS number",
+        *[prefix, count, expiry],
+    )
+
+
+async def test_a_commit_without_an_answer_is_tried_again_and_finds_its_own_ids(world: World) -> None:
+    proxy, url = proxy_for(world.database_url)
+    async with proxy, Inbox(world.settings(database_url=url.format(port=proxy.port), database_timeout_s=1.0)) as inbox:
+        await inbox.sweep()
+
+        async def lose_the_answer(connection: asyncpg.Connection, messages: list[Sms]) -> None:
+            await insert_deliveries(connection, messages)
+            proxy.limit(len("COMMIT") + 6)  # a Query message: type, length, text, NUL; then silence
+
+        message = msgspec.convert(sms("AbC12345"), Sms)
+        inbox._deliver = lose_the_answer
+        with pytest.raises(DATABASE_ERRORS):
+            await inbox.hand_on({message.id: message})
+        await world.wait_handed_on(1)
+        proxy.pass_through()
+        assert await inbox.hand_on({message.id: message}) == 0
+    assert await world.handed_on() == Counter(["AbC12345"])
+
+
+URLS = {"CONSUMER_DATABASE_URL": "postgres://u:secret@h/d", "CONSUMER_AMQP_URL": "amqp://u:secret@h/,amqp://u@h2/"}
+
+
+def test_settings_come_from_the_environment() -> None:
+    settings = load(
+        URLS | {"CONSUMER_QUEUE": "sms.outbound.3", "CONSUMER_GROUP_WAIT_S": "0.2", "CONSUMER_PREFETCH": ""}
+    )
+    assert (settings.queue, settings.group_wait_s, settings.prefetch) == ("sms.outbound.3", 0.2, 1000)
+    assert settings.amqp_nodes() == ["amqp://u:secret@h/", "amqp://u@h2/"]
+    assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("CONSUMER_DATABASE_URL", ""),
+        ("CONSUMER_DATABASE_URL", "mysql://u:secret@h/d"),
+        ("CONSUMER_AMQP_URL", ""),
+        ("CONSUMER_AMQP_URL", "amqp://u:secret@h/,h2"),
+        ("CONSUMER_PREFETCH", "0"),
+        ("CONSUMER_GROUP_SIZE", "many"),
+        ("CONSUMER_REMEMBER_IDS_S", "60"),
+    ],
+)
+def test_a_bad_setting_is_refused_by_name(variable: str, value: str) -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        load(URLS | {variable: value})
+    assert variable in str(refusal.value) or variable.removeprefix("CONSUMER_").lower() in str(refusal.value)
+    assert "secret" not in str(refusal.value)
