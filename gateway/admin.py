@@ -12,6 +12,7 @@ from typing import Any
 import asyncpg
 
 from gateway.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
+from gateway.database import DATABASE_ERRORS, connect_to_primary, find_primary
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -37,6 +38,7 @@ ADD_LIST = """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
 
+CONNECT_TIMEOUT_S = 5.0
 KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: enough to recognise, 24 bits of 190
 
 Row = dict[str, Any]
@@ -102,12 +104,20 @@ class Admin:
         return [dict(row) for row in await self._connection.fetch(sql, *arguments)]
 
 
+async def url_for_migrations(database_url: str) -> str:
+    """The primary's own URL: dbmate takes one host. Raises AdminError when none can be reached."""
+    try:
+        return await find_primary(database_url, timeout_s=CONNECT_TIMEOUT_S)
+    except DATABASE_ERRORS as error:
+        raise AdminError(f"cannot reach the database: {type(error).__name__} {error}") from None
+
+
 @asynccontextmanager
 async def open_admin(database_url: str) -> AsyncIterator[Admin]:
     """Connect for administration. Raises AdminError when the database cannot be reached or is not migrated."""
     try:
-        connection = await asyncpg.connect(database_url, timeout=5, command_timeout=30)
-    except (OSError, TimeoutError, asyncpg.PostgresError) as error:
+        connection = await connect_to_primary(database_url, timeout=CONNECT_TIMEOUT_S, command_timeout=30)
+    except DATABASE_ERRORS as error:
         raise AdminError(f"cannot reach the database: {type(error).__name__} {error}") from None
     try:
         yield Admin(connection)

@@ -124,10 +124,25 @@ async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
     asyncpg by itself asks one after the other, and a host that hangs would hide those behind it for ever.
     Raises what the last attempt raised, when none agrees.
     """
-    pending = {
-        asyncio.create_task(asyncpg.connect(one, target_session_attrs="primary", **options))
+    connection, _ = await _connect_to_first(url, options)
+    return connection
+
+
+async def find_primary(url: str, *, timeout_s: float) -> str:
+    """The URL of the primary alone, for tools that know one host. Raises as connect_to_primary does."""
+    if len(urls_of_hosts(url)) == 1:
+        return url
+    connection, found = await _connect_to_first(url, {"timeout": timeout_s})
+    await connection.close()
+    return found
+
+
+async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.Connection, str]:
+    urls = {
+        asyncio.create_task(asyncpg.connect(one, target_session_attrs="primary", **options)): one
         for one in urls_of_hosts(url)
     }
+    pending = set(urls)
     failure: BaseException | None = None
     try:
         while pending:
@@ -136,7 +151,7 @@ async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
                 if (failure := attempt.exception()) is None:
                     done.discard(attempt)
                     pending |= done  # who comes second in the same moment is let go with the others
-                    return attempt.result()
+                    return attempt.result(), urls[attempt]
     finally:
         for late in pending:
             late.cancel()

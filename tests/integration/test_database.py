@@ -1,5 +1,6 @@
 """The pool finds the primary, whatever the other hosts do, and waits for no database that is known to be away."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -9,9 +10,10 @@ import asyncpg
 import pytest
 
 from gateway.config import Settings
-from gateway.database import Database, connect_to_primary, urls_of_hosts
+from gateway.database import Database, connect_to_primary, find_primary, urls_of_hosts
 from gateway.errors import DatabaseUnavailable
 from scripts.servers import Servers
+from tests.conftest import run_gateway
 from tests.eventually import eventually
 from tests.tcp_proxy import TcpProxy
 
@@ -130,3 +132,20 @@ async def test_it_closes_in_time_while_the_database_is_away(servers: Servers) ->
                 await ask(db)
             started = time.monotonic()
         assert time.monotonic() - started < 5.0
+
+
+async def test_tools_that_know_one_host_are_led_to_the_primary(servers: Servers) -> None:
+    async with proxy_to(servers) as dead, proxy_to(servers) as alive:
+        dead.black_hole()
+        url = through(servers.database_url, dead.port, alive.port)
+        assert await find_primary(url, timeout_s=5.0) == through(servers.database_url, alive.port)
+        assert await find_primary("postgres://one/name", timeout_s=5.0) == "postgres://one/name"
+
+
+async def test_migrations_and_administration_take_a_url_with_several_hosts(servers: Servers) -> None:
+    async with proxy_to(servers) as refusing, proxy_to(servers) as alive:
+        refusing.refuse()
+        url = through(servers.database_url, refusing.port, alive.port)
+        for arguments in (["migrate"], ["account", "create", "of two hosts"]):
+            completed = await asyncio.to_thread(run_gateway, *arguments, database_url=url)
+            assert completed.returncode == 0, completed.stderr

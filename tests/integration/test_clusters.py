@@ -1,0 +1,243 @@
+"""The servers in company that other tests and the demo stand on: they form, survive what they should, and come back."""
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aio_pika
+import aiohttp
+import asyncpg
+import pytest
+from aio_pika.abc import AbstractChannel
+from aiohttp import web
+
+from scripts.clusters import HaProxy, PostgresPair, RabbitMQCluster
+from scripts.servers import RabbitMQ
+from tests.eventually import eventually
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RabbitMQCluster]:
+    with RabbitMQCluster(3) as running:
+        yield running
+
+
+@asynccontextmanager
+async def channel_to(node: RabbitMQ) -> AsyncIterator[AbstractChannel]:
+    async with await aio_pika.connect(node.url, timeout=30) as connection, connection.channel() as channel:
+        yield channel
+
+
+async def declare_and_publish(node: RabbitMQ, queue: str) -> None:
+    """Make a quorum queue with one confirmed message in it."""
+    async with channel_to(node) as channel:
+        await channel.declare_queue(queue, durable=True, arguments={"x-queue-type": "quorum"})
+        await publish(channel, queue)
+
+
+async def publish(channel: AbstractChannel, queue: str, timeout: float = 30.0) -> None:
+    message = aio_pika.Message(b"kept", delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+    await channel.default_exchange.publish(message, queue, timeout=timeout)
+
+
+async def take(node: RabbitMQ, queue: str) -> bytes:
+    """The first message of a queue, asked of one node."""
+    async with channel_to(node) as channel:
+        declared = await channel.declare_queue(queue, passive=True)
+        message = await declared.get(no_ack=True, timeout=30)
+        return message.body
+
+
+async def await_other_leader(cluster: RabbitMQCluster, queue: str, former: RabbitMQ) -> RabbitMQ:
+    async with asyncio.timeout(60):
+        while (leader := await asyncio.to_thread(cluster.leader_of, queue)) is former:
+            pass
+    return leader
+
+
+async def test_a_quorum_queue_has_a_copy_on_every_node(cluster: RabbitMQCluster) -> None:
+    await declare_and_publish(cluster.nodes[1], "copies")
+    assert set(await asyncio.to_thread(cluster.members_of, "copies")) == set(cluster.nodes)
+    assert await asyncio.to_thread(cluster.leader_of, "copies") in cluster.nodes
+    assert cluster.url == ",".join(node.url for node in cluster.nodes)
+
+
+async def test_the_node_of_a_connection_is_found(cluster: RabbitMQCluster) -> None:
+    assert cluster.nodes_of([os.getpid()]) == []
+    async with channel_to(cluster.nodes[2]):
+        assert cluster.nodes_of([os.getpid()]) == [cluster.nodes[2]]
+
+
+async def test_a_killed_leader_is_followed_by_another_and_comes_back(cluster: RabbitMQCluster) -> None:
+    await declare_and_publish(cluster.nodes[0], "killed")
+    leader = await asyncio.to_thread(cluster.leader_of, "killed")
+    await asyncio.to_thread(leader.kill)
+    assert not leader.is_serving
+    follower = await await_other_leader(cluster, "killed", leader)
+    assert await take(follower, "killed") == b"kept"
+    await asyncio.to_thread(leader.start)
+    await asyncio.to_thread(cluster.wait_until_whole)
+
+
+async def test_a_paused_leader_is_followed_by_another_and_the_cluster_heals(cluster: RabbitMQCluster) -> None:
+    await declare_and_publish(cluster.nodes[0], "paused")
+    leader = await asyncio.to_thread(cluster.leader_of, "paused")
+    leader.pause()
+    assert not leader.is_serving
+    follower = await await_other_leader(cluster, "paused", leader)
+    leader.resume()
+    await asyncio.to_thread(cluster.heal)
+    assert all(node.is_serving for node in cluster.nodes)
+    assert await take(follower, "paused") == b"kept"
+
+
+@pytest.mark.parametrize("resource", ["memory", "disk"])
+async def test_an_alarm_on_one_node_blocks_publishers_on_another(cluster: RabbitMQCluster, resource: Any) -> None:
+    await declare_and_publish(cluster.nodes[0], resource)
+    await asyncio.to_thread(cluster.nodes[0].alarm, True, resource)
+    async with channel_to(cluster.nodes[1]) as channel:
+        with pytest.raises(TimeoutError):
+            await publish(channel, resource, timeout=1.0)
+        await asyncio.to_thread(cluster.nodes[0].alarm, False, resource)
+        await publish(channel, resource)
+
+
+async def fetch(url: str, statement: str) -> Any:
+    connection = await asyncpg.connect(url, target_session_attrs="primary", timeout=30)
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
+
+
+@pytest.mark.parametrize("synchronous", [False, True])
+async def test_a_promoted_standby_is_found_by_the_same_url(synchronous: bool) -> None:
+    with PostgresPair(fsync=False, synchronous=synchronous) as pair:
+        primary, standby = pair.primary, pair.standby
+        assert await fetch(pair.url, "SELECT inet_server_port()") == primary.port.number
+        expected = "sync" if synchronous else "async"
+        await eventually(lambda: primary.execute("SELECT sync_state FROM pg_stat_replication") == expected)
+        await fetch(pair.url, "CREATE TABLE kept (x int)")
+        await fetch(pair.url, "INSERT INTO kept VALUES (1)")
+        pair.wait_for_replay()
+        standing = await asyncpg.connect(standby.url)
+        assert await standing.fetchval("SELECT x FROM kept") == 1
+        await standing.close()
+
+        pair.promote()
+        assert (pair.primary, pair.standby) == (standby, primary)
+        assert await fetch(pair.url, "SELECT inet_server_port()") == standby.port.number
+        await fetch(pair.url, "INSERT INTO kept VALUES (2)")
+
+        pair.rebuild_standby()
+        pair.promote()
+        assert await fetch(pair.url, "SELECT inet_server_port()") == primary.port.number
+        assert await fetch(pair.url, "SELECT sum(x) FROM kept") == 3
+
+
+class Backend:
+    """A tiny gateway: an API and an operations listener, whose state a test sets."""
+
+    def __init__(self) -> None:
+        self.is_ready = True
+        self.drops = False
+        self.served = 0
+        self.ports = (0, 0)
+
+    async def api(self, request: web.Request) -> web.Response:
+        self.served += 1
+        if self.drops:
+            assert request.transport is not None
+            request.transport.abort()
+        return web.Response(text=str(self.ports[0]))
+
+    async def ready(self, _request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.is_ready else 503)
+
+
+async def listen(path: str, handler: Callable[..., Any], runners: list[web.AppRunner]) -> int:
+    app = web.Application()
+    app.router.add_route("*", path, handler)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    runners.append(runner)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port: int = runner.addresses[0][1]
+    return port
+
+
+@pytest.fixture
+async def backends() -> AsyncIterator[list[Backend]]:
+    runners: list[web.AppRunner] = []
+    made = [Backend(), Backend()]
+    for backend in made:
+        backend.ports = (await listen("/", backend.api, runners), await listen("/readyz", backend.ready, runners))
+    yield made
+    for runner in runners:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def balancer(backends: list[Backend]) -> AsyncIterator[HaProxy]:
+    proxy = HaProxy([backend.ports for backend in backends])
+    try:
+        await asyncio.to_thread(proxy.start)
+        yield proxy
+    finally:
+        proxy.close()
+
+
+async def answers(balancer: HaProxy, count: int) -> Counter[str]:
+    async with aiohttp.ClientSession() as session:
+        found: Counter[str] = Counter()
+        for _ in range(count):
+            async with session.post(balancer.url, data=b"x") as response:
+                found[await response.text()] += response.status == 200
+        return found
+
+
+async def await_up(balancer: HaProxy, expected: list[Backend]) -> None:
+    async with asyncio.timeout(30):
+        while await asyncio.to_thread(balancer.up) != [backend.ports[0] for backend in expected]:
+            pass
+
+
+async def test_the_balancer_leaves_out_who_is_not_ready(balancer: HaProxy, backends: list[Backend]) -> None:
+    one, other = backends
+    await await_up(balancer, backends)
+    shares = await answers(balancer, 20)
+    assert set(shares) == {str(one.ports[0]), str(other.ports[0])}
+    assert shares.total() == 20
+    one.is_ready = False
+    await await_up(balancer, [other])
+    assert await answers(balancer, 20) == {str(other.ports[0]): 20}
+    one.is_ready = True
+    await await_up(balancer, backends)
+    assert len(await answers(balancer, 20)) == 2
+
+
+async def test_without_any_gateway_the_balancer_answers_as_the_contract_says(
+    balancer: HaProxy, backends: list[Backend]
+) -> None:
+    for backend in backends:
+        backend.is_ready = False
+    await await_up(balancer, [])
+    async with aiohttp.ClientSession() as session, session.post(balancer.url, data=b"x") as response:
+        assert response.status == 503
+        assert response.headers["Retry-After"] == "1"
+        assert (await response.json())["code"] == "overloaded"
+
+
+async def test_the_balancer_repeats_no_request_that_a_gateway_has_seen(
+    balancer: HaProxy, backends: list[Backend]
+) -> None:
+    await await_up(balancer, backends)
+    for backend in backends:
+        backend.drops = True
+    async with aiohttp.ClientSession() as session, session.post(balancer.url, data=b"x") as response:
+        assert response.status == 502
+        assert (await response.json())["code"] == "outcome_unknown"
+    assert sum(backend.served for backend in backends) == 1
