@@ -29,13 +29,15 @@ from contextlib import suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from scripts import supervisor
 
 START_TIMEOUT_S = 120.0  # RabbitMQ: 5 to 8 s on two idle cores, 30 s seen on a machine busy with other tests
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
+DISK_FREE_LIMIT = "50MB"
+MEMORY_WATERMARK = "1GB"  # several nodes share one small machine: far above what any of our tests holds at once
 NOBODY = 65534  # PostgreSQL refuses to run as root; every Linux has this user
 
 
@@ -127,6 +129,16 @@ class Server(ABC):
     @property
     def is_running(self) -> bool:
         return self._supervisor is not None and self._supervisor.poll() is None
+
+    @property
+    def is_serving(self) -> bool:
+        """Whether it answers clients at this moment: neither down nor paused."""
+        return self.is_running and self._answers()
+
+    @property
+    def processes(self) -> list[int]:
+        """The pids of all its processes; its supervisor is not among them."""
+        return [] if self._supervisor is None else list(supervisor.descendants(self._supervisor.pid))
 
     def start(self) -> None:
         """Start it, or start it again on the same data and ports; return when it serves clients."""
@@ -268,7 +280,11 @@ class Postgres(Server):
         self._data.mkdir(mode=0o700)
         if self._user_id != os.getuid():
             os.chown(self._data, self._user_id, self._user_id)
-        self._programs = self._find_programs()
+        self._programs = self._programs or self._find_programs()
+        self._fill_data()
+
+    def _fill_data(self) -> None:
+        """Make a new cluster of databases in the empty data folder."""
         options = "--username=postgres --auth=trust --no-sync --no-instructions --encoding=UTF8"
         locale = "--locale=C --locale-provider=builtin --builtin-locale=C.UTF-8"  # the same on every machine
         self._run(self._program("initdb"), "--pgdata", self._data, *options.split(), *locale.split())
@@ -345,19 +361,25 @@ class Postgres(Server):
             self._remove_traces()
         super().start()
         if first:
-            self.create_database(self.database)
+            self._make_database()
+
+    def _make_database(self) -> None:
+        """Once, when it first serves."""
+        self.create_database(self.database)
 
     def create_database(self, name: str, *, template: str = "template1") -> str:
         """Make a database, a copy of `template` (which nobody may be connected to), and return its URL."""
-        self._execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
         return self._url(name)
 
     def drop_database(self, name: str) -> None:
         """Remove a database, throwing out whoever is connected."""
-        self._execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+        self.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
 
-    def _execute(self, statement: str) -> None:
-        self._run(self._program("psql"), self._url("postgres"), "--no-psqlrc", "--quiet", f"--command={statement}")
+    def execute(self, statement: str) -> str:
+        """Run one statement as the superuser, outside the gateway's database; its result as text."""
+        options = ["--no-psqlrc", "--quiet", "--tuples-only", "--no-align"]
+        return self._run(self._program("psql"), self._url("postgres"), *options, f"--command={statement}").strip()
 
     def _remove_traces(self) -> None:
         """Remove what a SIGKILL leaves behind: a small piece of System V shared memory, the pid file."""
@@ -384,6 +406,7 @@ class RabbitMQ(Server):
         self.distribution_port = Port()
         self.epmd_port = Port()
         self.node = f"sms-gateway-{self.port}@localhost"
+        self.cookie = secrets.token_hex(20)
         self._programs: Path | None = None
 
     @property
@@ -393,21 +416,23 @@ class RabbitMQ(Server):
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
         cookie = self.directory / ".erlang.cookie"
-        cookie.write_text(secrets.token_hex(20))
+        cookie.write_text(self.cookie)
         cookie.chmod(0o400)
         (self.directory / "enabled_plugins").write_text("[].\n")
         (self.directory / "environment").touch()
         # A bare system, such as a fresh debootstrap folder, has no /etc/hosts that knows "localhost".
         (self.directory / "inetrc").write_text('{host, {127,0,0,1}, ["localhost"]}.\n{lookup, [file, native]}.\n')
-        (self.directory / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}\n"
-            "log.console = true\n"
-            "log.console.level = warning\n"
-            "log.file = false\n"
-            "disk_free_limit.absolute = 50MB\n"
-            # Several nodes share one small machine: 1 GB is far above what any of our tests holds at once.
-            "vm_memory_high_watermark.absolute = 1GB\n"
-        )
+        (self.directory / "rabbitmq.conf").write_text("\n".join(self._configuration()) + "\n")
+
+    def _configuration(self) -> list[str]:
+        return [
+            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            "log.console = true",
+            "log.console.level = warning",
+            "log.file = false",
+            f"disk_free_limit.absolute = {DISK_FREE_LIMIT}",
+            f"vm_memory_high_watermark.absolute = {MEMORY_WATERMARK}",
+        ]
 
     def _environment(self) -> dict[str, str]:
         folder = self.directory
@@ -465,6 +490,17 @@ class RabbitMQ(Server):
         if done.returncode != 0:
             raise ServerError(f"rabbitmqctl {' '.join(arguments)} failed:\n{done.stdout}")
         return done.stdout
+
+    def alarm(self, on: bool, resource: Literal["memory", "disk"] = "memory") -> None:
+        """Raise a resource alarm, or end it: publishers are blocked on every node of its cluster meanwhile.
+
+        A real one, of the broker's own monitors: the limit is moved, not the alarm faked. It takes a second or two.
+        """
+        match resource:
+            case "memory":
+                self.ctl("set_vm_memory_high_watermark", "absolute", "1MB" if on else MEMORY_WATERMARK)
+            case "disk":
+                self.ctl("set_disk_free_limit", "1000000GB" if on else DISK_FREE_LIMIT)
 
     def close(self) -> None:
         super().close()
@@ -580,11 +616,16 @@ class Servers:
 def main() -> None:
     """Run both until Ctrl-C, and say where they are."""
     with Servers() as servers:
-        for name, value in servers.environment().items():
-            print(f"export {name}='{value}'", flush=True)
-        print("# Running until Ctrl-C", flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        show_until_interrupted(servers.environment())
+
+
+def show_until_interrupted(environment: Mapping[str, str]) -> None:
+    """Print settings as a shell takes them, then wait for Ctrl-C."""
+    for name, value in environment.items():
+        print(f"export {name}='{value}'", flush=True)
+    print("# Running until Ctrl-C", flush=True)
+    with suppress(KeyboardInterrupt):
+        signal.pause()
 
 
 if __name__ == "__main__":
