@@ -7,7 +7,7 @@ import asyncio
 import logging
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -95,7 +95,8 @@ class Database:
             try:
                 yield connection
             except (TimeoutError, asyncio.CancelledError):
-                connection.terminate()  # a polite cancel request would wait for the same silent server
+                with suppress(asyncpg.InterfaceError):  # the pool has noticed that it is dead, and taken it back
+                    connection.terminate()  # a polite cancel request would wait for the same silent server
                 raise
             finally:
                 await self._pool.release(connection)

@@ -6,7 +6,7 @@ commit of unknown outcome is simply tried again, and finds its own ids if it had
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import asyncpg
@@ -125,7 +125,8 @@ class Inbox:
                 await connection.execute("COMMIT")
                 self._has_tables = True
             except BaseException:
-                connection.terminate()  # not ROLLBACK: that would wait for a server that may be silent
+                with suppress(asyncpg.InterfaceError):  # the pool has noticed that it is dead, and taken it back
+                    connection.terminate()  # not ROLLBACK: that would wait for a server that may be silent
                 raise
             finally:
                 await self._pool.release(connection)
