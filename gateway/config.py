@@ -46,7 +46,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     messages_per_envelope: Annotated[int, Meta(ge=1, le=1000)] = 1  # above 1, SMS of a list share an AMQP message
     queue_shards: Annotated[int, Meta(ge=1, le=256)] = 1  # above 1, as many queues, chosen by list
     amqp_connections: Annotated[int, Meta(ge=1, le=64)] = 2  # spread over the nodes of the URL
-    amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 5  # a dead peer shows after 3 × (heartbeat + 1) s
+    amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 5  # silent for a second longer, a peer is dead
     amqp_connect_timeout_s: Seconds = 5.0
     confirm_timeout_s: Seconds = 10.0  # under the usual 30 s of a load balancer, with room for a retry
     abandon_timeout_s: Seconds = 30.0  # unconfirmed for this long: the connection is closed and made anew

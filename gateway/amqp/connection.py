@@ -122,6 +122,16 @@ class PublishConnection:
         await asyncio.wait([self._lost], timeout=timeout)
         return self.is_lost
 
+    @property
+    def receptions(self) -> int:
+        """How often the broker has been heard, heartbeats included."""
+        return self._transports.receptions
+
+    def abort(self) -> None:
+        """Take the peer for dead: nothing more is written or heard, and what is unconfirmed is unknown."""
+        self._transports.abort()
+        self._on_lost()
+
     def is_usable(self) -> bool:
         """Whether a new batch may be written: not lost, no broker alarm, and no batch past its deadline."""
         return not (
@@ -239,8 +249,10 @@ class _Tap(asyncio.StreamReaderProtocol):
         self._on_event = on_event
         self._on_lost = on_lost
         self._passed_on_at = 0.0
+        self.receptions = 0
 
     def data_received(self, data: bytes) -> None:
+        self.receptions += 1
         passed_on, events = self.frames.feed(data)
         for event in events:
             self._on_event(event)
@@ -286,6 +298,11 @@ class _TappedTransport(TransportFactory):
         """From now on, take the confirms of this channel out of the stream."""
         assert self._tap is not None  # noqa: S101 - the channel was opened through it
         self._tap.frames.channel = channel
+
+    @property
+    def receptions(self) -> int:
+        """How often something has been received, heartbeats included."""
+        return self._tap.receptions if self._tap is not None else 0
 
     @property
     def is_closing(self) -> bool:

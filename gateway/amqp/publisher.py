@@ -24,6 +24,9 @@ RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not com
 RETRY_MARGIN_S = 0.5  # less than this before the deadline is not worth a second try
 TOO_LATE_S = 0.1  # nor, this short before it, a first one: it would only end as unknown
 WATCH_INTERVAL_S = 0.25
+# Brokers send a heartbeat every half of the interval: two in a row did not come. aiormq by itself gives up after three
+# intervals, which is past the deadline of what could be published again elsewhere.
+HEARTBEAT_MARGIN_S = 1.0
 SHARED_CONNECTION_BYTES = 64 * 1024  # some 200 messages
 
 
@@ -215,8 +218,14 @@ class Publisher:
 
     async def _serve(self, connection: PublishConnection) -> None:
         """Return when the connection is lost, or a batch on it is past its deadline and no alarm explains that."""
+        receptions, silent_s = 0, 0.0
         while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):
             self._changed.set()  # an alarm may have gone
+            # In turns of this loop, not by the clock: after a pause of our own, what the broker sent is yet to be read.
+            silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
+            receptions = connection.receptions
+            if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
+                connection.abort()
             if connection.is_overdue() and not connection.is_blocked:
                 log.warning("no confirms from the broker at %s:%s in time", connection.node.host, connection.node.port)
                 return

@@ -196,7 +196,7 @@ async def test_a_heartbeat_before_the_first_frame_is_not_taken(broker: ScriptedB
 
 
 async def test_the_grace_before_a_silent_peer_is_given_up_is_known(broker: ScriptedBroker) -> None:
-    """config.py and the tests of the publisher say 3 × (heartbeat + 1) s."""
+    """publisher.py says why it does not wait for aiormq: that gives up after 3 × (heartbeat + 1) s."""
     async with Opened(broker, heartbeat=4) as opened:
         assert opened.aiormq_connection._Connection__heartbeat_grace_timeout == 15  # type: ignore[attr-defined]
 

@@ -895,6 +895,29 @@ async def test_a_broker_that_only_acks_is_not_taken_for_dead(broker: ScriptedBro
         assert len(broker.sessions) == 1
 
 
+async def test_a_silent_peer_is_dead_soon_enough_to_publish_again_elsewhere(broker: ScriptedBroker) -> None:
+    """As after the crash of a machine: nothing is closed, nothing is said. The heartbeat tells, before the deadline."""
+    async with TcpProxy("127.0.0.1", broker.port) as proxy:
+        url = broker.url.replace(f":{broker.port}", f":{proxy.port}")
+        async with connected(url, amqp_heartbeat_s=1) as publisher:
+            assert list(await publish(publisher, 1, "A")) == [ACKED]
+            proxy.black_hole()
+            batch = publish(publisher, 2, "B")
+            await asyncio.sleep(0.1)
+            proxy.pass_through()  # for new connections
+            assert list(await batch) == [ACKED] * 2
+            assert publisher.republished == 2
+            assert len(broker.sessions) == 2
+            assert is_idle(publisher)
+
+
+async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, amqp_heartbeat_s=1) as publisher:
+        await asyncio.sleep(1 + publisher_module.HEARTBEAT_MARGIN_S + 1.0)
+        assert publisher.is_usable()
+        assert len(broker.sessions) == 1
+
+
 # Topology
 
 
