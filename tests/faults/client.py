@@ -1,0 +1,172 @@
+"""Callers under steady load, who write down what they were told about every single message."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from itertools import count, takewhile
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import aiohttp
+import msgspec
+
+from tests.eventually import eventually
+from tests.faults.ledger import NO_ANSWER, Attempt
+
+PATH = "/api/v2/send/bulk"
+CONNECT_TIMEOUT_S = 2.0
+AFTER_A_FAILURE_S = 0.1  # often, so that the moment of recovery is seen
+IN_PROGRESS = "idempotency_in_progress"
+
+
+class Sender(NamedTuple):
+    """Somebody with an account."""
+
+    key: str
+    list_number: str
+
+
+class Load(NamedTuple):
+    """How much, and how."""
+
+    workers: int = 2  # per gateway, each with a keep-alive connection and one request at a time
+    batch: int = 50
+    every_s: float = 0.2
+    # Send again with the same Idempotency-Key, perhaps to another gateway, until nothing is unknown.
+    keyed: bool = False
+    patience_s: float = 30.0
+
+
+class SteadyLoad:
+    """Sends from the beginning of its `async with` block to its end; `attempts` is the record."""
+
+    def __init__(self, targets: Sequence[str], sender: Sender, load: Load) -> None:
+        self.name = uuid.uuid4().hex[:8]  # every text begins with it: tells our messages from another load's
+        self.attempts: list[Attempt] = []
+        self._targets = targets
+        self._sender = sender
+        self._load = load
+        self._batches = count()
+        self._stopping = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._under_way: set[float] = set()  # when each request without an answer was sent
+
+    async def __aenter__(self) -> Self:
+        workers = self._load.workers * len(self._targets)
+        timeout = aiohttp.ClientTimeout(total=self._load.patience_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        self._tasks = [asyncio.create_task(self._work(number)) for number in range(workers)]
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if exc_type is not None:
+            for task in self._tasks:
+                task.cancel()
+        try:
+            await self.stop()
+        finally:
+            await self._session.close()
+
+    async def stop(self) -> None:
+        """Begin no further batch, and wait for what is under way. Raises TimeoutError, and what a worker raised."""
+        self._stopping.set()
+        async with asyncio.timeout(2 * self._load.patience_s):
+            await asyncio.gather(*self._tasks)
+
+    def served_since(self, moment: float) -> bool:
+        """Whether every gateway has counted a whole batch after `moment`."""
+        good = {attempt.target for attempt in self.attempts if attempt.is_whole and attempt.answered_at >= moment}
+        return len(good) == len(self._targets)
+
+    def failed_since(self, moment: float) -> bool:
+        """Whether a request has failed after `moment`, or one that was sent before it has no answer yet."""
+        recent = reversed(self.attempts)
+        answered = takewhile(lambda attempt: attempt.answered_at >= moment, recent)
+        return min(self._under_way, default=moment) < moment or not all(attempt.is_whole for attempt in answered)
+
+    async def serves(self, *, timeout: float) -> None:
+        """Wait until every gateway has counted a whole batch from now on. Raises TimeoutError."""
+        now = time.monotonic()
+        await eventually(lambda: self.served_since(now), timeout=timeout)
+
+    async def _work(self, number: int) -> None:
+        await asyncio.sleep(self._load.every_s * number / len(self._tasks))  # evenly, not all at once
+        target = number % len(self._targets)
+        while not self._stopping.is_set():
+            began = time.monotonic()
+            if self._load.keyed:
+                await self._send_until_counted(target)
+            else:
+                attempt, _ = await self._send(target, next(self._batches), 0)
+                if attempt.status != 200:
+                    await asyncio.sleep(AFTER_A_FAILURE_S)
+            await asyncio.sleep(max(0.0, began + self._load.every_s - time.monotonic()))
+
+    async def _send_until_counted(self, target: int) -> None:
+        """One batch, with one key, until the answer leaves nothing unknown: what a careful caller does."""
+        batch = next(self._batches)
+        for number in count():
+            attempt, retry_after_s = await self._send(target, batch, number)
+            if attempt.status == 200 and not attempt.unknown:
+                return
+            if attempt.code != IN_PROGRESS:
+                target = (target + 1) % len(self._targets)
+            await asyncio.sleep(retry_after_s)
+
+    async def _send(self, target: int, batch: int, number: int) -> tuple[Attempt, float]:
+        """One request, recorded; and when to send again, if at all."""
+        size = self._load.batch
+        request_id = f"{self.name}.{batch}.{number}"
+        messages = [
+            {
+                "to": "+14155551234",
+                "list_number": self._sender.list_number,
+                "body": f"{self.name} {batch} {index} {{{{messageId}}}}",
+            }
+            for index in range(size)
+        ]
+        headers = {
+            "X-Api-Key": self._sender.key,
+            "X-Request-Id": request_id,
+            "Content-Type": "application/json",
+        }
+        if self._load.keyed:
+            headers["Idempotency-Key"] = f"{self.name}.{batch}"
+        every_index = frozenset(range(size))
+        retry_after_s = AFTER_A_FAILURE_S
+        sent_at = time.monotonic()
+        self._under_way.add(sent_at)
+        try:
+            async with self._session.post(
+                self._targets[target] + PATH, data=msgspec.json.encode({"messages": messages}), headers=headers
+            ) as response:
+                answer = msgspec.json.decode(await response.read())
+                status, replayed = response.status, "Idempotent-Replayed" in response.headers
+                retry_after_s = float(response.headers.get("Retry-After", AFTER_A_FAILURE_S))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            told: dict[str, Any] = {"status": NO_ANSWER, "code": type(error).__name__, "unknown": every_index}
+        else:
+            told = {"status": status, "is_replay": replayed} | _told(status, answer, size)
+        finally:
+            self._under_way.discard(sent_at)
+        attempt = Attempt(request_id, target, batch, size, sent_at, time.monotonic(), **told)
+        self.attempts.append(attempt)
+        return attempt, retry_after_s
+
+
+def _told(status: int, answer: dict[str, Any], size: int) -> dict[str, Any]:
+    """What an answer says about each message."""
+    every_index = frozenset(range(size))
+    if status != 200:
+        # 503 promises that nothing was queued, 504 that it cannot be known; of anything else nothing may be queued.
+        certain = every_index if status != 504 else frozenset()
+        return {"code": answer.get("code", ""), "refused": certain, "unknown": every_index - certain}
+    rows = answer["errors"]
+    assert answer["queued_count"] + answer["error_count"] == size, answer
+    assert answer["error_count"] == len({row["index"] for row in rows}) == len(rows), answer
+    unknown = frozenset(row["index"] for row in rows if row.get("may_be_queued"))
+    refused = frozenset(row["index"] for row in rows) - unknown
+    return {"code": "+".join(sorted({row["code"] for row in rows})), "refused": refused, "unknown": unknown}

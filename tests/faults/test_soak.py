@@ -1,0 +1,38 @@
+"""The soak's nemesis repeats its draw, and its judge sees a leak."""
+
+import pytest
+
+from scripts.soak import TOO_SHORT, Nemesis, Sample, leaks
+
+
+def test_the_same_seed_draws_the_same_faults_and_another_seed_others() -> None:
+    def drawn(seed: int) -> list[tuple[str, float, bool]]:
+        nemesis = Nemesis(seed)
+        rounds = [nemesis.draw() for _ in range(50)]
+        return [(scenario.name, scenario.hold_s, scenario.load.keyed) for scenario in rounds]
+
+    assert drawn(7) == drawn(7)
+    assert drawn(7) != drawn(8)
+    assert any(" + " in name for name, _, _ in drawn(7))
+
+
+def samples(count: int, *, mb_each: float = 0.0, descriptors_each: float = 0.0) -> list[Sample]:
+    """One a minute; the first is 30 MB smaller, as a process is that has just started."""
+    return [
+        Sample(60.0 * number, 70.0 + mb_each * number - 30 * (number == 0), int(20 + descriptors_each * number))
+        for number in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("taken", "found"),
+    [
+        (samples(100), []),
+        (samples(100, mb_each=0.1), []),
+        (samples(100, mb_each=0.5), ["memory grew by 30 MB"]),
+        (samples(100, descriptors_each=0.5), ["30 descriptors more than in the beginning"]),
+        (samples(TOO_SHORT - 1, mb_each=9.0), []),
+    ],
+)
+def test_what_grows_is_a_leak_and_what_warms_up_is_not(taken: list[Sample], found: list[str]) -> None:
+    assert leaks(taken) == found
