@@ -1,7 +1,7 @@
 """A soak: a nemesis draws faults from a seed, for hours, under load; what leaks, shows over time.
 
     scripts/soak --hours 8                  prints its seed at the start; --seed repeats the draw
-    scripts/soak --hours 8 --plot soak.html
+    scripts/soak --hours 8 --plot soak.svg
 
 Round after round a fault is drawn (sometimes two at once), and how long it lasts; half of the rounds send again with an
 Idempotency-Key and read with the reference consumer. After each round callers and consumers are compared, and memory
@@ -122,7 +122,7 @@ async def main() -> int:
     if options.json:
         options.json.write_bytes(msgspec.json.format(msgspec.json.encode(soak)))
     if options.plot:
-        options.plot.write_text(_page(soak))
+        options.plot.write_text(picture(soak))
     return 1 if soak.leaks or soak.failures or any(report.broken for report in soak.reports) else 0
 
 
@@ -156,24 +156,17 @@ def _show(soak: Soak) -> None:
         print(line)
 
 
-def _page(soak: Soak) -> str:
-    """Memory and descriptors over time."""
-    memory = plots.lines(
-        {"resident MB": [(each.at_s / 60, each.resident_mb) for each in soak.samples]},
+def picture(soak: Soak) -> str:
+    """Memory and descriptors over time, as an SVG that stands alone."""
+    drawn = plots.lines(
+        {
+            "resident MB": [(each.at_s / 60, each.resident_mb) for each in soak.samples],
+            "descriptors": [(each.at_s / 60, each.descriptors) for each in soak.samples],
+        },
         x_label="minutes",
-        y_label="MB",
+        y_label="resident MB (above), descriptors (below)",
     )
-    descriptors = plots.lines(
-        {"descriptors": [(each.at_s / 60, each.descriptors) for each in soak.samples]},
-        x_label="minutes",
-        y_label="descriptors",
-    )
-    return (
-        f"<!doctype html><meta charset=utf-8><title>Soak, seed {soak.seed}</title>"
-        "<style>body{font:14px sans-serif;max-width:60em;margin:2em auto}text{font:11px sans-serif}"
-        "line{stroke:#ccc}svg{width:100%}</style>"
-        f"<h1>Soak, seed {soak.seed}: {len(soak.reports)} rounds</h1>{memory}{descriptors}"
-    )
+    return plots.standalone(drawn.partition("<p")[0])  # the labels say which is which; a legend would be HTML
 
 
 def _options() -> argparse.Namespace:
@@ -182,7 +175,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--hours", type=float, default=1.0, metavar="N", help="how long; 0.1 is six minutes")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="repeat this draw")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write memory and descriptors over time, as HTML")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write memory and descriptors over time, as SVG")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to this file")
     return parser.parse_args()
 

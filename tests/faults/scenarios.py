@@ -373,7 +373,7 @@ ROLLING = Scenario(
     gateways=3,
     balanced=True,
     flawless=True,
-    load=Load(workers=12, batch=10, every_s=0.3),
+    load=Load(workers=24, batch=5, every_s=0.02),  # many and small: some request is always on its way
 )
 # As they run in production, with all that waits waiting its full time.
 DEFAULTS = [
