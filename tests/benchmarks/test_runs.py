@@ -25,6 +25,11 @@ def test_a_run_is_void_when_the_queue_holds_anything_else(depth: int) -> None:
     assert "7,000 AMQP messages were accepted" in runs.why_void([result()], expected_depth=7_000, depth=depth)
 
 
+@pytest.mark.parametrize(("depth", "counts"), [(6_999, False), (7_000, True), (7_003, True), (7_004, False)])
+def test_a_stream_may_say_a_little_more_than_it_holds_and_never_less(depth: int, *, counts: bool) -> None:
+    assert (runs.why_void([result()], expected_depth=7_000, depth=depth, extra=3) == "") is counts
+
+
 def test_a_run_is_void_when_requests_failed() -> None:
     failed = result(all_failures=2, statuses={"200": 5, "503": 2})
     assert "2 requests failed (answers by status: {'200': 5, '503': 2})" in runs.why_void(
