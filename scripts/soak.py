@@ -166,7 +166,7 @@ def picture(soak: Soak) -> str:
         x_label="minutes",
         y_label="resident MB (above), descriptors (below)",
     )
-    return plots.standalone(drawn.partition("<p")[0])  # the labels say which is which; a legend would be HTML
+    return plots.standalone(drawn.partition("<p class")[0])  # the labels say which is which; a legend would be HTML
 
 
 def _options() -> argparse.Namespace:

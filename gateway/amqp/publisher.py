@@ -39,7 +39,7 @@ class Publisher:
         self._connections: list[PublishConnection] = []  # those that may be given batches
         self._leaving: set[PublishConnection] = set()  # those that only wait for their last confirms
         self._window = ConfirmWindow(
-            most_messages=settings.max_unconfirmed_messages, target_s=settings.confirm_timeout_s / 4
+            most_messages=settings.max_unconfirmed_messages, target_s=settings.confirm_timeout_s / 8
         )
         self._first_node = (
             random.randrange(len(settings.amqp_nodes())) if first_node is None else first_node  # noqa: S311
