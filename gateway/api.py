@@ -15,7 +15,7 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway import batch, idempotency, wire
-from gateway.amqp.confirms import Outcome
+from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.auth import authenticate
 from gateway.errors import (
     OUTCOME_UNKNOWN,
@@ -51,20 +51,19 @@ async def send_bulk(request: web.Request) -> web.Response:
     """The way of the data; each step refuses by raising, and a bad message by a row."""
     runtime = request.app[RUNTIME]
     with runtime.admission.admit() as place:
-        runtime.publisher.refuse_if_full()
         account = await authenticate(request.headers, runtime.store)
+        runtime.publisher.refuse_if_full(account.id)
         place.reserve(account.id, _octets_of_body(request))  # only now: without a key nobody takes room from the others
         key = idempotency.sent_key(request.headers)
         body = await _read_body(request, runtime.settings.body_timeout_s)
         deadline = asyncio.get_running_loop().time() + runtime.settings.confirm_timeout_s
         draft = batch.validate(wire.decode_bulk(body))
-        numbers = draft.distinct_list_numbers()
         block = await runtime.ids.take(batch.ids_needed(draft, runtime.layout))
         send = partial(_send, request, account, draft, deadline)
         if key is None:
-            lists = await runtime.store.find_owned_lists(account.id, numbers)
+            lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
             return _json(200, await send(lists, block.ids))
-        sent = await runtime.idempotency.send_once(account.id, key, body, numbers, block, send)
+        sent = await runtime.idempotency.send_once(account.id, key, body, draft, block, send)
         return _json(200, sent.answer, {idempotency.REPLAYED: "true"} if sent.is_replayed else {})
 
 
@@ -75,6 +74,7 @@ async def _send(
     deadline: float,
     lists: Mapping[str, int],
     ids: list[str],
+    may_be_queued: bool = False,
 ) -> Answer:
     """Build and publish what is the account's own, and say what became of it."""
     runtime = request.app[RUNTIME]
@@ -88,8 +88,10 @@ async def _send(
         layout=runtime.layout,
     )
     outcomes = await runtime.publisher.publish(
-        prepared.payload_ids, prepared.payloads, prepared.shards, deadline=deadline
+        prepared.payload_ids, prepared.payloads, prepared.shards, deadline=deadline, account_id=account.id
     )
+    if may_be_queued:
+        outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
     return _answer(prepared, prepared.outcomes_of_messages(outcomes))
 
 

@@ -41,6 +41,7 @@ class Draft(NamedTuple):
     list_numbers: list[str]  # one for each of messages, the request's default filled in
     indexes: Sequence[int]  # where each of messages stood in the request
     rows: list[ErrorRow]
+    size: int  # how many messages the request had, good and bad
 
     def distinct_list_numbers(self) -> list[str]:
         """What the one ownership query asks for."""
@@ -101,11 +102,11 @@ def _validate_whole(bulk: Bulk) -> Draft | None:
         return None
     if not clean:
         return None
-    return Draft(messages, list_numbers, range(len(messages)), [])  # type: ignore[arg-type]  # all strings
+    return Draft(messages, list_numbers, range(len(messages)), [], len(messages))  # type: ignore[arg-type]  # all strings
 
 
 def _validate_each(bulk: Bulk) -> Draft:
-    draft = Draft([], [], indexes := [], [])
+    draft = Draft([], [], indexes := [], [], len(bulk.messages))
     for index, message in enumerate(bulk.messages):
         list_number = message.list_number or bulk.list_number
         refusal = _refusal(message, list_number)
@@ -151,8 +152,8 @@ def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal |
 
 
 def ids_needed(draft: Draft, layout: Layout) -> int:
-    """How many ids build() may use: one per message, and one per envelope."""
-    return len(draft.messages) + layout.most_envelopes(draft.list_numbers)
+    """How many ids build() may use: one for each message of the request, and one for each envelope."""
+    return draft.size + layout.most_envelopes(draft.list_numbers)
 
 
 def build(
@@ -167,14 +168,15 @@ def build(
 ) -> Batch:
     """Payloads for the draft's messages whose list is among `lists` (list number → list id, the account's own).
 
-    `ids` holds ids_needed() ids; those of messages without a list are left unused.
+    `ids` holds ids_needed() ids. A message's id depends on its index alone, whatever else was refused: when the batch
+    runs again, on another version perhaps, or without a list that is gone, nobody's id has shifted.
     """
-    envelope_ids = ids[len(draft.messages) :]
-    messages, list_numbers, indexes, rows = draft
+    envelope_ids = ids[draft.size :]
+    messages, list_numbers, indexes, rows, _ = draft
     if not lists.keys() >= set(list_numbers):
-        # A message's id depends on the draft alone: when the batch runs again, its lists may be others'.
-        ids = [message_id for message_id, number in zip(ids, list_numbers, strict=False) if number in lists]
-        messages, list_numbers, indexes, rows = _own(draft, lists)
+        messages, list_numbers, indexes, rows, _ = _own(draft, lists)
+    if len(indexes) < draft.size:
+        ids = [ids[index] for index in indexes]
     contents = [
         Payload(
             message_id,
@@ -208,7 +210,7 @@ def build(
 
 def _own(draft: Draft, lists: Mapping[str, int]) -> Draft:
     """The draft without the messages whose list is not the caller's: each gets a row."""
-    mine = Draft([], [], indexes := [], list(draft.rows))
+    mine = Draft([], [], indexes := [], list(draft.rows), draft.size)
     for message, list_number, index in zip(draft.messages, draft.list_numbers, draft.indexes, strict=True):
         if list_number in lists:
             mine.messages.append(message)

@@ -35,7 +35,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
     ops_port: Port = 9090
 
-    database_pool_size: Positive = 5  # questions are grouped: two queries of each kind at once, and the lease of ids
+    database_pool_size: Positive = 5  # questions are grouped, and writes of keys take turns
     database_timeout_s: Seconds = 2.0  # of a query, waiting for a connection included
     database_statement_cache: Annotated[int, Meta(ge=0)] = 100  # 0 behind PgBouncer before 1.21
 

@@ -6,8 +6,9 @@ Once the database does not answer, whoever asks is refused at once, and one task
 import asyncio
 import logging
 import random
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -29,7 +30,6 @@ IS_AWAY = (
     TimeoutError,
     asyncpg.CannotConnectNowError,
     asyncpg.TargetServerAttributeNotMatched,
-    asyncpg.TooManyConnectionsError,
 )
 DATABASE_ERRORS = (*IS_AWAY, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -40,12 +40,14 @@ class Database:
     def __init__(self, settings: Settings) -> None:
         self._timeout_s = settings.database_timeout_s
         self._return: asyncio.Task[None] | None = None
+        self._answered_at = float("-inf")
         self._pool = asyncpg.create_pool(
             settings.database_url,
             connect=connect_to_primary,
             min_size=0,  # nothing is asked of the database at start: the gateway starts without it
             max_size=settings.database_pool_size,
             timeout=settings.database_timeout_s,  # of one attempt to connect
+            command_timeout=settings.database_timeout_s,  # and of the pool's own goodbyes to servers that hang
             statement_cache_size=settings.database_statement_cache,
             reset=_keep_session,
             server_settings={"application_name": "sms-gateway"},
@@ -72,25 +74,29 @@ class Database:
         return self._return is not None
 
     @asynccontextmanager
-    async def connection(self) -> "AsyncIterator[PoolConnectionProxy]":
+    async def connection(self, turns: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
         """A connection for one question. Waiting for it, and for the answer, take database_timeout_s together at most.
 
-        Raises DatabaseUnavailable, from the error that shows why.
+        `turns` bounds how many questions of one kind are asked at once. Raises DatabaseUnavailable, from the error that
+        shows why.
         """
         if self._return is not None:
             raise DatabaseUnavailable
         try:
-            async with self._bounded_connection() as connection:
+            async with self._bounded_connection(turns) as connection:
                 yield connection
+            self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
             log.warning("the database is unavailable: %s %s", type(error).__name__, error)
-            if isinstance(error, IS_AWAY) and self._return is None:
+            # One slow question among others that are answered is no outage: to start over would make it one.
+            is_silent = time.monotonic() - self._answered_at > self._timeout_s
+            if is_silent and isinstance(error, IS_AWAY) and self._return is None:
                 self._return = asyncio.create_task(self._wait_for_return(), name="wait for the database")
             raise DatabaseUnavailable from error
 
     @asynccontextmanager
-    async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
-        async with asyncio.timeout(self._timeout_s):
+    async def _bounded_connection(self, turns: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
+        async with asyncio.timeout(self._timeout_s), turns or nullcontext():
             connection = await self._pool.acquire()
             try:
                 yield connection

@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 
 from multidict import CIMultiDictProxy
 
+from gateway.batch import Draft
 from gateway.errors import (
     DatabaseUnavailable,
     IdempotencyInProgress,
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
+    OutcomeUnknown,
     Unavailable,
 )
 from gateway.message_ids import IdBlock, ids_at
@@ -37,6 +39,7 @@ REPLAYED = "Idempotent-Replayed"
 HOLD_MARGIN_S = 2.0  # beyond the longest run
 SETTLE_WAIT_S = 0.25  # for the row to be settled before the caller is answered; it is settled all the same
 SWEEP_INTERVAL_S = 60.0
+MOST_KEPT_OCTETS = 256 * 1024  # rows echo what came in: beyond a thousand sane ones, the batch simply runs again
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 
 
@@ -70,11 +73,12 @@ class Idempotency:
         account_id: int,
         key: str,
         body: bytes,
-        numbers: list[str],
+        draft: Draft,
         ids: IdBlock,
-        send: Callable[[dict[str, int], list[str]], Awaitable[Answer]],
+        send: Callable[[dict[str, int], list[str], bool], Awaitable[Answer]],
     ) -> Sent:
-        """The kept answer, or that of `send`, called with the lists among `numbers` and the ids of the first run.
+        """The kept answer, or that of `send`, called with the draft's lists, the ids of the first run, and whether the
+        first run may have queued them already: then nothing can be said to be certainly not queued.
 
         `ids` are used if this is the first. Raises IdempotencyInProgress, IdempotencyKeyReused, DatabaseUnavailable,
         and whatever `send` raises.
@@ -82,7 +86,13 @@ class Idempotency:
         holder = secrets.randbits(63)
         digest = hashlib.sha256(body).digest()
         known = await self._store.hold_key(
-            account_id, key, digest, first_id=ids.first, holder=holder, hold_s=self._hold_s, numbers=numbers
+            account_id,
+            key,
+            digest,
+            first_id=ids.first,
+            holder=holder,
+            hold_s=self._hold_s,
+            numbers=draft.distinct_list_numbers(),
         )
         if known is None:
             raise IdempotencyInProgress  # forgotten between two looks at it: the next try finds it free
@@ -93,17 +103,21 @@ class Idempotency:
                 raise IdempotencyInProgress
             return Sent(known.answer, is_replayed=True)
         is_first = known.first_id == ids.first
+        # Envelopes' own ids, behind those of the messages, are fresh in any case: the layout may have changed.
+        same_ids = ids.ids if is_first else ids_at(known.first_id, draft.size) + ids.ids[draft.size :]
         try:
-            answer = await send(known.lists, ids.ids if is_first else ids_at(known.first_id, len(ids.ids)))
-        except Unavailable:
-            settle = self._store.forget_key if is_first else self._store.release_key
-            await self._settle(settle(account_id, key, holder))
-            raise
+            answer = await send(known.lists, same_ids, not is_first)
+        except Unavailable as error:
+            if is_first:
+                await self._settle(self._store.forget_key(account_id, key, holder))
+                raise
+            await self._settle(self._store.release_key(account_id, key, holder))
+            raise OutcomeUnknown from error  # of this run nothing is queued, of the first perhaps all
         except BaseException:
             await self._settle(self._store.release_key(account_id, key, holder))
             raise
         encoded = encode(answer)
-        if any(row.may_be_queued for row in answer.errors):
+        if len(encoded) > MOST_KEPT_OCTETS or any(row.may_be_queued for row in answer.errors):
             await self._settle(self._store.release_key(account_id, key, holder))
         else:
             await self._settle(self._store.keep_answer(account_id, key, holder, encoded))

@@ -5,6 +5,7 @@ Whatever goes wrong leaves here as DatabaseUnavailable. Reads go to the primary,
 or a suspended account is refused on the first request after the commit.
 """
 
+import asyncio
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import NamedTuple
@@ -99,6 +100,8 @@ class Store:
         self._database = database
         self._accounts = Grouped(self._find_accounts)
         self._lists = Grouped(self._find_lists, weigh=lambda question: len(question[1]))
+        # Writes wait for disks, and perhaps for a standby: they must not take all connections from the other questions.
+        self._holding, self._settling = asyncio.Semaphore(2), asyncio.Semaphore(1)
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         """Whose key it is; None when it is unknown or revoked."""
@@ -136,7 +139,7 @@ class Store:
         numbers: list[str],
     ) -> HeldKey | KnownKey | None:
         """Hold an Idempotency-Key for `hold_s` seconds, or learn why not; None when it went away in between."""
-        async with self._database.connection() as connection:
+        async with self._database.connection(self._holding) as connection:
             rows = await connection.fetch(
                 HOLD_KEY, account_id, key, body_sha256, first_id, holder, timedelta(seconds=hold_s), numbers
             )
@@ -163,7 +166,7 @@ class Store:
         return await self._execute(SWEEP_KEYS) == f"DELETE {SWEPT_AT_ONCE}"
 
     async def _execute(self, statement: str, *arguments: object) -> str:
-        async with self._database.connection() as connection:
+        async with self._database.connection(self._settling) as connection:
             status: str = await connection.execute(statement, *arguments)
         return status
 

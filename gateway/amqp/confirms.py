@@ -37,6 +37,10 @@ def _table(written: Outcome) -> bytes:
     return bytes([written, Outcome.RETURNED, *range(Outcome.ACKED, 256)])
 
 
+# For a second copy of messages whose first may be queued: that the broker refused this one says nothing of the other.
+REFUSED_IS_UNKNOWN = bytes(
+    Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED) else state for state in range(256)
+)
 _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
 

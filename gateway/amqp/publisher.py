@@ -39,7 +39,9 @@ class Publisher:
         self._connections: list[PublishConnection] = []  # those that may be given batches
         self._leaving: set[PublishConnection] = set()  # those that only wait for their last confirms
         self._window = ConfirmWindow(
-            most_messages=settings.max_unconfirmed_messages, target_s=settings.confirm_timeout_s / 8
+            most_messages=settings.max_unconfirmed_messages,
+            most_octets=settings.max_unconfirmed_bytes,
+            target_s=settings.confirm_timeout_s / 8,
         )
         self._first_node = (
             random.randrange(len(settings.amqp_nodes())) if first_node is None else first_node  # noqa: S311
@@ -81,10 +83,17 @@ class Publisher:
     def unconfirmed_bytes(self) -> int:
         return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._leaving])
 
-    def refuse_if_full(self) -> None:
-        """Raise Overloaded when a batch has just been refused for want of room: the next need not even be read."""
-        if self._window.is_full(unconfirmed=self.unconfirmed_messages):
+    def refuse_if_full(self, account_id: int) -> None:
+        """Raise Overloaded when the account's last batch found no room, and would find none: the next is not read."""
+        if self._window.is_full(unconfirmed=self._load(), account_id=account_id):
             raise Overloaded(retry_after_s=self._window.confirm_s)
+
+    def _load(self) -> int:
+        """What is on the wire; what only waits for late confirms, on connections that were replaced, left out."""
+        return self._window.weigh(
+            sum(connection.unconfirmed_messages for connection in self._connections),
+            sum(connection.unconfirmed_bytes for connection in self._connections),
+        )
 
     async def publish(
         self,
@@ -93,12 +102,13 @@ class Publisher:
         shards: Sequence[int] | None = None,
         *,
         deadline: float | None = None,
+        account_id: int = 0,
     ) -> bytes:
         """Publish one batch, in order, on one channel; wait until all is confirmed or the deadline has come.
 
         `shards` names the queue of each payload, ascending; None means the first for all. `deadline` is on the event
-        loop's clock; None means a whole confirm_timeout_s from now. Returns one Outcome per payload. Raises
-        QueueUnavailable or Overloaded when nothing at all was written.
+        loop's clock; None means a whole confirm_timeout_s from now. `account_id` is whose share of the room it takes.
+        Returns one Outcome per payload. Raises QueueUnavailable or Overloaded when nothing at all was written.
         """
         if not payloads:
             return b""
@@ -108,12 +118,18 @@ class Publisher:
             deadline = written_at + self._settings.confirm_timeout_s
         elif deadline < written_at + TOO_LATE_S:
             raise QueueUnavailable
-        connection = self._choose(len(payloads))
-        unconfirmed = self.unconfirmed_messages + len(payloads)
-        outcomes = await connection.publish(ids, payloads, shards, deadline)
-        self._window.note(len(payloads), unconfirmed=unconfirmed, written_at=written_at, now=clock())
-        if connection.is_lost and not self._closed and Outcome.UNKNOWN in outcomes:
-            return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
+        load = self._window.weigh(len(payloads), sum(map(len, payloads)))
+        connection = self._choose(load, account_id)
+        unconfirmed = self._load() + load
+        self._window.take(load, account_id)
+        try:
+            outcomes = await connection.publish(ids, payloads, shards, deadline)
+            if not connection.is_lost:
+                self._window.note(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
+            elif not self._closed and Outcome.UNKNOWN in outcomes:
+                return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
+        finally:
+            self._window.give_back(load, account_id)
         return outcomes
 
     async def _republish_unknown(
@@ -131,14 +147,14 @@ class Publisher:
         """
         unknown = [position for position, outcome in enumerate(outcomes) if outcome == Outcome.UNKNOWN]
         try:
-            connection = await self._choose_before(deadline - RETRY_MARGIN_S, len(unknown))
+            connection = await self._choose_before(deadline - RETRY_MARGIN_S)
             second = await connection.publish(
                 [ids[position] for position in unknown],
                 [payloads[position] for position in unknown],
                 [shards[position] for position in unknown] if shards else None,
                 deadline,
             )
-        except (QueueUnavailable, Overloaded):
+        except QueueUnavailable:
             return outcomes
         self.republished += len(unknown)
         merged = bytearray(outcomes)
@@ -147,8 +163,15 @@ class Publisher:
                 merged[position] = outcome
         return bytes(merged)
 
-    def _choose(self, count: int) -> PublishConnection:
-        """The connection for a batch of `count` messages. Raises when none may take it.
+    def _choose(self, load: int, account_id: int) -> PublishConnection:
+        """The connection for a new batch. Raises when none may take it, or there is no room."""
+        connection = self._choose_connection()
+        if not self._window.has_room(load, unconfirmed=self._load(), account_id=account_id):
+            raise Overloaded(retry_after_s=self._window.confirm_s)
+        return connection
+
+    def _choose_connection(self) -> PublishConnection:
+        """The best usable connection. Raises QueueUnavailable when there is none.
 
         While little is on the wire all batches take the same one: what is written to it in one turn of the event loop
         leaves in one system call, and is confirmed by one ack (scripts/bench compare, batches of 1). Beyond that the
@@ -160,11 +183,6 @@ class Publisher:
             self._unusable_since = self._unusable_since or now
             raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage may well go on
         self._unusable_since = None
-        most_bytes = self._settings.max_unconfirmed_bytes * self._window.share
-        if not self._window.has_room(count, unconfirmed=self.unconfirmed_messages) or (
-            self.unconfirmed_bytes > most_bytes
-        ):
-            raise Overloaded(retry_after_s=self._window.confirm_s)
         if len(usable) > 1:
             latest = max(connection.confirmed_written_at for connection in usable)
             usable = [one for one in usable if not one.is_stalled(latest)] or usable
@@ -172,7 +190,7 @@ class Publisher:
             return usable[0]
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
 
-    async def _choose_before(self, deadline: float, count: int) -> PublishConnection:
+    async def _choose_before(self, deadline: float) -> PublishConnection:
         """The same, but wait for a connection to come back. Raises QueueUnavailable when `deadline` has passed."""
         if asyncio.get_running_loop().time() > deadline:
             raise QueueUnavailable
@@ -181,7 +199,7 @@ class Publisher:
                 while not (self.is_usable() or self._closed):
                     self._changed.clear()
                     await self._changed.wait()
-        return self._choose(count)
+        return self._choose_connection()
 
     async def _keep_connected(self, number: int) -> None:
         """One connection's life: connect, serve until it is lost, wait a moment, connect to the next node."""
@@ -202,6 +220,7 @@ class Publisher:
                 log.info("connected to the broker at %s:%s", node.host, node.port)
                 attempt = 0
                 self.was_connected = True
+                self._unusable_since = None
                 self._connections.append(connection)
                 self._changed.set()
                 if not self._closed:  # a cancellation may have been absorbed on the way

@@ -4,42 +4,67 @@ A broker that is asked for more than it can do would otherwise be handed ever mo
 to its deadline, until all of them passed it: written, answered as unknown, sent again. So the window follows the time
 that confirms take, as TCP's follows loss (RFC 5681, additive increase, multiplicative decrease): it grows by what was
 confirmed in time, while it is made use of (RFC 7661), and shrinks once for all that was on the wire together.
+
+One account may take three times what is free, and so leaves room for others (admission.py has the theory).
+
+Loads are counted in messages; large ones weigh more (`weigh`), so that one window bounds messages and octets.
 """
+
+from collections import Counter
 
 START_MESSAGES = 20_000  # some tenths of a second of one machine's broker
 FLOOR_MESSAGES = 2_000  # two full batches: with less a broker that has recovered would not be found out
 SHRINK = 0.7
-REOPEN = 0.9  # once full, it is full until so much of it, and no more, is in use
+SHARE = 3
 SMOOTHING = 0.1
+MOST_REFUSED = 10_000  # accounts remembered as refused; beyond, all are forgotten
 
 
 class ConfirmWindow:
-    """The most messages that may be unconfirmed; times are in seconds on one monotonic clock."""
+    """The most that may be unconfirmed; times are in seconds on one monotonic clock."""
 
-    def __init__(self, *, most_messages: int, target_s: float) -> None:
+    def __init__(self, *, most_messages: int, most_octets: int, target_s: float) -> None:
         self._most = most_messages
+        self._messages_per_octet = most_messages / most_octets
         self._target_s = target_s
         self._shrunk_at = float("-inf")
-        self._was_full = False
+        self._refused: dict[int, int] = {}  # account → the load that had no room
+        self.of: Counter[int] = Counter()  # account → what its callers are waiting for
         self.messages = min(START_MESSAGES, most_messages)
         self.confirm_s = 0.0  # what a batch waits for its confirms, smoothed
 
-    @property
-    def share(self) -> float:
-        """How far it is open, 0 < share ≤ 1: for what is bounded in octets as well."""
-        return self.messages / self._most
+    def weigh(self, messages: int, octets: int) -> int:
+        """The load of so many messages with so many octets."""
+        return max(messages, int(octets * self._messages_per_octet))
 
-    def has_room(self, messages: int, *, unconfirmed: int) -> bool:
-        """Whether a batch of `messages` may be written; one alone always may."""
-        self._was_full = bool(unconfirmed) and unconfirmed + messages > self.messages
-        return not self._was_full
+    def has_room(self, load: int, *, unconfirmed: int, account_id: int) -> bool:
+        """Whether a batch may be written; one alone always may, and an account's only one where there is room."""
+        mine, free = self.of[account_id], self.messages - unconfirmed
+        fits = not unconfirmed or (load <= free and (not mine or mine + load <= SHARE * free))
+        if fits:
+            self._refused.pop(account_id, None)
+        else:
+            if len(self._refused) >= MOST_REFUSED:
+                self._refused.clear()
+            self._refused[account_id] = load
+        return fits
 
-    def is_full(self, *, unconfirmed: int) -> bool:
-        """Whether a batch has been refused, and little has been confirmed since: so would be whatever comes now."""
-        self._was_full = self._was_full and unconfirmed > REOPEN * self.messages
-        return self._was_full
+    def is_full(self, *, unconfirmed: int, account_id: int) -> bool:
+        """Whether a batch of this account has been refused, and would be again."""
+        load = self._refused.get(account_id)
+        return load is not None and not self.has_room(load, unconfirmed=unconfirmed, account_id=account_id)
 
-    def note(self, messages: int, *, unconfirmed: int, written_at: float, now: float) -> None:
+    def take(self, load: int, account_id: int) -> None:
+        """A batch is about to be written."""
+        self.of[account_id] += load
+
+    def give_back(self, load: int, account_id: int) -> None:
+        """Its caller no longer waits for it."""
+        self.of[account_id] -= load
+        if not self.of[account_id]:
+            del self.of[account_id]
+
+    def note(self, load: int, *, unconfirmed: int, written_at: float, now: float) -> None:
         """A batch was confirmed, or given up, `now`; when it was written, `unconfirmed` were on the wire, with it."""
         waited_s = now - written_at
         self.confirm_s += SMOOTHING * (waited_s - self.confirm_s)
@@ -48,4 +73,4 @@ class ConfirmWindow:
                 self.messages = max(min(FLOOR_MESSAGES, self._most), int(self.messages * SHRINK))
                 self._shrunk_at = now
         elif 2 * unconfirmed >= self.messages:
-            self.messages = min(self._most, self.messages + messages)
+            self.messages = min(self._most, self.messages + load)

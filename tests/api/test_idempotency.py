@@ -16,7 +16,7 @@ from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.eventually import eventually
 from tests.outbound_queue import OutboundQueue
 from tests.raw_http import exchange
-from tests.scripted_broker import ScriptedBroker
+from tests.scripted_broker import Published, ScriptedBroker, Session
 
 HOLD_FOR_A_MINUTE = 60.0
 
@@ -196,7 +196,34 @@ async def test_after_a_503_nothing_is_remembered(start_gateway: StartGateway, ma
         assert (await gateway.post(batch(gateway, 2), Idempotency_Key="k"))[0] == 200
 
 
-async def test_a_503_between_keeps_the_ids_of_the_unknown(
+async def test_what_a_second_run_refuses_may_still_be_queued_by_the_first(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """Were it said to be certainly not queued, the caller would send it again under a new key, with new ids."""
+    async with ScriptedBroker() as broker:
+        settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
+        gateway, other = await start_gateway(settings), await start_gateway(settings)
+        await call_as(other, gateway)
+        broker.mode = "silent"
+        assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
+
+        def ack_one_nack_one_return_one(session: Session, published: Published) -> None:
+            if published.delivery_tag == 3:
+                session.ack(1)
+                session.nack(2)
+                session.return_(3)
+                session.ack(3)
+
+        broker.on_publish = ack_one_nack_one_return_one
+        status, answer, _ = await other.post(batch(gateway), Idempotency_Key="k")
+        assert (status, answer["queued_count"]) == (200, 1)
+        assert [(row["code"], row["may_be_queued"]) for row in answer["errors"]] == [("outcome_unknown", True)] * 2
+        broker.on_publish, broker.mode = None, "ack"
+        status, answer, headers = await other.post(batch(gateway), Idempotency_Key="k")
+        assert (status, answer["queued_count"], headers.get("Idempotent-Replayed")) == (200, 3, None)
+
+
+async def test_a_refused_second_run_keeps_the_ids_and_does_not_say_that_nothing_is_queued(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:
@@ -206,7 +233,8 @@ async def test_a_503_between_keeps_the_ids_of_the_unknown(
         broker.mode = "silent"
         assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
         broker.on_publish = lambda session, published: session.nack(published.delivery_tag)
-        assert (await other.post(batch(gateway), Idempotency_Key="k"))[0] == 503
+        status, answer, _ = await other.post(batch(gateway), Idempotency_Key="k")
+        assert (status, answer["code"]) == (504, "outcome_unknown")
         broker.on_publish, broker.mode = None, "ack"
         assert (await other.post(batch(gateway), Idempotency_Key="k"))[0] == 200
         ids = [published.properties.message_id for published in broker.published]

@@ -149,3 +149,37 @@ async def test_migrations_and_administration_take_a_url_with_several_hosts(serve
         for arguments in (["migrate"], ["account", "create", "of two hosts"]):
             completed = await asyncio.to_thread(run_gateway, *arguments, database_url=url)
             assert completed.returncode == 0, completed.stderr
+
+
+async def test_one_slow_question_among_others_that_are_answered_is_no_outage(servers: Servers) -> None:
+    """As a commit that waits for a standby: to expire the pool for it would make an outage of it."""
+    async with opened(servers.database_url, database_timeout_s=0.5) as db:
+
+        async def slow() -> None:
+            async with db.connection() as connection:
+                await connection.fetchval("SELECT pg_sleep(5)")
+
+        waiting = asyncio.create_task(slow())
+        for _ in range(10):
+            assert await ask(db) == 1
+            await asyncio.sleep(0.07)
+        with pytest.raises(DatabaseUnavailable):
+            await waiting
+        assert not db.is_away
+        assert await ask(db) == 1
+
+
+async def test_questions_of_one_kind_take_turns_within_their_time(servers: Servers) -> None:
+    async with opened(servers.database_url, database_timeout_s=0.8) as db:
+        turns = asyncio.Semaphore(1)
+
+        async def slow() -> None:
+            async with db.connection(turns) as connection:
+                await connection.fetchval("SELECT pg_sleep(0.5)")
+
+        outcomes = await asyncio.gather(*(slow() for _ in range(6)), return_exceptions=True)
+        assert [outcome for outcome in outcomes if outcome is None]
+        refused = [outcome for outcome in outcomes if outcome is not None]
+        assert len(refused) == 5
+        assert {type(outcome) for outcome in refused} == {DatabaseUnavailable}
+        assert await ask(db) == 1

@@ -1,13 +1,15 @@
-"""The window follows the broker: wide while confirms are quick, narrow when they are slow, never shut."""
+"""The window follows the broker: wide while confirms are quick, narrow when they are slow, never shut, and shared."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, ConfirmWindow
 
+ME, ANOTHER = 1, 2
 
-def window(most: int = 100_000) -> ConfirmWindow:
-    opened = ConfirmWindow(most_messages=most, target_s=2.0)
+
+def window(most: int = 100_000, octets_a_message: int = 1_000) -> ConfirmWindow:
+    opened = ConfirmWindow(most_messages=most, most_octets=most * octets_a_message, target_s=2.0)
     opened.messages = most
     return opened
 
@@ -16,8 +18,12 @@ def note(w: ConfirmWindow, messages: int, *, written_at: float, now: float, unco
     w.note(messages, unconfirmed=unconfirmed, written_at=written_at, now=now)
 
 
+def has_room(w: ConfirmWindow, load: int, unconfirmed: int, account_id: int = ME) -> bool:
+    return w.has_room(load, unconfirmed=unconfirmed, account_id=account_id)
+
+
 def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
-    w = ConfirmWindow(most_messages=100_000, target_s=2.0)
+    w = ConfirmWindow(most_messages=100_000, most_octets=10**9, target_s=2.0)
     assert w.messages == START_MESSAGES
     note(w, 1_000, written_at=0.0, now=0.1, unconfirmed=9_000)
     assert w.messages == START_MESSAGES, "who uses half of it shows nothing about the whole"
@@ -25,21 +31,56 @@ def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
     assert w.messages == START_MESSAGES + 1_000
 
 
-def test_a_full_window_stays_full_until_a_tenth_of_it_is_free() -> None:
+def test_who_was_refused_is_refused_until_there_is_room_for_as_much() -> None:
     w = window(10_000)
-    assert not w.is_full(unconfirmed=10_000), "nobody has been refused yet"
-    assert w.has_room(1_000, unconfirmed=9_000)
-    assert not w.has_room(1_000, unconfirmed=9_500)
-    assert w.is_full(unconfirmed=9_500)
-    assert w.is_full(unconfirmed=9_001)
-    assert not w.is_full(unconfirmed=9_000)
-    assert not w.is_full(unconfirmed=9_500)
+    assert not w.is_full(unconfirmed=10_000, account_id=ME), "nobody has been refused yet"
+    assert has_room(w, 1_000, 9_000)
+    assert not has_room(w, 1_000, 9_500)
+    assert w.is_full(unconfirmed=9_500, account_id=ME)
+    assert not w.is_full(unconfirmed=9_500, account_id=ANOTHER)
+    assert w.is_full(unconfirmed=9_001, account_id=ME)
+    assert not w.is_full(unconfirmed=9_000, account_id=ME)
+    assert not w.is_full(unconfirmed=9_500, account_id=ME)
 
 
 def test_a_batch_larger_than_the_window_goes_alone() -> None:
     w = window(1_000)
-    assert w.has_room(5_000, unconfirmed=0)
-    assert not w.has_room(1, unconfirmed=1_000)
+    assert has_room(w, 5_000, 0)
+    assert not has_room(w, 1, 1_000)
+
+
+def test_one_account_takes_three_quarters_and_leaves_room_for_another() -> None:
+    w = window(20_000)
+    taken = 0
+    while has_room(w, 1_000, taken):
+        w.take(1_000, ME)
+        taken += 1_000
+    assert taken == 15_000
+    assert w.is_full(unconfirmed=taken, account_id=ME)
+    assert has_room(w, 10, taken, ANOTHER)
+    assert has_room(w, 1_000, taken, ANOTHER)
+    for _ in range(15):
+        w.give_back(1_000, ME)
+    assert not w.of
+
+
+def test_large_messages_weigh_more_and_open_the_window_as_well() -> None:
+    """Were octets bounded apart from it, a window that once was narrow would never be made use of again."""
+    w = window(100_000, octets_a_message=1_000)
+    assert w.weigh(1_000, 200_000) == 1_000
+    assert w.weigh(100, 5_000_000) == 5_000
+    w.messages = FLOOR_MESSAGES
+    for n in range(100):
+        load = w.weigh(100, 5_000_000)
+        note(w, load, written_at=float(n), now=n + 0.2, unconfirmed=w.messages)
+    assert w.messages == 100_000
+
+
+def test_many_refused_accounts_are_not_remembered_for_ever() -> None:
+    w = window(1_000)
+    for account_id in range(25_000):
+        assert not has_room(w, 1, 1_000, account_id)
+    assert len(w._refused) <= 10_000
 
 
 def test_quick_confirms_leave_it_wide_open() -> None:
