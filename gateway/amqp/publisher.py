@@ -244,6 +244,7 @@ class Publisher:
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
+                log.warning("heard nothing from %s:%s for %.0f s", connection.node.host, connection.node.port, silent_s)
                 connection.abort()
             if connection.is_overdue() and not connection.is_blocked:
                 log.warning("no confirms from the broker at %s:%s in time", connection.node.host, connection.node.port)
