@@ -14,8 +14,10 @@ import asyncio
 import logging
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 import msgspec
 
@@ -78,7 +80,10 @@ def silence_consumers() -> None:
 async def _play_one(stand: Stand, name: str, options: argparse.Namespace, results: Results) -> None:
     """All repetitions of one scenario."""
     if name == OVERLOAD:
-        results.overloads.append(await overload.measure(stand, seconds=options.seconds or overload.SECONDS))
+        rounds = max(options.repeat, overload.ROUNDS)
+        results.overloads.append(
+            await overload.measure(stand, rounds=rounds, seconds=options.seconds or overload.SECONDS)
+        )
         return
     scenario = SCENARIOS[name]
     if scenario.hurts_broker and not stand.has_own_broker:
@@ -152,21 +157,33 @@ def row_of(name: str, reports: Sequence[Report]) -> list[str]:
 
 
 def overload_table(measured: Overload) -> tuple[Sequence[str], list[list[str]]]:
-    """Its columns and rows."""
-    columns = ("load", "asked msg/s", "goodput msg/s", "shed", "accepted p99", "refused p99", "memory", "answers")
-    rows = [
-        [
-            "peak" if stage.multiple == overload.PEAK else f"{stage.multiple:g}×",
-            f"{stage.asked_per_s:,.0f}",
-            f"{stage.goodput_per_s:,.0f}",
-            f"{stage.shed_share:.0%}",
-            f"{stage.accepted_p99_s:.2f} s",
-            f"{stage.refused_p99_s:.2f} s",
-            f"{stage.peak_mb:.0f} MB",
-            ", ".join(f"{count} × {status}" for status, count in stage.statuses.items()),
-        ]
-        for stage in measured.stages
-    ]
+    """Its columns and rows: medians of the runs, and the worst times."""
+    loads = [("peak", measured.peaks, "")]
+    for stage in measured.stages:
+        shares = stage.shares()
+        of_the_peak = f"{median(shares):.2f} ({min(shares):.2f}-{max(shares):.2f})"
+        loads.append((f"{stage.multiple:g}×", stage.runs, of_the_peak))
+    columns = (
+        *("load", "runs", "asked msg/s", "goodput msg/s", "of the peak", "shed", "accepted p99", "refused p99"),
+        *("memory", "answers"),
+    )
+    rows = []
+    for load, runs, of_the_peak in loads:
+        answers = sum((Counter(run.statuses) for run in runs), Counter[str]())
+        rows.append(
+            [
+                load,
+                str(len(runs)),
+                f"{median(run.asked_per_s for run in runs):,.0f}",
+                f"{median(run.goodput_per_s for run in runs):,.0f}",
+                of_the_peak,
+                f"{median(run.shed_share for run in runs):.0%}",
+                f"{max(run.accepted_p99_s for run in runs):.2f} s",
+                f"{max(run.refused_p99_s for run in runs):.2f} s",
+                f"{max(run.peak_mb for run in runs):.0f} MB",
+                ", ".join(f"{count} × {status}" for status, count in answers.items()),
+            ]
+        )
     return columns, rows
 
 

@@ -612,7 +612,7 @@ async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroke
 
 
 async def test_a_slow_broker_is_handed_less_and_callers_are_told_when_to_come_back(broker: ScriptedBroker) -> None:
-    """Whatever was on the wire past an eighth of the deadline narrows the window; here down to two full batches."""
+    """Whatever was on the wire past a sixteenth of the deadline narrows the window; here down to two full batches."""
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=2.0, max_unconfirmed_messages=3_000) as publisher:
         for n in range(2):
