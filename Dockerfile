@@ -1,12 +1,18 @@
 # Two stages: the first installs the locked packages, the second carries the result and nothing that built it.
-FROM python:3.13-slim AS packages
+#
+# For what is to run elsewhere, pin the base by its digest: docs/security.md, "Supply chain".
+ARG PYTHON_IMAGE=python:3.13-slim
+
+FROM ${PYTHON_IMAGE} AS packages
 
 COPY requirements.txt /
-RUN python -m venv /opt/gateway \
-    && /opt/gateway/bin/pip install --no-cache-dir --require-hashes --requirement /requirements.txt
+# Without pip inside: nothing is ever to be installed into the image.
+RUN python -m venv --without-pip /opt/gateway \
+    && python -m pip --python /opt/gateway/bin/python install \
+        --no-cache-dir --disable-pip-version-check --only-binary :all: --require-hashes --requirement /requirements.txt
 
 
-FROM python:3.13-slim
+FROM ${PYTHON_IMAGE}
 
 # A number, not a name: Kubernetes' runAsNonRoot cannot tell whom a name stands for.
 RUN groupadd --gid 10001 gateway \
@@ -17,7 +23,7 @@ WORKDIR /srv/gateway
 COPY migrations migrations
 COPY gateway gateway
 
-# Byte code is compiled here, once: the user that runs it cannot write.
+# Byte code is compiled here, once: the user that runs it cannot write, and the root file system may be read-only.
 RUN /opt/gateway/bin/python -m compileall -q gateway
 # Probes come from outside the container: the operations port must listen there, and must not be published.
 ENV PATH=/opt/gateway/bin:$PATH \

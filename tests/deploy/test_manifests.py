@@ -1,0 +1,240 @@
+"""The manifests say what Kubernetes, the operators and the gateway understand, and agree with one another."""
+
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import kubernetes_validate
+import msgspec
+import pytest
+import yaml
+
+from gateway import __version__, config
+from gateway.config import Settings
+from tests.deploy.manifests import KUBERNETES, Object, containers, environment_of, gateway_of, only, render
+from tests.deploy.operators import SPECIFICATIONS
+
+FOLDERS = ["base", "migrate", "rabbitmq", "example", "sidecar-example"]
+KUBERNETES_VERSIONS = ["1.29", "1.37"]  # the oldest with sidecars, and the newest that the schemas know
+RABBITMQ = "rabbitmq.com/v1beta1"
+EXIT_MARGIN_S = 2  # from the end of the drain to the end of the process: connections are closed, Python ends
+
+
+def cases(*kinds: str) -> list[Any]:
+    """All objects of all folders, or those of some kinds, each as a test's case."""
+    return [
+        pytest.param(one, id=f"{folder}-{one['kind']}-{one['metadata']['name']}")
+        for folder in FOLDERS
+        for one in render(folder)
+        if not kinds or one["kind"] in kinds
+    ]
+
+
+GATEWAYS = ["base", "example", "sidecar-example"]  # the folders in which it serves
+
+
+def settings_of(folder: str) -> Settings:
+    return config.load(environment_of(folder))
+
+
+def without_hashes(text: str) -> list[Any]:
+    """kustomize hangs a hash on the name of a generated ConfigMap, and on every mention of it."""
+    plain = re.sub(r"(name: sms-gateway(?:-sidecar)?)-[0-9a-z]{10}$", r"\1", text, flags=re.MULTILINE)
+    return list(yaml.safe_load_all(plain))
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_kubectl_makes_the_same_of_a_folder_as_these_tests(folder: str) -> None:
+    command = ["kubectl", "kustomize", str(KUBERNETES / folder)]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)  # noqa: S603
+
+    def in_order(objects: list[Any]) -> list[Any]:
+        return sorted(objects, key=lambda one: (one["kind"], one["metadata"]["name"]))
+
+    assert in_order(without_hashes(made.stdout)) == in_order(render(folder))
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+@pytest.mark.parametrize("one", cases())
+def test_an_object_follows_its_schema(one: Object, version: str) -> None:
+    if one["apiVersion"] == RABBITMQ:
+        msgspec.convert(one["spec"], SPECIFICATIONS[one["kind"]])
+    else:
+        kubernetes_validate.validate(one, version, strict=True)
+
+
+def test_a_misspelt_field_would_be_seen() -> None:
+    deployment = only(render("base"), "Deployment")
+    deployment["spec"]["template"]["spec"]["containers"][0]["readynessProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, KUBERNETES_VERSIONS[-1], strict=True)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"vhost": "/", "user": "typo"}, SPECIFICATIONS["Permission"])
+
+
+@pytest.mark.parametrize("workload", cases("Deployment", "Job"))
+def test_a_pod_keeps_to_the_restricted_security_standard_and_writes_nowhere(workload: Object) -> None:
+    pod = workload["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+    for container in containers(workload):
+        security = pod["securityContext"] | container["securityContext"]
+        assert security["runAsNonRoot"] is True
+        assert security["runAsUser"] > 0
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert security["allowPrivilegeEscalation"] is False
+        assert security["readOnlyRootFilesystem"] is True
+        assert security["capabilities"] == {"drop": ["ALL"]}
+        assert {"cpu", "memory"} <= set(container["resources"]["requests"])
+        assert "memory" in container["resources"]["limits"]
+    assert not [volume for volume in pod.get("volumes", []) if "hostPath" in volume]
+
+
+@pytest.mark.parametrize("workload", cases("Deployment", "Job"))
+def test_the_gateway_is_named_by_its_version_and_not_confused_by_service_links(workload: Object) -> None:
+    container = gateway_of(workload)
+    assert container["image"].endswith(f"sms-gateway:{__version__}")
+    assert workload["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+@pytest.mark.parametrize("folder", GATEWAYS)
+def test_every_variable_is_a_setting(folder: str) -> None:
+    assert config.unknown_variables(environment_of(folder)) == []
+    assert settings_of(folder).amqp_topology == "check"
+
+
+@pytest.mark.parametrize("folder", GATEWAYS)
+def test_probes_ask_paths_and_ports_that_there_are(folder: str) -> None:
+    settings = settings_of(folder)
+    container = gateway_of(only(render(folder), "Deployment"))
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    probes = {name: value["httpGet"] for name, value in container.items() if name.endswith("Probe")}
+    assert {"startupProbe", "livenessProbe"} <= set(probes)
+    assert {ports[probe["port"]] for probe in probes.values()} == {settings.ops_port}
+    assert settings.ops_host == "0.0.0.0"  # noqa: S104 - the kubelet asks the pod's address
+    assert probes["livenessProbe"]["path"] == "/livez"
+    # tests/deploy/test_pod.py asks them of a process
+    assert {probe["path"] for probe in probes.values()} == {"/livez", "/readyz"}
+    assert set(ports.values()) <= {settings.api_port, settings.ops_port}
+
+
+@pytest.mark.parametrize("folder", GATEWAYS)
+def test_a_pod_has_the_time_to_drain(folder: str) -> None:
+    settings = settings_of(folder)
+    pod = only(render(folder), "Deployment")["spec"]["template"]["spec"]
+    hooks = [container.get("lifecycle", {}).get("preStop", {}) for container in pod["containers"]]
+    hook_s = max(hook.get("sleep", {}).get("seconds", 0) for hook in hooks)
+    drain_s = hook_s + settings.drain_delay_s + settings.drain_timeout_s
+    assert pod["terminationGracePeriodSeconds"] >= drain_s + EXIT_MARGIN_S
+
+
+def test_the_sidecar_is_one_and_outlives_the_application() -> None:
+    deployment = only(render("sidecar-example"), "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    (sidecar,) = pod["initContainers"]
+    settings = settings_of("sidecar-example")
+    assert sidecar["restartPolicy"] == "Always"
+    assert sidecar["startupProbe"]["httpGet"]["path"] == "/readyz"
+    assert "readinessProbe" not in sidecar
+    assert settings.api_host == "127.0.0.1"
+    (url,) = [one["value"] for one in pod["containers"][0]["env"]]
+    assert url == f"http://{settings.api_host}:{settings.api_port}/api/v2/send/bulk"
+    # Kubernetes stops it when the application has ended: what is left of the grace period is the drain's
+    application_s = pod["terminationGracePeriodSeconds"] - settings.drain_delay_s - settings.drain_timeout_s
+    assert application_s >= 30 + EXIT_MARGIN_S
+
+
+@pytest.mark.parametrize("folder", ["base", "example"])
+def test_whatever_selects_the_gateway_finds_it(folder: str) -> None:
+    objects = render(folder)
+    deployment = only(objects, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    pod = deployment["spec"]["template"]["spec"]
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert only(objects, "Service")["spec"]["selector"] == labels
+    assert only(objects, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"] == labels
+    assert only(objects, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"] == labels
+    for spread in pod["topologySpreadConstraints"]:
+        assert spread["labelSelector"]["matchLabels"] == labels
+    assert pod["serviceAccountName"] == only(objects, "ServiceAccount")["metadata"]["name"]
+    target = only(objects, "HorizontalPodAutoscaler")["spec"]["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", deployment["metadata"]["name"])
+    assert "replicas" not in deployment["spec"], "the autoscaler counts"
+    ports = {port["name"] for port in pod["containers"][0]["ports"]}
+    assert {port["targetPort"] for port in only(objects, "Service")["spec"]["ports"]} <= ports
+
+
+def test_requests_in_flight_scale_too_where_the_component_is_used() -> None:
+    before, after = render("base"), render("in-flight", render("base"))
+    metrics = only(after, "HorizontalPodAutoscaler")["spec"]["metrics"]
+    assert metrics[0] == only(before, "HorizontalPodAutoscaler")["spec"]["metrics"][0]
+    assert metrics[1]["pods"]["metric"]["name"] == "gateway_requests_in_flight"
+    assert int(metrics[1]["pods"]["target"]["averageValue"]) <= settings_of("base").max_requests_in_flight / 2
+    for version in KUBERNETES_VERSIONS:
+        kubernetes_validate.validate(only(after, "HorizontalPodAutoscaler"), version, strict=True)
+
+
+def outgoing(policy: Object) -> set[tuple[int, str]]:
+    return {(p["port"], p.get("protocol", "TCP")) for rule in policy["spec"]["egress"] for p in rule["ports"]}
+
+
+def test_the_gateways_network_lets_through_what_it_needs_and_nothing_else() -> None:
+    policy = only(render("example"), "NetworkPolicy")
+    settings = settings_of("example")
+    broker_ports = {int(node.partition("-nodes.sms.svc:")[2].partition("/")[0]) for node in settings.amqp_nodes()}
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert outgoing(policy) == {(53, "UDP"), (53, "TCP"), (5432, "TCP"), *((port, "TCP") for port in broker_ports)}
+    assert [port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]] == ["api", "ops"]
+    rules = policy["spec"]["ingress"] + policy["spec"]["egress"]
+    assert all(rule.get("from") or rule.get("to") for rule in rules), "a rule without a peer lets everybody through"
+
+
+def test_the_migrations_network_leads_to_the_database_alone() -> None:
+    objects = render("migrate")
+    policy, job = only(objects, "NetworkPolicy"), only(objects, "Job")
+    assert policy["spec"]["podSelector"]["matchLabels"] == job["spec"]["template"]["metadata"]["labels"]
+    assert outgoing(policy) == {(53, "UDP"), (53, "TCP"), (5432, "TCP")}
+    assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in policy["spec"]
+    assert gateway_of(job)["args"] == ["migrate"]
+
+
+def test_the_example_names_every_node_of_the_cluster_by_its_own_address() -> None:
+    objects = render("example")
+    cluster = only(objects, "RabbitmqCluster")
+    name, count = cluster["metadata"]["name"], cluster["spec"]["replicas"]
+    namespace = cluster["metadata"]["namespace"]
+    hosts = [f"{name}-server-{number}.{name}-nodes.{namespace}.svc" for number in range(count)]
+    assert [node.partition("@")[2].partition(":")[0] for node in settings_of("example").amqp_nodes()] == hosts
+    assert count >= 3
+
+
+def test_the_brokers_users_may_do_what_they_must_and_no_more() -> None:
+    objects = render("rabbitmq")
+    settings = Settings(database_url="", amqp_url="")
+    rights = {
+        one["spec"]["userReference"]["name"]: one["spec"]["permissions"]
+        for one in objects
+        if one["kind"] == "Permission"
+    }
+    assert set(rights) == {one["metadata"]["name"] for one in objects if one["kind"] == "User"}
+    exchange, queue = re.escape(settings.amqp_exchange), re.escape(settings.amqp_queue)
+    assert rights["sms-gateway"] == {"configure": "^$", "write": f"^{exchange}$", "read": "^$"}
+    assert rights["sms-consumer"] == {"configure": "^$", "write": "^$", "read": f"^{queue}$"}
+    credentials = gateway_of(only(render("example"), "Deployment"))["env"][0]["valueFrom"]["secretKeyRef"]["name"]
+    assert credentials == "sms-gateway-user-credentials"  # the operator's name for it
+
+
+def test_no_secret_lies_in_the_repository_and_each_that_is_wanted_is_explained() -> None:
+    guide = (KUBERNETES.parents[1] / "docs" / "kubernetes.md").read_text()
+    wanted = {"sms-rabbitmq-tls"}
+    for folder in FOLDERS:
+        for one in render(folder):
+            assert one["kind"] != "Secret"
+            if one["kind"] in ("Deployment", "Job"):
+                wanted |= set(re.findall(r"'secretKeyRef': {[^}]*'name': '([^']+)'", str(one)))
+                wanted |= set(re.findall(r"'secretRef': {'name': '([^']+)'", str(one)))
+    assert {"sms-gateway", "sms-gateway-owner", "sms-gateway-user-credentials"} <= wanted
+    assert not [name for name in wanted if f"`{name}`" not in guide]

@@ -1,0 +1,107 @@
+"""The manifests at work: a process with the pod's settings, on a broker with the operators' topology."""
+
+import asyncio
+import os
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aio_pika
+import aiohttp
+import pytest
+
+from gateway.admin import Admin
+from scripts.servers import Gateway, Servers
+from tests.conftest import MakeSettings, StartGateway
+from tests.deploy.manifests import environment_of, gateway_of, only, render
+from tests.eventually import eventually
+from tests.integration.test_process import Caller, gateway_pid
+from tests.outbound_queue import OutboundQueue
+
+OUTBOUND = "sms.outbound"
+
+
+@asynccontextmanager
+async def declared_by_the_operators(amqp_url: str, name: str) -> AsyncIterator[None]:
+    """The exchanges, queues and bindings of deploy/kubernetes/rabbitmq, with another name for sms.outbound."""
+
+    def specifications(kind: str) -> list[dict[str, Any]]:
+        text = [one["spec"] for one in render("rabbitmq") if one["kind"] == kind]
+        return [{field: renamed(value) for field, value in spec.items()} for spec in text]
+
+    def renamed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: renamed(item) for key, item in value.items()}
+        return value.replace(OUTBOUND, name) if isinstance(value, str) else value
+
+    async with await aio_pika.connect(amqp_url) as connection, await connection.channel() as channel:
+        exchanges = [
+            await channel.declare_exchange(spec["name"], spec["type"], durable=spec["durable"])
+            for spec in specifications("Exchange")
+        ]
+        queues = [
+            await channel.declare_queue(
+                spec["name"],
+                durable=spec["durable"],
+                arguments={"x-queue-type": spec["type"], **spec.get("arguments", {})},
+            )
+            for spec in specifications("Queue")
+        ]
+        bound = {queue.name: queue for queue in queues}
+        for spec in specifications("Binding"):
+            await bound[spec["destination"]].bind(spec["source"], routing_key=spec["routingKey"])
+        try:
+            yield
+        finally:
+            for queue in queues:
+                await queue.delete(if_unused=False, if_empty=False)
+            for exchange in exchanges:
+                await exchange.delete()
+
+
+async def test_the_operators_declare_what_the_gateway_would(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """Declaring a queue again with other arguments is an error at RabbitMQ: ready means that they are the same."""
+    settings = make_settings(amqp_topology="declare")
+    async with declared_by_the_operators(settings.amqp_url, settings.amqp_queue):
+        gateway = await start_gateway(settings)
+        status, answer = await gateway.send([gateway.message()])
+        assert (status, answer["queued_count"]) == (200, 1)
+
+
+@pytest.mark.parametrize("folder", ["base", "sidecar-example"])
+async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
+    folder: str, servers: Servers, admin: Admin
+) -> None:
+    name = f"test.{uuid.uuid4().hex[:12]}"
+    own = {"GATEWAY_API_PORT", "GATEWAY_OPS_PORT"}  # two runs on one machine cannot both have 8080
+    pods = {key: value for key, value in environment_of(folder).items() if key not in own}
+    # Nothing of a test listens to the network, whatever the pod does.
+    tests = {**servers.environment(), "GATEWAY_API_HOST": "127.0.0.1", "GATEWAY_OPS_HOST": "127.0.0.1"}
+    names = {"GATEWAY_AMQP_EXCHANGE": name, "GATEWAY_AMQP_QUEUE": name}
+    deployment = only(render(folder), "Deployment")
+    grace_s = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    probes = {key: value["httpGet"]["path"] for key, value in gateway_of(deployment).items() if key.endswith("Probe")}
+
+    process = Gateway(pods | tests | names)
+    async with declared_by_the_operators(servers.amqp_url, name):
+        try:
+            await asyncio.to_thread(process.start)
+            async with aiohttp.ClientSession() as session, OutboundQueue(servers.amqp_url, name) as queue:
+                for path in set(probes.values()):
+                    async with session.get(process.ops_url + path) as answer:
+                        assert answer.status == 200, path
+                caller = Caller(process, session)
+                await caller.become_someone(admin)
+                assert (await caller.send(100))[0] == 200
+                assert await queue.depth() == 100
+                os.kill(gateway_pid(process), signal.SIGTERM)
+                told = time.monotonic()
+                await eventually(lambda: not process.is_running, timeout=grace_s)
+                assert time.monotonic() - told < grace_s
+        finally:
+            await asyncio.to_thread(process.close)
