@@ -133,6 +133,10 @@ async def _read_body(request: web.Request, timeout_s: float) -> bytes:
         raise RequestTimeout from None
     except (web.RequestPayloadError, ConnectionError) as error:
         raise MalformedHttp from error  # a broken chunk, or the caller hung up in the middle
+    except RuntimeError as error:  # how aiohttp says that the caller was gone before we came to read
+        if request.transport is not None:
+            raise
+        raise MalformedHttp from error
 
 
 def _is_plain_json(request: web.Request) -> bool:
