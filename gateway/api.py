@@ -39,6 +39,8 @@ from gateway.wire import MAX_BODY_BYTES, Answer, ErrorRow
 log = logging.getLogger(__name__)
 
 SEND_BULK = "/api/v2/send/bulk"
+OPENAPI = "/openapi.json"
+ALLOWED = {SEND_BULK: "POST", OPENAPI: "GET, HEAD"}
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
 # What a log line, a header and a JSON string can carry as it is.
@@ -97,7 +99,8 @@ async def _send(
 
 async def refuse_route(request: web.Request) -> web.Response:
     """Every other path, and every other method. A route like any, so that its `Expect` is not answered by aiohttp."""
-    raise MethodNotAllowed("POST") if request.path == SEND_BULK else NotFound
+    allowed = ALLOWED.get(request.path)
+    raise MethodNotAllowed(allowed) if allowed else NotFound
 
 
 def _octets_of_body(request: web.Request) -> int:
@@ -117,9 +120,9 @@ async def _read_body(request: web.Request, timeout_s: float) -> bytes:
         raise UnsupportedMediaType
     if (request.content_length or 0) > MAX_BODY_BYTES:
         raise PayloadTooLarge
-    if hdrs.EXPECT in request.headers:
-        await _continue(request)
     try:
+        if hdrs.EXPECT in request.headers:
+            await _continue(request)
         if request.content.is_eof():  # it came while the key was looked up, as small ones do: no timer
             return await request.read()
         async with asyncio.timeout(timeout_s):
@@ -130,6 +133,10 @@ async def _read_body(request: web.Request, timeout_s: float) -> bytes:
         raise RequestTimeout from None
     except (web.RequestPayloadError, ConnectionError) as error:
         raise MalformedHttp from error  # a broken chunk, or the caller hung up in the middle
+    except RuntimeError as error:  # how aiohttp says that the caller was gone before we came to read
+        if request.transport is not None:
+            raise
+        raise MalformedHttp from error
 
 
 def _is_plain_json(request: web.Request) -> bool:

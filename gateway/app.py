@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway import api, health
+from gateway import api, documents, health
 from gateway.runtime import RUNTIME, Runtime
 from gateway.wire import MAX_BODY_BYTES
 
@@ -12,6 +12,7 @@ def make_app(runtime: Runtime) -> web.Application:
     app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
     app[RUNTIME] = runtime
     app.router.add_post(api.SEND_BULK, api.send_bulk, expect_handler=api.expect_later)
+    app.router.add_get(api.OPENAPI, documents.openapi, expect_handler=api.expect_later)
     app.router.add_route("*", "/{path:.*}", api.refuse_route, expect_handler=api.expect_later)
     return app
 
@@ -22,4 +23,5 @@ def make_ops_app(runtime: Runtime) -> web.Application:
     app[RUNTIME] = runtime
     app.router.add_get("/livez", health.live)
     app.router.add_get("/readyz", health.ready)
+    documents.add_page(app)
     return app

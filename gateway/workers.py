@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from gateway import api
+from gateway import api, documents
 from gateway.config import ConfigurationError, Settings
 
 log = logging.getLogger(__name__)
@@ -132,4 +132,5 @@ def make_probes_app(workers: list[Worker]) -> web.Application:
 
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)
+    documents.add_page(app)
     return app

@@ -21,6 +21,7 @@ PERSISTENT = 2
 DEFAULT_FRAME_MAX = 131_072  # RabbitMQ's
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
+_KINDS = (_METHOD, _HEADER, _BODY, HEARTBEAT_FRAME[0])
 _frame_start = struct.Struct(">BHI")
 _method = struct.Struct(">HH")
 _settlement = struct.Struct(">QB")
@@ -122,68 +123,98 @@ class Blocked(NamedTuple):
 Event = Settled | Returned | ChannelClosed | Blocked
 
 
+class _NotAFrame(Exception):
+    """Here ends what can be told from the broker's octets."""
+
+
 class IncomingFrames:
     """Splits the broker's bytes: confirms and returns of one channel become events, the rest is passed on.
 
     A confirm costs a few struct calls here, where a stream reader, a marshaller, two queues and a task stood before
-    (scripts/bench stages, row "confirms", leaves out those queues and tasks).
+    (scripts/bench stages, row "confirms", leaves out those queues and tasks). From the first octets on that are no
+    frame (the broker's protocol header, or garbage) everything is passed on, for the library to judge: what is out of
+    step must never be read as an ack.
     """
 
     def __init__(self) -> None:
         self.channel: int | None = None  # the publish channel, once it is open
         self._rest = b""
+        self._out_of_step = False
         self._returned_id: str | None = None
-        self._returned_octets = 0  # of the returned message's content that are still to come
+        self._returned_octets = 0  # of the returned message's content that are still to come; below 0 until its header
         self._return_begun = False
 
     def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
         """Take bytes as they came; returns what is not for us, in whole frames, and the events, both in order."""
+        if self._out_of_step:
+            return data, []
         buffer = self._rest + data if self._rest else data
         events: list[Event] = []
         passed_on: list[bytes] = []
         start = end = 0
-        while len(buffer) - end >= FRAME_OVERHEAD:
-            kind, channel, size = _frame_start.unpack_from(buffer, end)
-            next_end = end + size + FRAME_OVERHEAD
-            if kind not in (_METHOD, _HEADER, _BODY, HEARTBEAT_FRAME[0]):
-                next_end = len(buffer)  # no frame: the broker's protocol header, or garbage. The library's to judge
-            if next_end > len(buffer):
-                break
-            if channel in (self.channel, 0) and self._take(kind, channel, buffer, end, next_end, events):
-                passed_on.append(buffer[start:end])
-                start = next_end
-            end = next_end
+        try:
+            while len(buffer) - end >= FRAME_OVERHEAD:
+                kind, channel, size = _frame_start.unpack_from(buffer, end)
+                if kind not in _KINDS:
+                    raise _NotAFrame
+                next_end = end + size + FRAME_OVERHEAD
+                if next_end > len(buffer):
+                    break
+                if buffer[next_end - 1] != END[0]:
+                    raise _NotAFrame
+                if channel in (self.channel, 0) and self._take(kind, channel, buffer, end, next_end, events):
+                    passed_on.append(buffer[start:end])
+                    start = next_end
+                end = next_end
+        except _NotAFrame:
+            self._out_of_step = True
+            end = len(buffer)
         passed_on.append(buffer[start:end])
         self._rest = buffer[end:]
         return b"".join(passed_on), events
 
     def _take(self, kind: int, channel: int, buffer: bytes, start: int, end: int, events: list[Event]) -> bool:
-        """Turn the frame from `start` to `end` into an event; whether it was for us alone."""
+        """Turn the frame from `start` to `end` into an event; whether it was for us alone. Raises _NotAFrame."""
         at = start + _frame_start.size
+        size = end - start - FRAME_OVERHEAD
         if kind == _METHOD:
+            if size < _method.size:
+                raise _NotAFrame
             method = _method.unpack_from(buffer, at)
             if channel == 0:
                 if method in (_BLOCKED, _UNBLOCKED):
                     events.append(Blocked(method == _BLOCKED))
                 return False
             if method in (_ACK, _NACK):
+                if size != _method.size + _settlement.size:
+                    raise _NotAFrame
                 delivery_tag, bits = _settlement.unpack_from(buffer, at + _method.size)
                 events.append(Settled(method == _ACK, delivery_tag, bool(bits & 1)))
                 return True
             if method == _CHANNEL_CLOSE:
                 events.append(ChannelClosed())
             self._return_begun = method == _RETURN
+            self._returned_octets = -1
             return self._return_begun
-        if not self._return_begun or channel == 0:
+        if not self._return_begun or channel == 0 or kind not in (_HEADER, _BODY):
             return False
         if kind == _HEADER:
-            header = ContentHeader()
-            header.unmarshal(buffer[at : end - len(END)])
-            self._returned_id = header.properties.message_id
-            self._returned_octets = header.body_size
-        elif kind == _BODY:
-            self._returned_octets -= end - start - FRAME_OVERHEAD
+            self._returned_id, self._returned_octets = _read_header(buffer[at : end - len(END)])
+        else:
+            self._returned_octets -= size
+            if self._returned_octets < 0:
+                raise _NotAFrame
         if self._returned_octets == 0:
             events.append(Returned(self._returned_id or ""))
             self._return_begun = False
         return True
+
+
+def _read_header(octets: bytes) -> tuple[str | None, int]:
+    """The message id and the size of the body. Raises _NotAFrame."""
+    header = ContentHeader()
+    try:
+        header.unmarshal(octets)
+    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError) as error:  # pamqp, of garbage
+        raise _NotAFrame from error
+    return header.properties.message_id, header.body_size

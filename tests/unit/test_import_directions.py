@@ -13,6 +13,7 @@ LAYERS = [
     ["__main__"],
     ["server"],
     ["app", "listeners", "workers"],
+    ["documents"],
     ["api", "health"],
     ["runtime"],
     ["admin", "id_supply", "idempotency"],
@@ -25,7 +26,7 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
+    "aiohttp": {"server", "app", "listeners", "workers", "documents", "api", "health", "runtime"},
     "asyncpg": {"database", "admin"},
     "aio_pika": {"amqp.connection"},
     "aiormq": {"amqp.connection"},

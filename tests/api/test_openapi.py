@@ -1,0 +1,238 @@
+"""The OpenAPI document is served, and tells the truth: its examples are sent, and the answers are those it shows."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from email.parser import BytesParser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from gateway.admin import Admin
+from gateway.wire import MAX_BODY_BYTES
+from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
+from tests.eventually import eventually
+from tests.openapi_document import REQUEST, RESPONSES, example_of, faults_of
+from tests.raw_http import RawAnswer, exchange
+from tests.scripted_broker import Published, ScriptedBroker, Session
+
+FILE = Path(__file__).parents[2] / "gateway" / "openapi.json"
+ANSWERS = RESPONSES["200"]["content"]["application/json"]["examples"]
+LIST_NUMBER_OF_THE_EXAMPLES = "+18005551000"
+
+
+def in_the_callers_name(gateway: GatewayUnderTest, example: Any) -> bytes:
+    """A request example, sent from the caller's list."""
+    return msgspec.json.encode(example).replace(LIST_NUMBER_OF_THE_EXAMPLES.encode(), gateway.list_number.encode())
+
+
+# The document is served
+
+
+@pytest.mark.parametrize("listener", ["api", "operations"])
+async def test_the_document_is_served_without_a_key(gateway: GatewayUnderTest, listener: str) -> None:
+    url = (gateway.api_url if listener == "api" else gateway.ops_url) + "/openapi.json"
+    async with gateway.session.get(url) as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert response.headers["X-Request-Id"]
+        assert await response.read() == FILE.read_bytes()
+    async with gateway.session.head(url) as response:
+        assert response.status == 200
+        assert int(response.headers["Content-Length"]) == FILE.stat().st_size
+
+
+async def test_the_document_is_read_only(gateway: GatewayUnderTest) -> None:
+    async with gateway.session.post(f"{gateway.api_url}/openapi.json") as response:
+        assert faults_of(response.status, response.headers, await response.read()) == []
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+async def test_the_page_and_all_it_loads_come_from_the_operations_port(gateway: GatewayUnderTest) -> None:
+    async with gateway.session.get(f"{gateway.ops_url}/docs") as response:
+        assert (response.status, response.content_type) == (200, "text/html")
+        assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+        page = await response.text()
+    loads = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(loads) == 4
+    for path in loads:
+        async with gateway.session.get(f"{gateway.ops_url}/{path}") as response:
+            assert response.status == 200, path
+    async with gateway.session.get(f"{gateway.api_url}/docs") as response:
+        assert response.status == 404
+
+
+# Its examples are true
+
+
+@pytest.mark.parametrize("name", REQUEST["examples"])
+async def test_each_request_example_gives_the_answer_of_the_same_name(gateway: GatewayUnderTest, name: str) -> None:
+    body = in_the_callers_name(gateway, REQUEST["examples"][name]["value"])
+    status, answer, headers = await gateway.post(body)
+    assert faults_of(status, headers, msgspec.json.encode(answer)) == []
+    assert (status, answer) == (200, ANSWERS[name]["value"])
+
+
+@pytest.mark.parametrize("code", ["queue_rejected", "outcome_unknown"])
+async def test_what_the_queue_does_not_take_is_a_row_as_shown(
+    start_gateway: StartGateway, make_settings: MakeSettings, code: str
+) -> None:
+    def take_the_first(session: Session, published: Published) -> None:
+        if published.delivery_tag == 1:
+            session.ack(1)
+        elif code == "queue_rejected":
+            session.nack(2)
+
+    async with ScriptedBroker() as broker:
+        broker.mode = "silent"
+        broker.on_publish = take_the_first
+        gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.3))
+        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 2}))
+        assert faults_of(status, headers, msgspec.json.encode(answer)) == []
+        for row in answer["errors"]:
+            if "message_id" in row:
+                row["message_id"] = "AbC12345"
+        assert answer == ANSWERS[code]["value"]
+
+
+class Stage(NamedTuple):
+    """What a refusal is brought about on: a gateway on a broker that does as it is told."""
+
+    gateway: GatewayUnderTest
+    broker: ScriptedBroker
+    admin: Admin
+
+    @property
+    def good(self) -> bytes:
+        return msgspec.json.encode({"messages": [self.gateway.message()]})
+
+    async def post(self, body: bytes | None = None, *headers: str, key: str | None = "") -> RawAnswer:
+        """`key`: instead of the caller's own; None sends none."""
+        sent = self.good if body is None else body
+        lines = [*headers, f"Content-Length: {len(sent)}"]
+        if key is not None:
+            lines.append(f"X-Api-Key: {key or self.gateway.key}")
+        return await exchange(self.gateway.url, headers=[line.encode() for line in lines], body=sent)
+
+    async def call(self, request_line: str) -> RawAnswer:
+        return await exchange(self.gateway.url, request=f"{request_line} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+
+
+Refuse = Callable[[Stage], Awaitable[RawAnswer]]
+
+
+async def request_timeout(stage: Stage) -> RawAnswer:
+    headers = [f"X-Api-Key: {stage.gateway.key}".encode(), b"Content-Length: 100"]
+    return await exchange(stage.gateway.url, headers=headers, body=b"{")
+
+
+async def payload_too_large(stage: Stage) -> RawAnswer:
+    headers = [f"X-Api-Key: {stage.gateway.key}".encode(), b"Content-Length: %d" % (MAX_BODY_BYTES + 1)]
+    return await exchange(stage.gateway.url, headers=headers)
+
+
+async def account_suspended(stage: Stage) -> RawAnswer:
+    await stage.admin.set_account_status(stage.gateway.account_id, "suspended")
+    return await stage.post()
+
+
+async def idempotency_in_progress(stage: Stage) -> RawAnswer:
+    stage.broker.mode = "silent"
+    first = asyncio.create_task(stage.post(None, "Idempotency-Key: k"))
+    await stage.broker.wait_published(1)
+    answer = await stage.post(None, "Idempotency-Key: k")
+    await first
+    return answer
+
+
+async def idempotency_key_reused(stage: Stage) -> RawAnswer:
+    await stage.post(None, "Idempotency-Key: k")
+    return await stage.post(stage.good + b" ", "Idempotency-Key: k")
+
+
+async def internal_error(stage: Stage) -> RawAnswer:
+    del stage.gateway.runtime.layout  # a bug of ours
+    return await stage.post()
+
+
+async def queue_unavailable(stage: Stage) -> RawAnswer:
+    stage.broker.sessions[-1].blocked("low on memory")
+    await eventually(lambda: not stage.gateway.runtime.publisher.is_usable())
+    return await stage.post()
+
+
+async def database_unavailable(stage: Stage) -> RawAnswer:
+    await stage.gateway.runtime.store._database.close()
+    return await stage.post()
+
+
+async def overloaded(stage: Stage) -> RawAnswer:
+    stage.gateway.runtime.admission.requests = stage.gateway.runtime.settings.max_requests_in_flight
+    try:
+        return await stage.post()
+    finally:
+        stage.gateway.runtime.admission.requests = 0
+
+
+async def draining(stage: Stage) -> RawAnswer:
+    stage.gateway.runtime.admission.closed = True
+    return await stage.post()
+
+
+async def outcome_unknown(stage: Stage) -> RawAnswer:
+    stage.broker.mode = "silent"
+    return await stage.post()
+
+
+REFUSALS: dict[str, Refuse] = {
+    "missing_messages": lambda stage: stage.post(b"{}"),
+    "invalid_json": lambda stage: stage.post(b"{"),
+    "malformed_http": lambda stage: stage.post(None, "Transfer-Encoding: chunked"),
+    "invalid_idempotency_key": lambda stage: stage.post(None, "Idempotency-Key:"),
+    "missing_api_key": lambda stage: stage.post(key=None),
+    "invalid_api_key": lambda stage: stage.post(key="trk_nonsense"),
+    "account_suspended": account_suspended,
+    "not_found": lambda stage: stage.call("POST /api/v2/send"),
+    "method_not_allowed": lambda stage: stage.call("GET /api/v2/send/bulk"),
+    "request_timeout": request_timeout,
+    "idempotency_in_progress": idempotency_in_progress,
+    "too_many_messages": lambda stage: stage.post(b'{"messages":[' + b"1," * 1000 + b"1]}"),
+    "payload_too_large": payload_too_large,
+    "unsupported_media_type": lambda stage: stage.post(None, "Content-Type: text/plain"),
+    "expectation_failed": lambda stage: stage.post(None, "Expect: miracles"),
+    "idempotency_key_reused": idempotency_key_reused,
+    "internal_error": internal_error,
+    "queue_unavailable": queue_unavailable,
+    "database_unavailable": database_unavailable,
+    "overloaded": overloaded,
+    "draining": draining,
+    "outcome_unknown": outcome_unknown,
+}
+
+
+def test_every_documented_refusal_is_brought_about() -> None:
+    documented = {
+        code
+        for status, response in RESPONSES.items()
+        if status != "200"
+        for code in response["content"]["application/json"]["examples"]
+    }
+    assert set(REFUSALS) == documented
+
+
+@pytest.mark.parametrize("code", REFUSALS)
+async def test_each_refusal_is_answered_as_its_example(
+    start_gateway: StartGateway, make_settings: MakeSettings, admin: Admin, code: str
+) -> None:
+    async with ScriptedBroker() as broker:
+        settings = make_settings(
+            amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.3, body_timeout_s=0.2, database_timeout_s=0.5
+        )
+        stage = Stage(await start_gateway(settings), broker, admin)
+        answer = await REFUSALS[code](stage)
+        head, _, body = answer.raw.partition(b"\r\n\r\n")
+        headers = BytesParser().parsebytes(head.partition(b"\r\n")[2], headersonly=True)
+        assert faults_of(answer.status, dict(headers) and headers, body) == []  # type: ignore[arg-type]
+        said = re.sub(r"[0-9a-f]{16}-[0-9a-f]+$", "5f2c9a7e01d4b836-1f", answer.json()["error"])
+        assert {"error": said, "code": answer.json()["code"]} == example_of(code)

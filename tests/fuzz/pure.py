@@ -1,0 +1,204 @@
+"""The targets `requests` and `frames`: pure modules under a coverage-guided fuzzer, beside slow and obvious readers.
+
+    python -m tests.fuzz.pure requests CORPUS -max_total_time=60 -seed=1 -artifact_prefix=findings/
+
+The arguments behind the target are libFuzzer's. What fails is written to a file, and ends the run. Half of the inputs
+are nearly right ones, made anew; the other half are earlier ones, damaged: msgspec and pamqp would let few others in,
+and show no coverage of their own that could lead there.
+"""
+
+import json
+import random
+import sys
+from typing import Any
+
+import atheris
+import pamqp.frame
+from pamqp import commands
+from pamqp.body import ContentBody
+from pamqp.header import ContentHeader
+from pamqp.heartbeat import Heartbeat
+
+with atheris.instrument_imports(include=["gateway"], enable_loader_override=False):
+    from gateway import batch, wire
+    from gateway.amqp import frames
+    from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
+
+from tests.fuzz.requests import Requests
+from tests.unit.test_batch import OWNED, assert_as_the_model_says
+
+CHANNEL = 5
+
+
+def try_request(body: bytes) -> None:
+    """Whatever the body, it is messages or one of three refusals; and what is let in, Python's own json reads alike."""
+    try:
+        bulk = wire.decode_bulk(body)
+    except InvalidJson:
+        assert read_strictly(body) is None, "refused, and yet JSON"
+        return
+    except (MissingMessages, TooManyMessages) as refusal:
+        request = read_strictly(body)
+        assert request is not None, "not JSON, and yet looked at"
+        messages = request.get("messages")
+        if isinstance(refusal, TooManyMessages):
+            assert isinstance(messages, list)
+            assert len(messages) > wire.MAX_MESSAGES
+        else:
+            assert not isinstance(messages, list) or not messages
+        return
+    assert read_strictly(body) is not None, "let in, and no JSON"
+    assert len(batch.validate(bulk).list_numbers) <= wire.MAX_MESSAGES
+    assert_as_the_model_says(body)
+
+
+def read_strictly(body: bytes) -> dict[str, Any] | None:
+    """The object that stands there, as RFC 8259 has it; None when there is none."""
+    try:
+        document = json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_read_object)
+        json.dumps(document, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    json.dumps(pairs, ensure_ascii=False).encode()  # half a surrogate pair is no text, also where it is overwritten
+    return dict(pairs)
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def try_frames(octets: bytes) -> None:
+    """However the broker's octets are cut, the same is passed on and the same is reported, and a slow reader agrees."""
+    cut, stream = (octets[0], octets[1:]) if octets else (0, b"")
+    whole = frames.IncomingFrames()
+    whole.channel = CHANNEL
+    passed_on, events = whole.feed(stream)
+    pieces = frames.IncomingFrames()
+    pieces.channel = CHANNEL
+    passed_on_in_pieces, events_in_pieces = b"", []
+    step = cut % 13 + 1
+    for at in range(0, len(stream), step):
+        more, found = pieces.feed(stream[at : at + step])
+        passed_on_in_pieces += more
+        events_in_pieces += found
+    expected_events, expected_passed_on = read_slowly(stream)
+    assert events == expected_events
+    assert events_in_pieces == expected_events
+    assert passed_on == expected_passed_on
+    assert passed_on_in_pieces == expected_passed_on
+
+
+def read_slowly(stream: bytes) -> tuple[list[frames.Event], bytes]:
+    """Frame by frame, as AMQP 0-9-1, 2.3.5 has them; from the first one on that is none, all is passed on."""
+    events: list[frames.Event] = []
+    passed_on = b""
+    in_return, returned_id, missing = False, "", -1
+    while len(stream) >= 8:
+        kind, channel, size = stream[0], int.from_bytes(stream[1:3]), int.from_bytes(stream[3:7])
+        if kind not in (1, 2, 3, 8):
+            return events, passed_on + stream
+        if len(stream) < size + 8:
+            break
+        frame, payload, end_octet = stream[: size + 8], stream[7 : size + 7], stream[size + 7]
+        if end_octet != 0xCE or (kind == 1 and channel in (0, CHANNEL) and size < 4):
+            return events, passed_on + stream
+        method = (int.from_bytes(payload[:2]), int.from_bytes(payload[2:4])) if kind == 1 else None
+        if channel == CHANNEL and method in ((60, 80), (60, 120)):
+            if size != 13:
+                return events, passed_on + stream
+            events.append(frames.Settled(method == (60, 80), int.from_bytes(payload[4:12]), bool(payload[12] & 1)))
+        elif channel == CHANNEL and kind == 1:
+            in_return, missing = method == (60, 50), -1
+            if method == (20, 40):
+                events.append(frames.ChannelClosed())
+            if not in_return:
+                passed_on += frame
+        elif channel == CHANNEL and in_return and kind in (2, 3):
+            if kind == 2:
+                try:
+                    header = pamqp.frame.unmarshal(frame)[2]
+                except Exception:  # whatever a library says to garbage
+                    return events, passed_on + stream
+                assert isinstance(header, ContentHeader)
+                returned_id, missing = header.properties.message_id or "", header.body_size
+            else:
+                missing -= size
+            if missing < 0:
+                return events, passed_on + stream
+            if missing == 0:
+                events.append(frames.Returned(returned_id))
+                in_return = False
+        else:
+            if channel == 0 and method in ((10, 60), (10, 61)):
+                events.append(frames.Blocked(method == (10, 60)))
+            passed_on += frame
+        stream = stream[size + 8 :]
+    return events, passed_on
+
+
+_requests = Requests(0, key="", list_number=next(iter(OWNED)))
+_frames = [
+    pamqp.frame.marshal(frame, channel)
+    for channel, sent in (
+        (
+            CHANNEL,
+            (
+                commands.Basic.Ack(1),
+                commands.Basic.Ack(2**62, multiple=True),
+                commands.Basic.Nack(7, multiple=True),
+                commands.Channel.Close(404, "NOT_FOUND", 60, 40),
+                commands.Confirm.SelectOk(),
+                commands.Basic.Return(312, "NO_ROUTE", "x", "q"),
+                ContentHeader(body_size=3, properties=commands.Basic.Properties(message_id="AbC12345")),
+                ContentHeader(body_size=0, properties=commands.Basic.Properties(headers={"a": [1, "b", None]})),
+                ContentBody(b"abc"),
+                ContentBody(b"x"),
+            ),
+        ),
+        (0, (Heartbeat(), commands.Connection.Blocked("low on memory"), commands.Connection.Unblocked())),
+        (1, (commands.Queue.DeclareOk("q", 1, 2), commands.Basic.Ack(1), ContentBody(b"abc"))),
+    )
+    for frame in sent
+]
+
+
+def make_request(seed: int) -> bytes:
+    """A body of the grammar."""
+    return _requests.body(seed)
+
+
+def make_frames(seed: int) -> bytes:
+    """What a broker might say, in any order; now and then damaged."""
+    chance = random.Random(seed)  # noqa: S311 - libFuzzer's own seed
+    stream = bytes([chance.randrange(256)]) + b"".join(chance.choices(_frames, k=chance.randrange(1, 12)))
+    if chance.random() < 0.5:
+        at = chance.randrange(len(stream))
+        stream = (
+            stream[:at]
+            + bytes([chance.choice((0, 1, 255, chance.randrange(256)))])
+            + stream[at + chance.randrange(2) :]
+        )
+    return stream
+
+
+TARGETS = {"requests": (try_request, make_request), "frames": (try_frames, make_frames)}
+
+
+def main() -> None:
+    """Fuzz one target until libFuzzer's arguments say that it is enough."""
+    target, make = TARGETS[sys.argv[1]]
+
+    def make_or_damage(data: bytes, max_size: int, seed: int) -> bytes:
+        mutated: bytes = make(seed)[:max_size] if seed % 2 else atheris.Mutate(data, max_size)
+        return mutated
+
+    atheris.Setup([sys.argv[0], *sys.argv[2:]], target, custom_mutator=make_or_damage)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()

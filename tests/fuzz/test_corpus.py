@@ -1,0 +1,38 @@
+"""What was found once, by its name: played again, it must find nothing any more."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.servers import Servers
+from tests.fuzz.campaigns import CORPUS
+from tests.fuzz.raw import HttpFuzzer
+from tests.fuzz.stand import open_stand
+
+HTTP = sorted((CORPUS / "http").iterdir())
+
+
+async def test_nothing_that_was_found_over_http_is_found_again(servers: Servers) -> None:
+    """Each as it is, then cut off behind: a file holds what was sent, with KEY and LIST for the caller's own."""
+    async with open_stand(servers.environment()) as stand:
+        fuzzer = HttpFuzzer(stand, 1)
+        caller = stand.damaged
+        for path in HTTP:
+            octets = path.read_bytes().replace(b"KEY", caller.key.encode())
+            octets = octets.replace(b"LIST", caller.list_number.encode())
+            await fuzzer.converse_damaged([], octets)
+            for _ in range(20):
+                await fuzzer.hang_up(octets)
+        await stand.settle()
+        assert fuzzer.tally.findings == []
+        assert stand.faults() == []
+
+
+@pytest.mark.parametrize("target", ["requests", "frames"])
+def test_nothing_that_was_found_in_the_pure_modules_is_found_again(target: str) -> None:
+    pure = pytest.importorskip("tests.fuzz.pure", reason="atheris has no wheel for this machine")
+    judge, _ = pure.TARGETS[target]
+    paths: list[Path] = sorted((CORPUS / target).iterdir())
+    assert paths
+    for path in paths:
+        judge(path.read_bytes())
