@@ -146,7 +146,7 @@ async def find_primary(url: str, *, timeout_s: float) -> str:
 
 
 async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.Connection, str]:
-    context = await asyncio.to_thread(tls.database_context, url)
+    context = await asyncio.to_thread(tls.database_context, url) if tls.is_wanted(url) else False
     urls = {
         asyncio.create_task(asyncpg.connect(one, ssl=context, target_session_attrs="primary", **options)): one
         for one in urls_of_hosts(url)

@@ -40,9 +40,14 @@ def broker_context(settings: Settings) -> ssl.SSLContext:
     return _client_context(settings.amqp_ca_file, settings.amqp_cert_file, settings.amqp_key_file)
 
 
+def is_wanted(url: str) -> bool:
+    """Whether a database's URL asks for TLS; reads no file."""
+    return _words_of(url)["sslmode"] != "disable"
+
+
 def database_context(url: str) -> ssl.SSLContext | Literal[False]:
     """What a URL asks for in libpq's words (config.with_tls); False: plain. Reads files. Raises OSError."""
-    said = {parameter: values[-1] for parameter, values in parse_qs(urlsplit(with_tls(url)).query).items()}
+    said = _words_of(url)
     mode, ca_file = said["sslmode"], said.get("sslrootcert", "system")
     if mode == "disable":
         return False
@@ -53,6 +58,10 @@ def database_context(url: str) -> ssl.SSLContext | Literal[False]:
     if mode == "require" and "sslrootcert" not in said:  # with a root, libpq takes it for verify-ca
         context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def _words_of(url: str) -> dict[str, str]:
+    return {parameter: values[-1] for parameter, values in parse_qs(urlsplit(with_tls(url)).query).items()}
 
 
 def _client_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLContext:
@@ -116,7 +125,7 @@ def weaknesses(settings: Settings) -> list[str]:
         for parts in map(urlsplit, settings.amqp_nodes())
         if parts.scheme == "amqp" and not is_local(parts.geturl())
     ]
-    [mode] = parse_qs(urlsplit(settings.database_url_with_tls()).query)["sslmode"]
+    mode = _words_of(settings.database_url)["sslmode"]
     if mode != "verify-full" and not is_local(settings.database_url):
         meaning = "sends all in the clear" if mode == "disable" else "takes another server for the database"
         found.append(f"{PREFIX}DATABASE_URL: sslmode={mode} {meaning}; sslmode=verify-full does not")
