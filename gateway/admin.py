@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from gateway.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
-from gateway.database import DATABASE_ERRORS, connect_to_primary, find_primary
+from gateway.database import DATABASE_ERRORS, connect_to_primary, find_primary, reason
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -37,6 +37,27 @@ ADD_LIST = """
 """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
+
+# What serving needs and no more, for a database role of its own: it can neither make a key nor read whose it is.
+SERVICE_RIGHTS = {
+    "accounts": "SELECT (id, status)",
+    "api_keys": "SELECT (sha256, account_id, revoked_at)",
+    "sending_lists": "SELECT (id, account_id, number, status)",
+    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer), DELETE",
+    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would take UPDATE
+}
+ALL_OF_OURS = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
+FIND_ROLE = """
+    SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
+           rolsuper AS is_superuser,
+           pg_has_role(role.oid, relowner, 'MEMBER') AS is_owner,
+           has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
+           has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
+           pg_has_role(current_user, relowner, 'USAGE') AS we_own
+    FROM pg_roles AS role, pg_class AS rel
+    JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
+    WHERE rolname = $1 AND rel.oid = 'accounts'::regclass
+"""
 
 CONNECT_TIMEOUT_S = 5.0
 KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: enough to recognise, 24 bits of 190
@@ -87,6 +108,32 @@ class Admin:
     async def list_lists(self, account_id: int) -> list[Row]:
         return await self._all(LIST_LISTS, account_id)
 
+    async def grant_service(self, role: str) -> list[Row]:
+        """Give an existing role SERVICE_RIGHTS, and take what else it was given of our tables; all or nothing."""
+        found = await self._connection.fetchrow(FIND_ROLE, role)
+        if found is None:
+            raise AdminError(f"there is no database role {role}: CREATE ROLE {role} LOGIN PASSWORD '...' makes one")
+        if not found["we_own"]:
+            raise AdminError(f"only the owner of the tables can give {role} its rights: migrate as the owner")
+        if found["is_superuser"] or found["is_owner"]:
+            raise AdminError(
+                f"{role} owns the tables, or may become who does: rights would limit nothing. Name another"
+            )
+        schema = found["schema"]
+        if found["may_create"]:
+            raise AdminError(f"{role} may create tables: REVOKE CREATE ON SCHEMA {schema} FROM {found['role']}, PUBLIC")
+        statements = [
+            f"REVOKE ALL ON {ALL_OF_OURS} FROM {found['role']}",
+            f"REVOKE ALL ON SEQUENCE message_id_leases FROM {found['role']}",
+            *(f"GRANT {rights} ON {what} TO {found['role']}" for what, rights in SERVICE_RIGHTS.items()),
+        ]
+        if not found["may_use"]:
+            statements.append(f"GRANT USAGE ON SCHEMA {schema} TO {found['role']}")
+        async with self._connection.transaction():
+            for statement in statements:
+                await self._connection.execute(statement)
+        return [{"role": role, "on": what.split()[-1], "may": rights} for what, rights in SERVICE_RIGHTS.items()]
+
     async def _one(self, sql: str, *arguments: object, missing: str = "") -> Row:
         try:
             row = await self._connection.fetchrow(sql, *arguments)
@@ -109,7 +156,7 @@ async def url_for_migrations(database_url: str) -> str:
     try:
         return await find_primary(database_url, timeout_s=CONNECT_TIMEOUT_S)
     except DATABASE_ERRORS as error:
-        raise AdminError(f"cannot reach the database: {type(error).__name__} {error}") from None
+        raise AdminError(f"cannot reach the database: {reason(error)}") from None
 
 
 @asynccontextmanager
@@ -118,7 +165,7 @@ async def open_admin(database_url: str) -> AsyncIterator[Admin]:
     try:
         connection = await connect_to_primary(database_url, timeout=CONNECT_TIMEOUT_S, command_timeout=30)
     except DATABASE_ERRORS as error:
-        raise AdminError(f"cannot reach the database: {type(error).__name__} {error}") from None
+        raise AdminError(f"cannot reach the database: {reason(error)}") from None
     try:
         yield Admin(connection)
     except asyncpg.UndefinedTableError:

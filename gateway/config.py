@@ -3,10 +3,11 @@
 Every variable is the field's name in upper case behind `GATEWAY_`. A bad value is refused with the variable's name.
 """
 
+import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Annotated, Literal, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -17,6 +18,10 @@ Port = Annotated[int, Meta(ge=0, le=65535)]  # 0 asks the system for a free one
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=3600)]
+# Others have libpq's "prefer" and "allow" too, which take whatever is offered: whoever stands between offers no TLS.
+SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
+AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}  # of aiormq's URLs
+
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 
 
@@ -32,13 +37,23 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     api_host: str = "0.0.0.0"  # noqa: S104 - the API is what the container is there to offer
     api_port: Port = 8080
+    api_socket: str = ""  # a path: a unix socket in place of host and port
+    api_tls_cert_file: str = ""  # PEM, the chain behind it included; read again on SIGHUP
+    api_tls_key_file: str = ""  # "" when it stands in the same file, here and below
     ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
     ops_port: Port = 9090
 
+    # How the server is verified and who we are; "": by the system's authorities, and nobody. Read at each connect.
+    database_ca_file: str = ""
+    database_cert_file: str = ""
+    database_key_file: str = ""
     database_pool_size: Positive = 5  # questions are grouped, and writes of keys take turns
     database_timeout_s: Seconds = 2.0  # of a query, waiting for a connection included
     database_statement_cache: Annotated[int, Meta(ge=0)] = 100  # 0 behind PgBouncer before 1.21
 
+    amqp_ca_file: str = ""
+    amqp_cert_file: str = ""
+    amqp_key_file: str = ""
     amqp_exchange: AmqpName = "sms.outbound"
     amqp_queue: AmqpName = "sms.outbound"
     amqp_queue_type: Literal["quorum", "classic", "stream"] = "quorum"
@@ -82,6 +97,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             return [self.amqp_queue]
         return [f"{self.amqp_queue}.{shard}" for shard in range(self.queue_shards)]
 
+    def database_url_with_tls(self) -> str:
+        """The database's URL with everything about TLS spelt out in libpq's words."""
+        return with_tls(
+            self.database_url,
+            sslrootcert=self.database_ca_file,
+            sslcert=self.database_cert_file,
+            sslkey=self.database_key_file,
+        )
+
     def amqp_nodes(self) -> list[str]:
         """The broker's nodes, one URL each, in the order given."""
         return [url.strip() for url in self.amqp_url.split(",") if url.strip()]
@@ -105,11 +129,48 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
 
 
 def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
-    """The one setting that migrations and administration need. Raises ConfigurationError."""
+    """The database's URL with TLS spelt out: all that migrations and administration need. Raises ConfigurationError."""
     variable = PREFIX + "DATABASE_URL"
     url = environ.get(variable, "").strip()
     _check_urls(variable, url, ("postgres", "postgresql"))
-    return url
+    ca_file, cert_file, key_file = (
+        environ.get(f"{PREFIX}DATABASE_{name}", "").strip() for name in ("CA_FILE", "CERT_FILE", "KEY_FILE")
+    )
+    return with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
+
+
+def with_tls(url: str, **files: str) -> str:
+    """A postgres URL with sslmode and the files of sslrootcert, sslcert and sslkey; what it says itself, it keeps.
+
+    Without a word from anybody, a server on this machine is spoken to in plain, and any other is to prove by the
+    system's authorities that it is the one in the URL. libpq's own default would fall back to a plain connection.
+    """
+    parts = urlsplit(url)
+    said = parse_qs(parts.query)
+    missing = {parameter: file for parameter, file in files.items() if file and parameter not in said}
+    if "sslmode" not in said:
+        is_plain = is_local(url) and not {"sslrootcert"} & (said.keys() | missing.keys())
+        missing["sslmode"] = "disable" if is_plain else "verify-full"
+        if not is_plain and not {"sslrootcert"} & (said.keys() | missing.keys()):
+            missing["sslrootcert"] = "system"
+    return f"{url}{'&' if parts.query else '?'}{urlencode(missing)}" if missing else url
+
+
+def is_local(url: str) -> bool:
+    """Whether all hosts of a URL are this machine: a loopback address, or the folder of a unix socket."""
+    parts = urlsplit(url)
+    hosts = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", []))
+    return all(map(_is_local_host, hosts.split(",")))
+
+
+def _is_local_host(host: str) -> bool:
+    if host.startswith(("/", "%2F", "%2f")):
+        return True
+    name = urlsplit(f"//{host}").hostname or ""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -141,6 +202,14 @@ def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
                 f"{variable} is no {schemes[0]} URL. {mend}, with the special characters of the password "
                 "percent-encoded"
             )
+        said = parse_qs(parts.query)
+        if is_amqp and (ignored := AMQP_TLS_PARAMETERS & said.keys()):
+            raise ConfigurationError(
+                f"{variable} has {', '.join(sorted(ignored))}, which is not looked at. Set {PREFIX}AMQP_CA_FILE, "
+                f"{PREFIX}AMQP_CERT_FILE and {PREFIX}AMQP_KEY_FILE instead"
+            )
+        if not is_amqp and (mode := said.get("sslmode", ["verify-full"])[-1]) not in SSL_MODES:
+            raise ConfigurationError(f"{variable} has sslmode={mode}: choose one of {', '.join(SSL_MODES)}")
 
 
 def _without_password(url: str) -> str:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import asyncpg
 
+from gateway import tls
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
 
@@ -42,7 +43,7 @@ class Database:
         self._return: asyncio.Task[None] | None = None
         self._answered_at = float("-inf")
         self._pool = asyncpg.create_pool(
-            settings.database_url,
+            settings.database_url_with_tls(),
             connect=connect_to_primary,
             min_size=0,  # nothing is asked of the database at start: the gateway starts without it
             max_size=settings.database_pool_size,
@@ -87,7 +88,7 @@ class Database:
                 yield connection
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
-            log.warning("the database is unavailable: %s %s", type(error).__name__, error)
+            log.warning("the database is unavailable: %s", reason(error))
             # One slow question among others that are answered is no outage: to start over would make it one.
             is_silent = time.monotonic() - self._answered_at > self._timeout_s
             if is_silent and isinstance(error, IS_AWAY) and self._return is None:
@@ -145,8 +146,9 @@ async def find_primary(url: str, *, timeout_s: float) -> str:
 
 
 async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.Connection, str]:
+    context = await asyncio.to_thread(tls.database_context, url) if tls.is_wanted(url) else False
     urls = {
-        asyncio.create_task(asyncpg.connect(one, target_session_attrs="primary", **options)): one
+        asyncio.create_task(asyncpg.connect(one, ssl=context, target_session_attrs="primary", **options)): one
         for one in urls_of_hosts(url)
     }
     pending = set(urls)
@@ -177,6 +179,11 @@ def urls_of_hosts(url: str) -> list[str]:
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     return [parts._replace(netloc=credentials + at + host).geturl() for host in hosts.split(",")]
+
+
+def reason(error: BaseException) -> str:
+    """Why the database is not reached, and what to do where we know."""
+    return f"{type(error).__name__} {error}{tls.advice(error, 'DATABASE')}"
 
 
 async def _keep_session(_connection: object) -> None:

@@ -1,7 +1,15 @@
-"""What aiohttp's own listener lacks: errors of the HTTP parser in JSON, and an end to answers that nobody reads."""
+"""What aiohttp's own listener lacks: errors of the HTTP parser in JSON, an end to answers that nobody reads, and a look
+at who serves a unix socket.
+"""
 
 import asyncio
+import fcntl
 import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -84,3 +92,27 @@ class _Connection(RequestHandler):
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         log.error(*args, **kwargs)
+
+
+def is_served(path: str) -> bool:
+    """Whether somebody accepts connections on the unix socket; False for one whose process is dead, and for none."""
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.settimeout(0)  # it is accepted at once, or the queue of one who lives is full
+        try:
+            caller.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return False
+        except BlockingIOError:
+            return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder for ourselves, among those who ask so too. Raises BlockingIOError when another has it."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

@@ -3,17 +3,20 @@
 import asyncio
 import gc
 import logging
+import os
 import signal
+import ssl
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 
 import uvloop
 from aiohttp import web
 
-from gateway import __version__, config, log
+from gateway import __version__, config, log, tls
 from gateway.app import make_app, make_ops_app
 from gateway.config import ConfigurationError, Settings
-from gateway.listeners import JsonRunner
+from gateway.listeners import JsonRunner, is_served, locked
 from gateway.runtime import Runtime, open_runtime
 from gateway.workers import supervise
 
@@ -25,6 +28,11 @@ def run(settings: Settings, *, workers: int = 1) -> None:
     log.configure(settings.log_level)
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
+    tls.check(settings)
+    for weakness in tls.weaknesses(settings):
+        logger.warning(weakness)
+    if workers > 1 and settings.api_socket:
+        raise ConfigurationError("GATEWAY_API_SOCKET is served by one process. Unset it, or leave out --workers")
     if workers == 1:
         _run(serve(settings))
     else:
@@ -34,6 +42,7 @@ def run(settings: Settings, *, workers: int = 1) -> None:
 def run_worker(settings: Settings, ops_socket: str) -> None:
     """One of several workers: shares the API port, and answers its supervisor's probes on a unix socket."""
     log.configure(settings.log_level)
+    tls.check(settings)
     _run(serve(settings, ops_socket=ops_socket))
 
 
@@ -68,8 +77,17 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
             else:
                 ops_address = await listen_on_socket(ops, ops_socket)
                 loop.add_reader(sys.stdin, supervisor_is_gone)  # nothing is ever written to it: it ends with him
-            api_port = await listen(callers, settings.api_host, settings.api_port, shared=ops_socket is not None)
-            logger.info("version %s serves the API on %s, operations on %s", __version__, api_port, ops_address)
+            if settings.api_socket:
+                api_address = await listen_on_own_socket(callers, settings.api_socket)
+            else:
+                context = tls.api_context(settings)
+                if context is not None:
+                    loop.add_signal_handler(signal.SIGHUP, _renew_certificate, context, settings)
+                port = await listen(
+                    callers, settings.api_host, settings.api_port, shared=ops_socket is not None, context=context
+                )
+                api_address = f"{port} (TLS)" if context else str(port)
+            logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
             logger.info("settings: %s", settings.masked())
             await stop.wait()
             await _drain(runtime, callers)
@@ -93,6 +111,15 @@ def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     return ops, callers
 
 
+def _renew_certificate(context: ssl.SSLContext, settings: Settings) -> None:
+    try:
+        tls.renew_api_certificate(context, settings)
+    except OSError as error:
+        logger.error("the certificate in use stays: %s cannot be used: %s", settings.api_tls_cert_file, error)
+    else:
+        logger.info("new connections get the certificate that %s holds now", settings.api_tls_cert_file)
+
+
 async def listen_on_socket(runner: web.AppRunner, path: str) -> str:
     """Start to accept connections on a unix socket; a dead predecessor's is replaced."""
     await runner.setup()
@@ -100,15 +127,36 @@ async def listen_on_socket(runner: web.AppRunner, path: str) -> str:
     return path
 
 
-async def listen(runner: web.AppRunner, host: str, port: int, *, shared: bool = False) -> int:
+async def listen_on_own_socket(runner: web.AppRunner, path: str) -> str:
+    """Start to accept callers on a unix socket that this process's user and group may connect to.
+
+    A dead predecessor's is replaced. Raises ConfigurationError when a living one serves it, or it cannot be had.
+    """
+    try:
+        with locked(Path(path).parent):  # whoever starts at the same time must not find ours bound and not yet served
+            if is_served(path):
+                raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
+            before = os.umask(0o117)  # set afterwards, it would be open to all for a moment
+            try:
+                await listen_on_socket(runner, path)
+            finally:
+                os.umask(before)
+    except OSError as error:
+        raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be had: {error.strerror or error}") from None
+    return path
+
+
+async def listen(
+    runner: web.AppRunner, host: str, port: int, *, shared: bool = False, context: ssl.SSLContext | None = None
+) -> int:
     """Start to accept connections; returns the port, which the system chose if `port` is 0.
 
     Raises ConfigurationError when host and port cannot be had. `shared`: with other processes that listen on the same
-    port; the kernel spreads connections over them.
+    port; the kernel spreads connections over them. `context`: speak TLS.
     """
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, reuse_port=shared or None).start()
+        await web.TCPSite(runner, host, port, reuse_port=shared or None, ssl_context=context).start()
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     bound_port: int = runner.addresses[0][1]

@@ -37,6 +37,7 @@ class Worker:
     def __init__(self, number: int, settings: Settings, directory: Path) -> None:
         self.number = number
         self.ops_socket = directory / f"worker-{number}"
+        self._process: asyncio.subprocess.Process | None = None
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
 
     async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
@@ -52,10 +53,17 @@ class Worker:
                 log.error("worker %s cannot be started: %s", self.number, error)
             else:
                 log.info("worker %s runs as process %s", self.number, process.pid)
+                self._process = process
                 await self._watch(process, stop)
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(*RESTART_DELAY_S)):  # noqa: S311 - jitter
                     await stop.wait()
+
+    def renew_certificate(self) -> None:
+        """Hand on a SIGHUP."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
 
     async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
         """Return when the process has ended: by itself, drained, or killed because it took too long to drain."""
@@ -108,6 +116,8 @@ async def supervise(settings: Settings, count: int) -> None:
             raise ConfigurationError(f"cannot listen on {where}: {error.strerror}") from None
         environment = os.environ | {"GATEWAY_API_PORT": str(holder.getsockname()[1])}
         workers = [Worker(number, settings, directory) for number in range(count)]
+        if settings.api_tls_cert_file:
+            loop.add_signal_handler(signal.SIGHUP, _hand_on_renewal, workers)
         runner = web.AppRunner(make_probes_app(workers), access_log=None)
         await runner.setup()
         try:
@@ -116,6 +126,11 @@ async def supervise(settings: Settings, count: int) -> None:
         finally:
             await runner.cleanup()
     log.info("stopped")
+
+
+def _hand_on_renewal(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.renew_certificate()
 
 
 def make_probes_app(workers: list[Worker]) -> web.Application:

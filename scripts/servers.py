@@ -18,6 +18,7 @@ import secrets
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from scripts import supervisor
 
@@ -78,6 +79,14 @@ class Port:
 
 def _shuffled(numbers: range) -> Iterator[int]:
     yield from random.sample(numbers, len(numbers))
+
+
+class Certificates(NamedTuple):
+    """PEM files of a server that speaks TLS, and nothing else, with clients that `ca` has signed, and no others."""
+
+    ca: Path
+    cert: Path
+    key: Path
 
 
 class Server(ABC):
@@ -396,13 +405,55 @@ class Postgres(Server):
         super().close()
 
 
+class PostgresWithTls(Postgres):
+    """PostgreSQL from the system's package: the wheel's was built without TLS.
+
+    Roles log in with a certificate and their password; `postgres` with a certificate alone.
+    """
+
+    def __init__(self, certificates: Certificates) -> None:
+        super().__init__(fsync=False)
+        self._certificates = certificates
+
+    def _url(self, database: str) -> str:
+        ca, cert, key = self._certificates
+        files = f"sslrootcert={ca}&sslcert={cert}&sslkey={key}"
+        return f"postgres://postgres@127.0.0.1:{self.port}/{database}?sslmode=verify-full&{files}"
+
+    def _find_programs(self) -> Path:
+        found = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), key=lambda path: int(path.parts[-3]))
+        if not found:
+            raise ServerError("A PostgreSQL with TLS is missing: install the package postgresql (scripts/setup does).")
+        return found[-1].parent
+
+    def _fill_data(self) -> None:
+        options = "--username=postgres --no-sync --no-instructions --encoding=UTF8 --locale=C.UTF-8"
+        self._run(self._program("initdb"), "--pgdata", self._data, *options.split())
+        (self._data / "pg_hba.conf").write_text(
+            "hostssl all postgres 127.0.0.1/32 trust         clientcert=verify-ca\n"
+            "hostssl all all      127.0.0.1/32 scram-sha-256 clientcert=verify-ca\n"
+        )
+        for file in self._certificates:
+            copy = shutil.copyfile(file, self._data / file.name)
+            copy.chmod(0o600)  # PostgreSQL takes no key that others can read
+            os.chown(copy, self._user_id, -1)
+
+    def _make_database(self) -> None:
+        """`gateway migrate` makes it: psql, run as PostgreSQL's user, may not read the clients' key."""
+
+    def _command(self) -> list[str]:
+        names = zip(("ca", "cert", "key"), self._certificates, strict=True)
+        return [*super()._command(), "--ssl=on", *(f"--ssl_{name}_file={file.name}" for name, file in names)]
+
+
 class RabbitMQ(Server):
     """RabbitMQ 3.10 or newer, from the system's `rabbitmq-server`, without plugins."""
 
     name = "RabbitMQ"
 
-    def __init__(self) -> None:
+    def __init__(self, certificates: Certificates | None = None) -> None:
         super().__init__()
+        self._certificates = certificates
         self.distribution_port = Port()
         self.epmd_port = Port()
         self.node = f"sms-gateway-{self.port}@localhost"
@@ -411,7 +462,7 @@ class RabbitMQ(Server):
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        return f"amqp{'s' if self._certificates else ''}://guest:guest@127.0.0.1:{self.port}/"
 
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
@@ -426,12 +477,25 @@ class RabbitMQ(Server):
 
     def _configuration(self) -> list[str]:
         return [
-            f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            *self._listener(),
             "log.console = true",
             "log.console.level = warning",
             "log.file = false",
             f"disk_free_limit.absolute = {DISK_FREE_LIMIT}",
             f"vm_memory_high_watermark.absolute = {MEMORY_WATERMARK}",
+        ]
+
+    def _listener(self) -> list[str]:
+        if self._certificates is None:
+            return [f"listeners.tcp.1 = 127.0.0.1:{self.port}"]
+        return [
+            "listeners.tcp = none",
+            f"listeners.ssl.1 = 127.0.0.1:{self.port}",
+            f"ssl_options.cacertfile = {self._certificates.ca}",
+            f"ssl_options.certfile = {self._certificates.cert}",
+            f"ssl_options.keyfile = {self._certificates.key}",
+            "ssl_options.verify = verify_peer",
+            "ssl_options.fail_if_no_peer_cert = true",
         ]
 
     def _environment(self) -> dict[str, str]:
@@ -468,11 +532,19 @@ class RabbitMQ(Server):
 
     def _answers(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self.port.number), timeout=1.0) as connection:
+            with self._connect() as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")
                 return connection.recv(1) == b"\x01"  # the method frame of connection.start
         except OSError:
             return False
+
+    def _connect(self) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port.number), timeout=1.0)
+        if self._certificates is None:
+            return connection
+        context = ssl.create_default_context(cafile=self._certificates.ca)
+        context.load_cert_chain(self._certificates.cert, self._certificates.key)
+        return context.wrap_socket(connection, server_hostname="127.0.0.1")
 
     def ctl(self, *arguments: str, timeout_s: float = 30.0) -> str:
         """Run rabbitmqctl on this node (it takes a second or more: Erlang starts anew each time)."""

@@ -18,6 +18,7 @@ from aio_pika.abc import AbstractChannel
 from aiormq.connection import TransportFactory
 from yarl import URL
 
+from gateway import tls
 from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
 from gateway.amqp.frames import (
     HEARTBEAT_FRAME,
@@ -80,6 +81,8 @@ class PublishConnection:
 
     async def open(self) -> None:
         """Connect, declare or check the topology, open the publish channel. Raises what connecting raises."""
+        if self.node.scheme == "amqps":
+            self._connection.kwargs["context"] = await asyncio.to_thread(tls.broker_context, self._settings)
         await self._connection.connect()
         async with self._connection.channel() as channel:
             await _ensure_topology(channel, self._settings)
@@ -361,9 +364,23 @@ async def _ensure_topology(channel: AbstractChannel, settings: Settings) -> None
             await queue.bind(exchange, routing_key=name)
 
 
+async def declare_topology(settings: Settings) -> None:
+    """Make exchange and queues, as somebody who may. Raises OSError, with what to do, when that fails."""
+    connection = PublishConnection(settings, URL(settings.amqp_nodes()[0]), lambda _late: None)
+    try:
+        async with asyncio.timeout(settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
+            await connection.open()
+    except Exception as error:  # whatever the library raises
+        raise OSError(reason(error)) from error
+    finally:
+        await connection.close()
+
+
 def reason(error: BaseException) -> str:
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
             f"{error}. A queue or exchange exists with other arguments: remove it, or set GATEWAY_AMQP_TOPOLOGY=check"
         )
-    return f"{type(error).__name__} {error}".strip()
+    if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
+        return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
+    return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

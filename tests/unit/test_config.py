@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import config
+from gateway import config, tls
 from gateway.config import ConfigurationError, Settings
 
 URLS = {
@@ -24,6 +24,15 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_url": ("amqps://u:p@h/vhost", "amqps://u:p@h/vhost"),
     "api_host": ("::", "::"),
     "api_port": ("0", 0),
+    "api_socket": ("/run/gateway/api", "/run/gateway/api"),
+    "api_tls_cert_file": ("/tls/api.pem", "/tls/api.pem"),
+    "api_tls_key_file": ("/tls/api.key", "/tls/api.key"),
+    "database_ca_file": ("/tls/ca.pem", "/tls/ca.pem"),
+    "database_cert_file": ("/tls/us.pem", "/tls/us.pem"),
+    "database_key_file": ("/tls/us.key", "/tls/us.key"),
+    "amqp_ca_file": ("/tls/ca.pem", "/tls/ca.pem"),
+    "amqp_cert_file": ("/tls/us.pem", "/tls/us.pem"),
+    "amqp_key_file": ("/tls/us.key", "/tls/us.key"),
     "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
     "ops_port": ("65535", 65_535),
     "database_pool_size": ("1", 1),
@@ -93,7 +102,9 @@ BAD: list[tuple[str, str, str]] = [
 
 def test_the_tables_above_know_every_setting() -> None:
     assert set(GOOD) == set(Settings.__struct_fields__)
-    free_text = {"database_url", "amqp_url", "api_host", "ops_host"}  # the URLs have tests of their own below
+    # The URLs have tests of their own below, files and the socket in tests/integration/test_transport.py.
+    free_text = {"database_url", "amqp_url", "api_host", "ops_host", "api_socket"}
+    free_text |= {name for name in Settings.__struct_fields__ if name.endswith("_file")}
     assert {name for name, _, _ in BAD} | free_text == set(Settings.__struct_fields__)
 
 
@@ -226,11 +237,86 @@ def test_unknown_variables_are_reported_and_not_refused() -> None:
 
 
 def test_migrations_need_the_database_url_only() -> None:
-    assert config.load_database_url({"GATEWAY_DATABASE_URL": " postgres://u@h/db "}) == "postgres://u@h/db"
+    assert config.load_database_url({"GATEWAY_DATABASE_URL": " postgres://u@localhost/db "}) == (
+        "postgres://u@localhost/db?sslmode=disable"
+    )
     with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is not set"):
         config.load_database_url({})
     with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is no postgres URL"):
         config.load_database_url({"GATEWAY_DATABASE_URL": "u@h/db"})
+
+
+VERIFIED = "sslmode=verify-full&sslrootcert=system"
+
+
+@pytest.mark.parametrize(
+    ("url", "spelt_out"),
+    [
+        ("postgres://u:p@db.internal/x", f"postgres://u:p@db.internal/x?{VERIFIED}"),
+        ("postgres://10.0.0.7:6432/x?application_name=y", f"postgres://10.0.0.7:6432/x?application_name=y&{VERIFIED}"),
+        ("postgres://127.0.0.1,db.internal/x", f"postgres://127.0.0.1,db.internal/x?{VERIFIED}"),
+        ("postgres://localhost.evil.example/x", f"postgres://localhost.evil.example/x?{VERIFIED}"),
+        ("postgres:///x", f"postgres:///x?{VERIFIED}"),  # libpq's PGHOST may lead anywhere
+        ("postgres://db.internal/x?sslmode=disable", "postgres://db.internal/x?sslmode=disable"),
+        ("postgres://db.internal/x?sslmode=require", "postgres://db.internal/x?sslmode=require"),
+        (
+            "postgres://db.internal/x?sslrootcert=/ca.pem",
+            "postgres://db.internal/x?sslrootcert=/ca.pem&sslmode=verify-full",
+        ),
+        ("postgres://localhost/x", "postgres://localhost/x?sslmode=disable"),
+        ("postgres://u@127.8.9.1:5433,[::1]/x", "postgres://u@127.8.9.1:5433,[::1]/x?sslmode=disable"),
+        ("postgres:///x?host=/run/postgresql", "postgres:///x?host=/run/postgresql&sslmode=disable"),
+        ("postgres://%2Frun%2Fpostgresql/x", "postgres://%2Frun%2Fpostgresql/x?sslmode=disable"),
+    ],
+)
+def test_a_database_elsewhere_is_verified_unless_its_url_says_otherwise(url: str, spelt_out: str) -> None:
+    assert config.with_tls(url) == spelt_out
+    assert config.with_tls(spelt_out) == spelt_out
+
+
+def test_files_of_the_database_are_added_to_its_url_and_what_the_url_says_itself_stays() -> None:
+    files = {"GATEWAY_DATABASE_CA_FILE": "/ca 1.pem", "GATEWAY_DATABASE_CERT_FILE": "/us.pem"}
+    url = config.load_database_url({"GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x", **files})
+    assert url == "postgres://127.0.0.1/x?sslrootcert=%2Fca+1.pem&sslcert=%2Fus.pem&sslmode=verify-full"
+    assert config.load(URLS | files | {"GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x"}).database_url_with_tls() == url
+    said = "postgres://h/x?sslmode=verify-ca&sslrootcert=/other.pem&sslcert=/other.pem"
+    assert config.load_database_url({"GATEWAY_DATABASE_URL": said, **files}) == said
+
+
+@pytest.mark.parametrize("mode", ["prefer", "allow", "verify_full", "off"])
+def test_modes_that_let_who_stands_between_decide_are_refused(mode: str) -> None:
+    url = f"postgres://u:secret@db.internal/x?sslmode={mode}"
+    with pytest.raises(ConfigurationError, match=f"GATEWAY_DATABASE_URL has sslmode={mode}: choose one of") as refused:
+        config.load(URLS | {"GATEWAY_DATABASE_URL": url})
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("parameter", ["no_verify_ssl=1", "cafile=/ca.pem", "certfile=/us.pem", "keyfile=/us.key"])
+def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"GATEWAY_AMQP_URL has .*Set GATEWAY_AMQP_CA_FILE"):
+        config.load(URLS | {"GATEWAY_AMQP_URL": f"amqps://u:p@h/?{parameter}"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "weak"),
+    [
+        ({}, ["GATEWAY_AMQP_URL", "GATEWAY_AMQP_URL"]),  # both nodes of URLS are spoken to in plain
+        ({"GATEWAY_AMQP_URL": "amqps://mq1.internal/,amqp://127.0.0.1/,amqp://localhost:5673/"}, []),
+        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x?sslmode=disable"}, []),
+        (
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=disable"},
+            ["GATEWAY_DATABASE_URL"],
+        ),
+        (
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=require"},
+            ["GATEWAY_DATABASE_URL"],
+        ),
+    ],
+)
+def test_what_can_be_read_or_forged_on_its_way_is_told(changes: dict[str, str], weak: list[str]) -> None:
+    told_of = tls.weaknesses(config.load(URLS | changes))
+    assert [line.partition(":")[0] for line in told_of] == weak
+    assert "secret" not in " ".join(told_of)
 
 
 def test_settings_do_not_change_once_read() -> None:

@@ -20,7 +20,7 @@ LAYERS = [
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
     ["grouped", "database", "amqp.connection"],
-    ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids"],
+    ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids", "tls"],
     ["errors", "config", "log"],
 ]
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}

@@ -1,0 +1,246 @@
+"""The database role and the broker user of a gateway may do what serving takes, and nothing else."""
+
+import re
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import NamedTuple
+from urllib.parse import quote, urlsplit
+
+import aio_pika
+import aiormq.exceptions
+import asyncpg
+import pytest
+from aio_pika.abc import AbstractChannel
+
+from gateway import store
+from gateway.admin import SERVICE_RIGHTS, AdminError, open_admin
+from gateway.amqp.connection import declare_topology
+from gateway.database import connect_to_primary
+from scripts.servers import Servers
+from tests.conftest import MakeSettings, StartGateway, run_gateway
+from tests.eventually import eventually
+from tests.outbound_queue import OutboundQueue
+
+# All that the gateway ever says to the database, by name.
+STATEMENTS = {name: sql for name, sql in vars(store).items() if name.isupper() and isinstance(sql, str)}
+
+
+class Role(NamedTuple):
+    name: str
+    url: str
+
+
+@pytest.fixture(scope="module")
+def role(servers: Servers) -> Iterator[Role]:
+    """A database role to serve as, made and given its rights as the README says."""
+    if servers.postgres is None:
+        pytest.skip("makes and drops a database role: needs a PostgreSQL of its own")
+    name = f"service {uuid.uuid4().hex[:8]}"  # no name that could go unquoted
+    servers.postgres.execute(f'CREATE ROLE "{name}" LOGIN')
+    completed = run_gateway("migrate", "--grant-to", name, database_url=servers.database_url)
+    assert completed.returncode == 0, completed.stderr
+    assert "idempotency_keys" in completed.stdout
+    yield Role(name, servers.database_url.replace("//postgres@", f"//{quote(name)}@"))
+    own = urlsplit(servers.database_url).path[1:]
+    for statement in ("DROP OWNED BY", "DROP ROLE"):
+        servers.postgres._run(
+            servers.postgres._program("psql"), servers.postgres._url(own), f'--command={statement} "{name}"'
+        )
+
+
+@pytest.fixture
+async def service(role: Role) -> AsyncIterator[asyncpg.Connection]:
+    connection = await connect_to_primary(role.url)
+    yield connection
+    await connection.close()
+
+
+@pytest.fixture
+async def owner(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
+    connection = await connect_to_primary(servers.database_url)
+    yield connection
+    await connection.close()
+
+
+async def may_run(connection: asyncpg.Connection, sql: str) -> bool:
+    """Whether the rights suffice. Planned only, without arguments; a sequence looks at them when it runs."""
+    try:
+        if "nextval" in sql:
+            await connection.execute(sql)
+        else:
+            await connection.execute(f"EXPLAIN (GENERIC_PLAN) {sql}")
+    except asyncpg.InsufficientPrivilegeError:
+        return False
+    return True
+
+
+async def test_the_role_may_run_each_statement_of_the_gateway(service: asyncpg.Connection) -> None:
+    assert len(STATEMENTS) >= 9
+    assert [name for name, sql in STATEMENTS.items() if not await may_run(service, sql)] == []
+
+
+def single_rights() -> list[tuple[str, str]]:
+    """SERVICE_RIGHTS one by one, columns too: ("accounts", "SELECT (id)"), …"""
+    return [
+        (what, f"{action} ({column.strip()})" if columns else action)
+        for what, rights in SERVICE_RIGHTS.items()
+        for action, columns in re.findall(r"([A-Z]+)(?: \(([^)]*)\))?", rights)
+        for column in (columns.split(",") if columns else [""])
+    ]
+
+
+@pytest.mark.parametrize(("what", "right"), single_rights())
+async def test_the_role_has_no_right_that_no_statement_needs(
+    owner: asyncpg.Connection, role: Role, what: str, right: str
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute(f'REVOKE {right} ON {what} FROM "{role.name}"')
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        refused = []
+        for name, sql in STATEMENTS.items():
+            await owner.execute("SAVEPOINT before")
+            if not await may_run(owner, sql):
+                refused.append(name)
+            await owner.execute("ROLLBACK TO SAVEPOINT before")
+        assert refused
+    finally:
+        await transaction.rollback()
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "INSERT INTO accounts (name) VALUES ('mine')",
+        "UPDATE accounts SET status = 'active'",
+        "SELECT name FROM accounts",
+        "INSERT INTO api_keys (account_id, sha256, prefix) VALUES (1, sha256('x'), 'trk_x')",
+        "UPDATE api_keys SET revoked_at = NULL",
+        "DELETE FROM api_keys",
+        "SELECT prefix FROM api_keys",
+        "INSERT INTO sending_lists (account_id, number) VALUES (1, '+18005551000')",
+        "UPDATE sending_lists SET account_id = 1",
+        "TRUNCATE idempotency_keys",
+        "UPDATE idempotency_keys SET first_id = 0",
+        "SELECT setval('message_id_leases', 0)",  # every id would be handed out again
+        "DROP TABLE accounts",
+        "ALTER TABLE accounts DISABLE TRIGGER ALL",
+        "CREATE TABLE public.mine (id int)",
+        "DELETE FROM schema_migrations",
+        "SELECT pg_read_file('PG_VERSION')",
+        "COPY (SELECT 1) TO PROGRAM 'true'",
+        "CREATE ROLE another",
+    ],
+)
+async def test_the_role_may_not(service: asyncpg.Connection, sql: str) -> None:
+    with pytest.raises(asyncpg.InsufficientPrivilegeError):
+        await service.execute(sql)
+
+
+async def test_the_gateway_serves_as_the_role_keys_and_all(
+    role: Role, make_settings: MakeSettings, start_gateway: StartGateway
+) -> None:
+    gateway = await start_gateway(make_settings(database_url=role.url))
+    async with OutboundQueue(gateway.runtime.settings.amqp_url, gateway.runtime.settings.amqp_queue) as queue:
+        assert (await gateway.send([gateway.message()]))[1]["queued_count"] == 1
+        body = b'{"messages": [%s]}' % b",".join([b"{}"] * 2)
+        for replayed in (None, "true"):
+            status, answer, headers = await gateway.post(body, Idempotency_Key="one")
+            assert (status, answer["error_count"], headers.get("Idempotent-Replayed")) == (200, 2, replayed)
+        assert not await gateway.runtime.store.sweep_keys()
+        assert await queue.depth() == 1
+        await queue.delete()
+
+
+async def test_rights_that_would_limit_nothing_are_not_given(servers: Servers, role: Role) -> None:
+    async with open_admin(servers.database_url) as admin:
+        with pytest.raises(AdminError, match="there is no database role nobody: CREATE ROLE nobody LOGIN"):
+            await admin.grant_service("nobody")
+        with pytest.raises(AdminError, match="postgres owns the tables"):
+            await admin.grant_service("postgres")
+    async with open_admin(role.url) as admin:
+        with pytest.raises(AdminError, match="only the owner of the tables can give"):
+            await admin.grant_service(role.name)
+
+
+async def test_granting_again_takes_away_what_was_given_beyond(
+    servers: Servers, role: Role, owner: asyncpg.Connection
+) -> None:
+    await owner.execute(f'GRANT INSERT, SELECT ON accounts TO "{role.name}"')
+    await owner.execute(f'GRANT ALL ON SEQUENCE message_id_leases TO "{role.name}"')
+    async with open_admin(servers.database_url) as admin:
+        assert [row["may"] for row in await admin.grant_service(role.name)] == list(SERVICE_RIGHTS.values())
+    for right, what in (("INSERT", "accounts"), ("SELECT", "accounts"), ("UPDATE", "message_id_leases")):
+        kind = "sequence" if "lease" in what else "table"
+        assert not await owner.fetchval(f"SELECT has_{kind}_privilege($1, $2, $3)", role.name, what, right)
+    assert await owner.fetchval("SELECT has_column_privilege($1, 'accounts', 'id', 'SELECT')", role.name)
+
+
+# --- the broker ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def broker_user(servers: Servers) -> AsyncIterator[str]:
+    """The URL of a user who may write to sms.least, and nothing else; the command is that of docs/security.md."""
+    if servers.rabbitmq is None:
+        pytest.skip("makes and removes a broker user: needs a RabbitMQ of its own")
+    user = f"service-{uuid.uuid4().hex[:8]}"
+    servers.rabbitmq.ctl("add_user", user, "s3cret")
+    servers.rabbitmq.ctl("set_permissions", "--vhost", "/", user, "", r"^sms\.least$", "")
+    yield servers.amqp_url.replace("guest:guest", f"{user}:s3cret")
+    servers.rabbitmq.ctl("delete_user", user)
+
+
+async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
+    servers: Servers,
+    broker_user: str,
+    make_settings: MakeSettings,
+    start_gateway: StartGateway,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = {"amqp_exchange": "sms.least", "amqp_queue": "sms.least"}
+    restricted = make_settings(**names, amqp_url=broker_user, amqp_topology="check")
+    gateway = await start_gateway(restricted, wait_until_ready=False)
+    await eventually(lambda: "no exchange 'sms.least'" in caplog.text)  # and `declare`, below, is what to do
+    await declare_topology(make_settings(**names))
+    await eventually(gateway.runtime.publisher.is_usable)
+    async with open_admin(servers.database_url) as admin:
+        await gateway.become_someone(admin)
+    async with OutboundQueue(servers.amqp_url, "sms.least") as queue:
+        assert (await gateway.send([gateway.message()] * 3))[1]["queued_count"] == 3
+        assert len(await queue.take_payloads()) == 3
+
+        connection = await aio_pika.connect(broker_user)
+        async with connection:
+
+            async def refused(attempt: Callable[[AbstractChannel], Awaitable[object]]) -> bool:
+                channel = await connection.channel()
+                with pytest.raises(aiormq.exceptions.ChannelAccessRefused):
+                    await attempt(channel)
+                return True
+
+            message = aio_pika.Message(b"elsewhere")
+            assert await refused(lambda channel: channel.default_exchange.publish(message, "sms.least"))
+            assert await refused(lambda channel: publish_to(channel, "amq.direct", message))
+            assert await refused(lambda channel: publish_to(channel, "sms.least.dlx", message))
+            assert await refused(lambda channel: get_from(channel, "sms.least"))
+            assert await refused(lambda channel: get_from(channel, "sms.least.dead"))
+            assert await refused(lambda channel: channel.declare_queue("mine"))
+            assert await refused(lambda channel: channel.queue_delete("sms.least"))
+            assert await refused(lambda channel: channel.declare_exchange("mine"))
+            assert await refused(lambda channel: channel.exchange_delete("sms.least"))
+        await queue.delete()
+
+
+async def publish_to(channel: AbstractChannel, exchange: str, message: aio_pika.Message) -> None:
+    await (await channel.get_exchange(exchange, ensure=False)).publish(message, "sms.least")
+
+
+async def get_from(channel: AbstractChannel, queue: str) -> None:
+    await (await channel.get_queue(queue, ensure=False)).get()
+
+
+async def test_who_may_not_declare_is_told_what_to_do(broker_user: str, make_settings: MakeSettings) -> None:
+    with pytest.raises(OSError, match="set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"):
+        await declare_topology(make_settings(amqp_url=broker_user, amqp_exchange="other.least"))
