@@ -192,6 +192,8 @@ class _Connection(RequestHandler):
         elif self.head_due != NEVER:
             if self._request_count:  # the head is complete
                 self.head_due, self._head_octets = NEVER, 0
+            else:  # it came before aiohttp's task had begun to wait for it
+                self._head_octets += len(data)
         elif is_ahead:
             self._bound_what_is_sent_ahead(len(data))
         elif self._head_octets:
