@@ -89,7 +89,8 @@ class Conversation(asyncio.Protocol):
 
     def abort(self) -> None:
         """End it."""
-        self._transport.abort()
+        if not self._is_closed:  # asyncio's transport does not take it twice
+            self._transport.abort()
 
     async def send(self, octets: bytes) -> None:
         """Send as much as the server takes; it may refuse, and close, before the end."""
