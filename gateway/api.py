@@ -11,7 +11,7 @@ from itertools import count
 from types import MappingProxyType
 
 import msgspec
-from aiohttp import HttpVersion11, hdrs, web
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway import batch, idempotency, wire
@@ -46,6 +46,7 @@ REQUEST_ID = web.RequestKey("request_id", str)
 # What a log line, a header and a JSON string can carry as it is.
 _is_sane_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 _PROCESS, _requests = secrets.token_hex(8), count()  # our ids: unique, and without a call for randomness each time
+_SPOKEN = (HttpVersion11, HttpVersion10)  # the parser takes 0.9 and 2.0 as well
 _JSON_TYPES = (None, "application/json")
 
 
@@ -193,9 +194,14 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
     request_id = sane_request_id(request.headers.getall(REQUEST_ID_HEADER, []))
     request[REQUEST_ID] = request_id
     try:
+        if request._version not in _SPOKEN:
+            request._version = HttpVersion11  # aiohttp answers in the version that it was asked in
+            raise MalformedHttp
         response = await handler(request)
     except GatewayError as error:
         response = refuse(error)
+        if isinstance(error, MalformedHttp):
+            response.force_close()  # where its next request would begin is anybody's guess
     except web.HTTPMethodNotAllowed as error:
         response = refuse(MethodNotAllowed(", ".join(sorted(error.allowed_methods))))
     except web.HTTPNotFound:
@@ -205,6 +211,10 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
         response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
     response.headers[REQUEST_ID_HEADER] = request_id
     runtime = request.app.get(RUNTIME)
+    if request._message.chunked:
+        # aiohttp 3.14.5 takes the last trailer of a chunked request for the first header of the connection's next one,
+        # and that may be another caller's: a load balancer sends everyone's over the same connection.
+        response.force_close()
     if runtime is not None and runtime.draining:
         response.force_close()  # so that the caller's next request goes to a process that stays
     return response

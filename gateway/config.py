@@ -68,6 +68,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_unconfirmed_messages: Annotated[int, Meta(ge=1_000)] = 100_000  # less would refuse a full batch for ever
     max_unconfirmed_bytes: Positive = 128 * 1024 * 1024
 
+    # Open at a time. One that waits costs some 7 kB; beyond, what waits longest makes room (gateway/listeners.py).
+    max_connections: Positive = 8_192
+    header_timeout_s: Seconds = 10.0  # for the head of a request to arrive, and for a new connection to send one
     body_timeout_s: Seconds = 10.0
     answer_timeout_s: Seconds = 30.0  # for a caller to read its answer; then the connection is cut
     keepalive_timeout_s: Seconds = 75.0  # above the 60 s at which load balancers drop an idle connection

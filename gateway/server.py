@@ -16,11 +16,14 @@ from aiohttp import web
 from gateway import __version__, config, log, tls
 from gateway.app import make_app, make_ops_app
 from gateway.config import ConfigurationError, Settings
-from gateway.listeners import JsonRunner, is_served, locked
+from gateway.listeners import JsonRunner, Limits
 from gateway.runtime import Runtime, open_runtime
+from gateway.unix_sockets import is_served, locked
 from gateway.workers import supervise
 
 logger = logging.getLogger(__name__)
+
+OPS_CONNECTIONS = 64  # probes and an operator or two
 
 
 def run(settings: Settings, *, workers: int = 1) -> None:
@@ -100,10 +103,11 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
 def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     """The two listeners, operations and API, still to be bound."""
     settings = runtime.settings
-    ops = JsonRunner(make_ops_app(runtime), answer_timeout_s=settings.answer_timeout_s)
+    limits = Limits(settings.header_timeout_s, settings.answer_timeout_s, settings.max_connections)
+    ops = JsonRunner(make_ops_app(runtime), limits._replace(max_connections=OPS_CONNECTIONS))
     callers = JsonRunner(
         make_app(runtime),
-        answer_timeout_s=settings.answer_timeout_s,
+        limits,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is looked at
         keepalive_timeout=settings.keepalive_timeout_s,
         shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits so long twice: for handlers, for connections

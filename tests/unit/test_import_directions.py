@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "gateway"
 LAYERS = [
     ["__main__"],
     ["server"],
-    ["app", "listeners", "workers"],
+    ["app", "listeners", "unix_sockets", "workers"],
     ["documents"],
     ["api", "health"],
     ["runtime"],

@@ -1,0 +1,54 @@
+"""Whoever sends rubbish cannot fill the disk: a line for the first of a kind, then how many more there were."""
+
+import asyncio
+import logging
+
+import pytest
+
+from gateway.listeners import Noise
+from scripts.servers import Servers
+from tests.hostile import table
+from tests.hostile.stand import new_caller, open_stand
+from tests.raw_http import exchange
+
+TIMES = 500
+RUBBISH = {
+    "nonsense": b"NONSENSE\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(64),
+    "a header with NUL": table.post(table.ONE, b"X-A: a\x00b"),
+    "no Host": table.post(host=None),
+    "a bad chunk": table.chunked(end=b"zz\r\n"),
+    "a path that is too long": b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\n\r\n",
+    "a head that is too large": table.post(table.ONE, *[b"X-A: " + b"a" * 7_000] * 60),
+    "a wrong key": table.post(key=b"trk_" + b"0" * 32),
+}
+
+
+async def test_thousands_of_malformed_requests_are_a_handful_of_lines(servers: Servers) -> None:
+    async with open_stand(servers, log_level="DEBUG") as stand:
+        await new_caller(stand.admin)
+        before = len(stand.log_lines())
+        for request in RUBBISH.values():
+            for _ in range(TIMES // 50):
+                answers = await asyncio.gather(*(exchange(stand.url, request=request) for _ in range(50)))
+                assert {answer.status for answer in answers} <= {400, 401}
+        lines = stand.log_lines()[before:]
+        assert 0 < len(lines) <= 4 * len(RUBBISH), f"of {TIMES * len(RUBBISH):,} requests"
+        assert max(len(str(line)) for line in lines) < 300
+        assert stand.alarms() == []
+
+
+def test_the_first_is_said_at_once_the_rest_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    noise = Noise()
+    noise.sum_up(100.0)
+    for _ in range(1_235):
+        noise.heard("malformed HTTP: LineTooLong")
+    noise.heard("head refused: too slow")
+    noise.sum_up(105.0)
+    assert caplog.messages == ["malformed HTTP: LineTooLong", "head refused: too slow"]
+    noise.sum_up(110.0)
+    assert caplog.messages[2:] == ["malformed HTTP: LineTooLong: and 1,234 more in the last 10 s"]
+    noise.sum_up(120.0)
+    noise.heard("head refused: too slow")
+    assert caplog.messages[3:] == ["head refused: too slow"]
