@@ -87,7 +87,7 @@ class Database:
                 yield connection
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
-            log.warning("the database is unavailable: %s %s", type(error).__name__, error)
+            log.warning("the database is unavailable: %s", reason(error))
             # One slow question among others that are answered is no outage: to start over would make it one.
             is_silent = time.monotonic() - self._answered_at > self._timeout_s
             if is_silent and isinstance(error, IS_AWAY) and self._return is None:
@@ -123,6 +123,15 @@ class Database:
         except DATABASE_ERRORS:
             return False
         return True
+
+
+def reason(error: Exception) -> str:
+    """For the log: the kind of error, and its words but for those that quote a question's arguments or the URL."""
+    if isinstance(error, (asyncpg.DataError, ValueError)):
+        return type(error).__name__
+    # PostgreSQL's details show rows and keys; str() would have them.
+    words = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
+    return f"{type(error).__name__} {words}".strip()
 
 
 async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:

@@ -400,6 +400,7 @@ class RabbitMQ(Server):
     """RabbitMQ 3.10 or newer, from the system's `rabbitmq-server`, without plugins."""
 
     name = "RabbitMQ"
+    password = secrets.token_hex(12)  # of `guest`; one for all of a run, for the nodes of a cluster must agree
 
     def __init__(self) -> None:
         super().__init__()
@@ -411,7 +412,7 @@ class RabbitMQ(Server):
 
     @property
     def url(self) -> str:
-        return f"amqp://guest:guest@127.0.0.1:{self.port}/"
+        return f"amqp://guest:{self.password}@127.0.0.1:{self.port}/"
 
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
@@ -427,6 +428,7 @@ class RabbitMQ(Server):
     def _configuration(self) -> list[str]:
         return [
             f"listeners.tcp.1 = 127.0.0.1:{self.port}",
+            f"default_pass = {self.password}",
             "log.console = true",
             "log.console.level = warning",
             "log.file = false",
