@@ -14,8 +14,8 @@ from types import TracebackType
 
 import msgspec
 
-# aiormq's debug lines show whole frames: the login with its password, and the texts that go out. Above that the
-# publisher says what happens to its connections; the libraries add tracebacks to each retry.
+# aiormq's debug lines show, octet for octet, what is published through it; we publish past it, but need not rely on
+# that. Above that the publisher says what happens to its connections; the libraries add tracebacks to each retry.
 SILENCED = ("aio_pika", "aiormq")
 
 # Their words are about code and addresses; those of any other error may be about data.

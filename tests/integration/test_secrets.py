@@ -81,7 +81,7 @@ async def test_what_postgresql_tells_of_a_row_stays_out_of_the_log(
 
 
 async def test_a_password_that_a_server_refuses_is_not_told(servers: Servers) -> None:
-    """At DEBUG, where the AMQP library would show the whole login."""
+    """By neither server, at DEBUG, in whichever part of the URL it stands."""
     wrong = f"wrong{uuid.uuid4().hex}"
     parts = urlsplit(servers.amqp_url.split(",")[0])
     host = parts.netloc.rpartition("@")[2]
