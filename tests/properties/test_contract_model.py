@@ -237,6 +237,10 @@ bodies = st.builds(lambda document, chance: write(document, chance).encode(), do
 @given(body=bodies)
 @example(body=b'{"messages":[{"\\u0074o":5,"to":"+14155551234","list_num\\u0062er":"+18005551000","body":"x"}]}')
 @example(body=b'{"messages":[],"messages":[{}],"list_number":[]}')
+@example(
+    body=b'{"messages":[{"to":"+12","list_number":"+18005551000","body":"x",'
+    b'"contact_data":{"last_name":[],"l\\u0061st_name":"x"}}]}'
+)
 @example(body=b"\xef\xbb\xbf{}")
 def test_any_document_in_any_spelling_is_answered_as_the_contract_says(body: bytes) -> None:
     assert gateway(body) == model(body)
