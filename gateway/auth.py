@@ -20,7 +20,11 @@ def hash_key(key: str) -> bytes:
 
 
 async def authenticate(headers: "CIMultiDictProxy[str]", store: Store) -> Account:
-    """Who is calling. Raises MissingApiKey, InvalidApiKey, AccountSuspended or DatabaseUnavailable."""
+    """Who is calling. Raises MissingApiKey, InvalidApiKey, AccountSuspended or DatabaseUnavailable.
+
+    Unknown and revoked keys cost the same: a digest and a query. What has not the form of a key costs neither; the form
+    is public, so its quick refusal tells nothing.
+    """
     keys = headers.getall(HEADER, [])
     if not any(keys):
         raise MissingApiKey

@@ -197,7 +197,9 @@ def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
         try:
             parts = urlsplit(url)
             behind_host = url.partition(parts.netloc)[2] if parts.netloc else url
-            is_whole = "@" not in behind_host and (not is_amqp or bool(parts.hostname and (parts.port or 0) >= 0))
+            # What stands for a port and is none may be a password: `//user:password/name`, the host forgotten.
+            ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
+            is_whole = "@" not in behind_host and (not is_amqp or bool(parts.hostname and len(ports) == 1))
         except ValueError:
             is_whole = False
         if not is_whole or parts.scheme not in schemes:
@@ -219,4 +221,4 @@ def _without_password(url: str) -> str:
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
-    return parts._replace(netloc=user + (colon and ":***") + at + hosts, query="").geturl()
+    return parts._replace(netloc=user + (colon and ":***") + at + hosts, query="", fragment="").geturl()

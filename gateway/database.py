@@ -126,6 +126,15 @@ class Database:
         return True
 
 
+def reason(error: Exception) -> str:
+    """For the log: the kind of error, and its words but for those that quote a question's arguments or the URL."""
+    if isinstance(error, (asyncpg.DataError, ValueError)):
+        return type(error).__name__
+    # PostgreSQL's details show rows and keys; str() would have them.
+    words = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
+    return f"{type(error).__name__} {words}".strip()
+
+
 async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
     """A connection to that host of the URL which is the primary. All are asked at once; the first to agree is taken.
 

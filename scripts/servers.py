@@ -450,6 +450,7 @@ class RabbitMQ(Server):
     """RabbitMQ 3.10 or newer, from the system's `rabbitmq-server`, without plugins."""
 
     name = "RabbitMQ"
+    password = secrets.token_hex(12)  # of `guest`; one for all of a run, for the nodes of a cluster must agree
 
     def __init__(self, certificates: Certificates | None = None) -> None:
         super().__init__()
@@ -462,7 +463,7 @@ class RabbitMQ(Server):
 
     @property
     def url(self) -> str:
-        return f"amqp{'s' if self._certificates else ''}://guest:guest@127.0.0.1:{self.port}/"
+        return f"amqp{'s' if self._certificates else ''}://guest:{self.password}@127.0.0.1:{self.port}/"
 
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
@@ -478,6 +479,7 @@ class RabbitMQ(Server):
     def _configuration(self) -> list[str]:
         return [
             *self._listener(),
+            f"default_pass = {self.password}",
             "log.console = true",
             "log.console.level = warning",
             "log.file = false",

@@ -22,6 +22,15 @@ from gateway.runtime import Runtime, open_runtime
 from scripts.servers import Servers
 from tests.eventually import eventually
 from tests.outbound_queue import OutboundQueue
+from tests.secrecy import BODY, PASSWORD, LogWatch
+
+watch = LogWatch()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read all logs of the run, and fail it if one shows a secret."""
+    config.pluginmanager.register(watch)
+
 
 MakeSettings = Callable[..., Settings]
 
@@ -30,6 +39,8 @@ MakeSettings = Callable[..., Settings]
 def servers() -> Iterator[Servers]:
     """PostgreSQL, migrated, and RabbitMQ: private ones, or those that the environment names."""
     with Servers(fsync=False) as running:
+        # Our own PostgreSQL trusts every password; one that is sent can leak.
+        running.database_url = running.database_url.replace("//postgres@", f"//postgres:{PASSWORD}@")
         completed = run_gateway("migrate", database_url=running.database_url)
         assert completed.returncode == 0, completed.stderr
         yield running
@@ -37,7 +48,7 @@ def servers() -> Iterator[Servers]:
 
 def run_gateway(*arguments: str, database_url: str) -> "subprocess.CompletedProcess[str]":
     """One command of `python -m gateway`, as an operator types it."""
-    return subprocess.run(  # noqa: S603
+    completed = subprocess.run(  # noqa: S603
         [sys.executable, "-m", "gateway", *arguments],
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"GATEWAY_DATABASE_URL": database_url},
@@ -46,6 +57,8 @@ def run_gateway(*arguments: str, database_url: str) -> "subprocess.CompletedProc
         timeout=60,
         check=False,
     )
+    watch.look_at(completed.stderr, f"the standard error of `{' '.join(arguments)}`")
+    return completed
 
 
 @pytest.fixture
@@ -97,7 +110,7 @@ class GatewayUnderTest:
 
     def message(self, **changes: Any) -> dict[str, Any]:
         """A good message of this account, with some fields changed; a field set to ... is left out."""
-        good = {"to": "+14155551234", "list_number": self.list_number, "body": "Hello {{messageId}}"}
+        good = {"to": "+14155551234", "list_number": self.list_number, "body": f"Hello {{{{messageId}}}}, {BODY}"}
         return {name: value for name, value in (good | changes).items() if value is not ...}
 
     async def post(

@@ -17,6 +17,7 @@ from tests.eventually import eventually
 from tests.outbound_queue import OutboundQueue
 from tests.raw_http import exchange
 from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.secrecy import BODY
 
 HOLD_FOR_A_MINUTE = 60.0
 
@@ -146,7 +147,7 @@ async def test_an_unknown_outcome_runs_again_elsewhere_with_the_same_ids(
         assert ids[:3] == ids[3:]
         bodies = [msgspec.json.decode(published.body) for published in broker.published]
         assert [body["id"] for body in bodies] == ids
-        assert [body["body"] for body in bodies] == [f"Hello {message_id}" for message_id in ids]
+        assert [body["body"] for body in bodies] == [f"Hello {message_id}, {BODY}" for message_id in ids]
         assert (await one.post(batch(one), Idempotency_Key="k"))[2]["Idempotent-Replayed"] == "true"
         assert len(broker.published) == 6
 

@@ -338,6 +338,10 @@ def test_the_last_of_several_equal_keys_counts() -> None:
     assert codes(one(f'{good}, "to": "bad"')) == {0: "invalid_phone"}
     assert codes(one(f'{good}, "to": 5')) == {0: "invalid_phone"}
     assert codes(one(f'"body": [], "metadata": 5, {good}, "metadata": {{}}')) == {}
+    twice = '{{"first_name": {}, "first_name": {}, "custom_fields": {}, "custom_fields": {}}}'
+    assert codes(one(f'{good}, "contact_data": {twice.format(5, "null", "[]", "{}")}')) == {}
+    assert codes(one(f'{good}, "contact_data": {twice.format("null", 5, "[]", "{}")}')) == {0: "invalid_field"}
+    assert codes(one(f'{good}, "contact_data": {twice.format(5, "null", "{}", "[]")}')) == {0: "invalid_field"}
     assert codes(b'{"messages": 5, "list_number": 5, ' + one(good)[1:-1] + b', "list_number": null}') == {}
 
 

@@ -52,13 +52,13 @@ def test_a_line_says_when_how_bad_where_and_what() -> None:
 
 def test_a_traceback_stays_within_its_line() -> None:
     try:
-        raise ValueError("broken")
-    except ValueError:
+        raise TypeError("broken")
+    except TypeError:
         line = JsonLines().format(record("failed", exc_info=sys.exc_info()))
     assert "\n" not in line
     traceback = json.loads(line)["traceback"]
     assert traceback.startswith("Traceback (most recent call last):\n")
-    assert traceback.endswith("ValueError: broken")
+    assert traceback.endswith("TypeError: broken")
 
 
 @EXAMPLES
@@ -80,7 +80,9 @@ def test_a_lone_surrogate_in_a_message_costs_no_log_line() -> None:
 def untouched_logging() -> Iterator[None]:
     root, libraries = logging.getLogger(), [logging.getLogger(name) for name in ("aio_pika", "aiormq")]
     before = root.handlers[:], root.level, [library.level for library in libraries]
+    excepthook = sys.excepthook
     yield
+    sys.excepthook = excepthook
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     for library, level in zip(libraries, before[2], strict=True):
@@ -93,9 +95,12 @@ def test_the_whole_process_logs_json_to_standard_error(
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     configure("INFO")
     logging.getLogger("some.library").info("hello")
-    logging.getLogger("gateway").debug("not at this level")
+    logging.getLogger("some.library").debug("not at this level")
     logging.getLogger("aio_pika.connection").error("the publisher says this better")
     logging.getLogger("aiormq.connection").error("and this")
+    error = ValueError("could be anything")
+    sys.excepthook(ValueError, error, None)
     out, err = capsys.readouterr()
     assert out == ""
-    assert [json.loads(line)["message"] for line in err.splitlines()] == ["hello"]
+    assert [json.loads(line)["message"] for line in err.splitlines()] == ["hello", "ended by an unexpected error"]
+    assert "anything" not in err
