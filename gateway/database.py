@@ -126,13 +126,14 @@ class Database:
         return True
 
 
-def reason(error: Exception) -> str:
-    """For the log: the kind of error, and its words but for those that quote a question's arguments or the URL."""
-    if isinstance(error, (asyncpg.DataError, ValueError)):
+def reason(error: BaseException) -> str:
+    """For the log: the kind of error, what it says where it quotes neither arguments nor the URL, and what to do."""
+    # A failed verification is a ValueError and an OSError, and says what the operator needs.
+    if isinstance(error, (asyncpg.DataError, ValueError)) and not isinstance(error, OSError):
         return type(error).__name__
     # PostgreSQL's details show rows and keys; str() would have them.
     words = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
-    return f"{type(error).__name__} {words}".strip()
+    return f"{type(error).__name__} {words}{tls.advice(error, 'DATABASE')}".strip()
 
 
 async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
@@ -188,11 +189,6 @@ def urls_of_hosts(url: str) -> list[str]:
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     return [parts._replace(netloc=credentials + at + host).geturl() for host in hosts.split(",")]
-
-
-def reason(error: BaseException) -> str:
-    """Why the database is not reached, and what to do where we know."""
-    return f"{type(error).__name__} {error}{tls.advice(error, 'DATABASE')}"
 
 
 async def _keep_session(_connection: object) -> None:

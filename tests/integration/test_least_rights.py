@@ -11,6 +11,7 @@ import aiormq.exceptions
 import asyncpg
 import pytest
 from aio_pika.abc import AbstractChannel
+from yarl import URL
 
 from gateway import store
 from gateway.admin import SERVICE_RIGHTS, AdminError, open_admin
@@ -188,7 +189,7 @@ async def broker_user(servers: Servers) -> AsyncIterator[str]:
     user = f"service-{uuid.uuid4().hex[:8]}"
     servers.rabbitmq.ctl("add_user", user, "s3cret")
     servers.rabbitmq.ctl("set_permissions", "--vhost", "/", user, "", r"^sms\.least$", "")
-    yield servers.amqp_url.replace("guest:guest", f"{user}:s3cret")
+    yield str(URL(servers.amqp_url).with_user(user).with_password("s3cret"))
     servers.rabbitmq.ctl("delete_user", user)
 
 
