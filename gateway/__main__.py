@@ -1,10 +1,11 @@
-"""The command line: serve, migrate, and the administration of accounts, keys and lists."""
+"""The command line: serve, migrate, tail, status, and the administration of accounts, keys and lists."""
 
 import asyncio
 import os
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,9 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from yarl import URL
 
-from gateway import __version__, config, server
+from gateway import __version__, config, server, tail, watching
 from gateway.admin import Admin, AdminError, Row, open_admin, url_for_migrations
 
 app = typer.Typer(help="Bulk-SMS ingestion gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -27,6 +29,10 @@ app.add_typer(list_app, name="list")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AccountId = Annotated[int, typer.Argument(help="The account's id.")]
 KeyId = Annotated[int, typer.Argument(help="The key's id, as `key list` shows it.")]
+Gateways = Annotated[
+    list[str] | None,
+    typer.Option("--gateway", metavar="URL", help="An operations listener; again for more. This machine's by default."),
+]
 ListId = Annotated[int, typer.Argument(help="The list's id, as `list list` shows it.")]
 
 
@@ -65,6 +71,46 @@ def migrate() -> None:
     url = asyncio.run(url_for_migrations(config.load_database_url()))
     sys.stdout.flush()
     os.execve(dbmate, command, os.environ | {"DATABASE_URL": url})  # noqa: S606
+
+
+@app.command("tail")
+def watch(
+    *,
+    gateway: Gateways = None,
+    list_number: Annotated[str | None, typer.Option(help="Only messages from this list.")] = None,
+    account: Annotated[int | None, typer.Option(metavar="ID", help="Only messages of this account.")] = None,
+    show: Annotated[
+        bool, typer.Option(help="Whole numbers and texts; takes the gateway's GATEWAY_TAIL_TOKEN.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one object a line.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after so many messages.")] = None,
+) -> None:
+    """Watch outbound messages live, with what became of each. Takes nothing from any queue."""
+    operations = config.load_operations()
+    choice = watching.Choice(account, list_number, whole=show)
+
+    async def run() -> None:
+        urls = _operations_listeners(gateway, operations)
+        await tail.Tail(urls, choice, token=operations.tail_token, limit=limit, as_json=as_json).run()
+
+    asyncio.run(run())
+
+
+def _operations_listeners(given: list[str] | None, operations: config.Operations) -> list[URL]:
+    """The listeners to ask. Raises TailError for what is no URL."""
+    if not given:
+        # Where it listens on every address, this machine's own is one of them.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(operations.ops_host, operations.ops_host)  # noqa: S104
+        return [URL.build(scheme="http", host=host, port=operations.ops_port)]
+    return [_operations_listener(text if "://" in text else f"http://{text}") for text in given]
+
+
+def _operations_listener(text: str) -> URL:
+    with suppress(ValueError):
+        url = URL(text)
+        if url.scheme == "http" and url.host:
+            return url
+    raise tail.TailError(f"{text} is no URL of an operations listener, such as http://127.0.0.1:9090")
 
 
 @account_app.command("create")
@@ -165,7 +211,7 @@ def run() -> None:
     """The entry point: expected errors are one line on standard error and exit status 2."""
     try:
         app()
-    except (config.ConfigurationError, AdminError) as error:
+    except (config.ConfigurationError, AdminError, tail.TailError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

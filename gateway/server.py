@@ -19,6 +19,8 @@ from gateway.workers import supervise
 
 logger = logging.getLogger(__name__)
 
+OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes, scrapes and tails; callers have theirs behind them by then
+
 
 def run(settings: Settings, *, workers: int = 1) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return."""
@@ -82,7 +84,11 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
 def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     """The two listeners, operations and API, still to be bound."""
     settings = runtime.settings
-    ops = JsonRunner(make_ops_app(runtime), answer_timeout_s=settings.answer_timeout_s)
+    ops = JsonRunner(
+        make_ops_app(runtime),
+        answer_timeout_s=settings.answer_timeout_s,
+        shutdown_timeout=OPS_SHUTDOWN_TIMEOUT_S,
+    )
     callers = JsonRunner(
         make_app(runtime),
         answer_timeout_s=settings.answer_timeout_s,

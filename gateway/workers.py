@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from gateway import api
+from gateway import api, tail
 from gateway.config import ConfigurationError, Settings
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,8 @@ async def supervise(settings: Settings, count: int) -> None:
             raise ConfigurationError(f"cannot listen on {where}: {error.strerror}") from None
         environment = os.environ | {"GATEWAY_API_PORT": str(holder.getsockname()[1])}
         workers = [Worker(number, settings, directory) for number in range(count)]
-        runner = web.AppRunner(make_probes_app(workers), access_log=None)
+        relay = tail.Relay([worker.ops_socket for worker in workers], settings.tail_token)
+        runner = web.AppRunner(make_probes_app(workers, relay), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
@@ -118,7 +119,7 @@ async def supervise(settings: Settings, count: int) -> None:
     log.info("stopped")
 
 
-def make_probes_app(workers: list[Worker]) -> web.Application:
+def make_probes_app(workers: list[Worker], relay: tail.Relay) -> web.Application:
     """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
     app = web.Application(middlewares=[api.answer_every_request])
 
@@ -132,4 +133,6 @@ def make_probes_app(workers: list[Worker]) -> web.Application:
 
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)
+    app.router.add_get(tail.PATH, relay.serve)
+    app.on_shutdown.append(relay.end)
     return app

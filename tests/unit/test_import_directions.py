@@ -13,9 +13,9 @@ LAYERS = [
     ["__main__"],
     ["server"],
     ["app", "listeners", "workers"],
-    ["api", "health"],
+    ["api", "health", "tail"],
     ["runtime"],
-    ["admin", "id_supply", "idempotency"],
+    ["admin", "id_supply", "idempotency", "watching"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
     ["grouped", "database", "amqp.connection"],
@@ -25,7 +25,7 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
+    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "tail", "runtime"},
     "asyncpg": {"database", "admin"},
     "aio_pika": {"amqp.connection"},
     "aiormq": {"amqp.connection"},
