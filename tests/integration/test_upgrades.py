@@ -24,7 +24,8 @@ from tests.outbound_queue import OutboundQueue
 
 ROOT = Path(__file__).parents[2]
 PREVIOUS = "9b5a25a0b2aedba4923801563c66d534e830e412"  # the last one before a migration: it knows no idempotency_keys
-BATCH = 20
+BATCH = 5  # small, and paced: they are read back one by one
+PAUSE_S = 0.02
 
 # What an older version that still runs may stand on, or wait for. A migration that contracts says so, and names the
 # version from which on nobody uses what it takes away.
@@ -93,6 +94,7 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Se
         while not stop.is_set():
             await send(session, serving[turn % len(serving)])
             turn += 1
+            await asyncio.sleep(PAUSE_S)
 
     async def more_answers(*gateways: Gateway) -> None:
         wanted = {gateway: answered[gateway] + 20 for gateway in gateways}
