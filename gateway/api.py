@@ -95,6 +95,7 @@ async def _send(
     )
     if may_be_queued:
         outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
+    runtime.watchers.see(account.id, lists, prepared.payloads, outcomes)
     return _answer(prepared, prepared.outcomes_of_messages(outcomes))
 
 

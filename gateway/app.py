@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway import api, documents, health
+from gateway import api, documents, health, tail
 from gateway.runtime import RUNTIME, Runtime
 from gateway.wire import MAX_BODY_BYTES
 
@@ -24,4 +24,6 @@ def make_ops_app(runtime: Runtime) -> web.Application:
     app.router.add_get("/livez", health.live)
     app.router.add_get("/readyz", health.ready)
     documents.add_page(app)
+    app.router.add_get(tail.PATH, tail.serve_tail)
+    app.on_shutdown.append(tail.end_tails)
     return app

@@ -6,7 +6,7 @@ Every variable is the field's name in upper case behind `GATEWAY_`. A bad value 
 import ipaddress
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 import msgspec
@@ -23,6 +23,9 @@ SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}  # of aiormq's URLs
 
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
+TailToken = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{16,255}$")]
+
+SECRETS = {"tail_token"}  # shown to nobody; the URLs are, without their passwords
 
 
 class ConfigurationError(Exception):
@@ -42,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_key_file: str = ""  # "" when it stands in the same file, here and below
     ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
     ops_port: Port = 9090
+    tail_token: TailToken = ""  # who sends it may watch whole texts and numbers; "": nobody may
 
     # How the server is verified and who we are; "": by the system's authorities, and nobody. Read at each connect.
     database_ca_file: str = ""
@@ -92,7 +96,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         values = msgspec.structs.asdict(self)
         values["database_url"] = _without_password(self.database_url)
         values["amqp_url"] = ",".join(map(_without_password, self.amqp_nodes()))
-        return values
+        return values | {name: "***" for name in SECRETS if values[name]}
 
     def queues(self) -> list[str]:
         """The outbound queues, one per shard; each is bound by its own name."""
@@ -116,8 +120,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises ConfigurationError, naming the variable and what it takes."""
-    values: dict[str, object] = {}
-    for name, kind in get_type_hints(Settings, include_extras=True).items():
+    values = _read(get_type_hints(Settings, include_extras=True), environ)
+    load_database_url(environ)
+    _check_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), ("amqp", "amqps"))
+    return msgspec.convert(values, Settings)
+
+
+class Operations(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of the settings that leads to a gateway's operations listener."""
+
+    ops_host: str = "127.0.0.1"
+    ops_port: Port = 9090
+    tail_token: TailToken = ""
+
+
+def load_operations(environ: Mapping[str, str] = os.environ) -> Operations:
+    """All that `tail` needs: it may run where no server can be reached but the gateway. Raises ConfigurationError."""
+    return Operations(**_read(get_type_hints(Operations, include_extras=True), environ))
+
+
+def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
+    """Those of the settings that are set. Raises ConfigurationError."""
+    values: dict[str, Any] = {}
+    for name, kind in kinds.items():
         variable = PREFIX + name.upper()
         raw = environ.get(variable, "").strip()
         if not raw:
@@ -125,10 +150,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         try:
             values[name] = msgspec.convert(raw, kind, strict=False)
         except msgspec.ValidationError as error:
-            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
-    load_database_url(environ)
-    _check_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), ("amqp", "amqps"))
-    return msgspec.convert(values, Settings)
+            shown = "***" if name in SECRETS else repr(raw)
+            raise ConfigurationError(f"{variable}={shown} cannot be used: {error}") from None
+    return values
 
 
 def load_database_url(environ: Mapping[str, str] = os.environ) -> str:

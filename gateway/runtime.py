@@ -4,7 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -17,6 +17,7 @@ from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
 from gateway.idempotency import Idempotency
 from gateway.store import Store
+from gateway.watching import Watchers
 
 
 @dataclass(slots=True)
@@ -30,6 +31,7 @@ class Runtime:
     publisher: Publisher
     admission: Admission
     layout: Layout
+    watchers: Watchers = field(default_factory=Watchers)
     database_was_reached: bool = False
     draining: bool = False
 

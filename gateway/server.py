@@ -24,6 +24,7 @@ from gateway.workers import supervise
 logger = logging.getLogger(__name__)
 
 OPS_CONNECTIONS = 64  # probes and an operator or two
+OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes, scrapes and tails; callers have theirs behind them by then
 
 
 def run(settings: Settings, *, workers: int = 1) -> None:
@@ -104,7 +105,11 @@ def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     """The two listeners, operations and API, still to be bound."""
     settings = runtime.settings
     limits = Limits(settings.header_timeout_s, settings.answer_timeout_s, settings.max_connections)
-    ops = JsonRunner(make_ops_app(runtime), limits._replace(max_connections=OPS_CONNECTIONS))
+    ops = JsonRunner(
+        make_ops_app(runtime),
+        limits._replace(max_connections=OPS_CONNECTIONS),
+        shutdown_timeout=OPS_SHUTDOWN_TIMEOUT_S,
+    )
     callers = JsonRunner(
         make_app(runtime),
         limits,

@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from gateway import api, documents
+from gateway import api, documents, tail
 from gateway.config import ConfigurationError, Settings
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,8 @@ async def supervise(settings: Settings, count: int) -> None:
         workers = [Worker(number, settings, directory) for number in range(count)]
         if settings.api_tls_cert_file:
             loop.add_signal_handler(signal.SIGHUP, _hand_on_renewal, workers)
-        runner = web.AppRunner(make_probes_app(workers), access_log=None)
+        relay = tail.Relay([worker.ops_socket for worker in workers], settings.tail_token)
+        runner = web.AppRunner(make_probes_app(workers, relay), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
@@ -133,7 +134,7 @@ def _hand_on_renewal(workers: list[Worker]) -> None:
         worker.renew_certificate()
 
 
-def make_probes_app(workers: list[Worker]) -> web.Application:
+def make_probes_app(workers: list[Worker], relay: tail.Relay) -> web.Application:
     """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
     app = web.Application(middlewares=[api.answer_every_request])
 
@@ -148,4 +149,6 @@ def make_probes_app(workers: list[Worker]) -> web.Application:
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)
     documents.add_page(app)
+    app.router.add_get(tail.PATH, relay.serve)
+    app.on_shutdown.append(relay.end)
     return app

@@ -35,6 +35,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_key_file": ("/tls/us.key", "/tls/us.key"),
     "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
     "ops_port": ("65535", 65_535),
+    "tail_token": ("0123456789abcdef", "0123456789abcdef"),
     "database_pool_size": ("1", 1),
     "database_timeout_s": ("0.5", 0.5),
     "database_statement_cache": ("0", 0),
@@ -69,6 +70,7 @@ BAD: list[tuple[str, str, str]] = [
     ("api_port", "65536", "<= 65535"),
     ("api_port", "http", "int"),
     ("ops_port", "80.5", "int"),
+    ("tail_token", "fifteen-letters", "matching regex"),
     ("database_pool_size", "0", ">= 1"),
     ("database_timeout_s", "0", "> 0"),
     ("database_timeout_s", "2s", "float"),
@@ -130,7 +132,9 @@ def test_each_setting_is_read_from_its_own_variable_and_no_other_changes(name: s
 def test_a_bad_value_is_refused_with_the_variables_name_and_what_it_takes(name: str, raw: str, hint: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
         config.load(URLS | {f"GATEWAY_{name.upper()}": raw})
-    assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={raw!r} ")
+    shown = "***" if name in config.SECRETS else repr(raw)
+    assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={shown} ")
+    assert name not in config.SECRETS or raw not in str(refused.value)
     assert hint in str(refused.value)
 
 
@@ -142,6 +146,20 @@ def test_set_but_empty_is_not_set(name: str) -> None:
             config.load(URLS | {f"GATEWAY_{name.upper()}": " "})
     else:
         assert config.load(URLS | {f"GATEWAY_{name.upper()}": " "}) == config.load(URLS)
+
+
+def test_a_secret_is_not_shown_with_the_settings() -> None:
+    loaded = config.load(URLS | {f"GATEWAY_{name.upper()}": GOOD[name][0] for name in config.SECRETS})
+    for name in config.SECRETS:
+        assert GOOD[name][0] not in repr(loaded)
+        assert loaded.masked()[name] == "***"
+
+
+def test_watching_takes_no_server() -> None:
+    environ = {"GATEWAY_OPS_PORT": "9091", "GATEWAY_TAIL_TOKEN": "0123456789abcdef"}
+    assert config.load_operations(environ) == config.Operations(ops_port=9091, tail_token="0123456789abcdef")
+    with pytest.raises(ConfigurationError, match="GATEWAY_OPS_PORT='x' cannot be used"):
+        config.load_operations({"GATEWAY_OPS_PORT": "x"})
 
 
 @pytest.mark.parametrize("variable", URLS)

@@ -1,10 +1,14 @@
 """The documents stay true: what they list is what there is."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 from gateway import errors
+from gateway.__main__ import app
 from gateway.config import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -17,6 +21,19 @@ REQUEST_ERRORS = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.GatewayError) and hasattr(kind, "code")
 }
+
+
+COMMANDS = re.findall(r"^python -m gateway (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_for_operators_are_commands(line: str) -> None:
+    """They take what is written; tests/integration runs them."""
+    group = get_command(app)
+    name, *arguments = shlex.split(line)
+    if name != "--version":
+        command = group.get_command(group.make_context("gateway", [name]), name)  # type: ignore[attr-defined]
+        command.make_context(name, arguments)
 
 
 @pytest.mark.parametrize("name", Settings.__struct_fields__)

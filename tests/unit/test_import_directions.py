@@ -14,9 +14,9 @@ LAYERS = [
     ["server"],
     ["app", "listeners", "unix_sockets", "workers"],
     ["documents"],
-    ["api", "health"],
+    ["api", "health", "status", "tail"],
     ["runtime"],
-    ["admin", "id_supply", "idempotency"],
+    ["admin", "id_supply", "idempotency", "watching"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
     ["grouped", "database", "amqp.connection"],
@@ -26,10 +26,10 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "documents", "api", "health", "runtime"},
-    "asyncpg": {"database", "admin"},
-    "aio_pika": {"amqp.connection"},
-    "aiormq": {"amqp.connection"},
+    "aiohttp": {"server", "app", "listeners", "workers", "documents", "api", "health", "status", "tail", "runtime"},
+    "asyncpg": {"database", "admin", "status"},
+    "aio_pika": {"amqp.connection", "status"},
+    "aiormq": {"amqp.connection", "status"},
     "uvloop": {"server"},
 }
 

@@ -1,0 +1,136 @@
+"""`python -m gateway status`, with everything up, and with each part down, hung or missing."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import aio_pika
+import msgspec
+import pytest
+
+from gateway import __version__, status
+from scripts.servers import Port, Servers
+from tests.conftest import GatewayUnderTest, MakeSettings
+from tests.outbound_queue import OutboundQueue
+from tests.tcp_proxy import TcpProxy
+
+ROOT = Path(__file__).parents[2]
+
+
+async def run_status(gateway: GatewayUnderTest, *arguments: str, **changes: str) -> tuple[int, str]:
+    """Exit status and output of the command, with the settings of a gateway, some of them changed."""
+    settings = gateway.runtime.settings
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")} | {
+        "GATEWAY_DATABASE_URL": settings.database_url,
+        "GATEWAY_AMQP_URL": settings.amqp_url,
+        "GATEWAY_AMQP_QUEUE": settings.amqp_queue,
+        "GATEWAY_AMQP_EXCHANGE": settings.amqp_exchange,
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "status", *arguments),
+        cwd=ROOT,
+        env=environment | changes,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(60):
+        output, errors = await process.communicate()
+    assert errors == b""
+    return process.returncode or 0, output.decode()
+
+
+async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    await gateway.send([gateway.message()] * 3)
+    code, output = await run_status(gateway, "--json", "--gateway", gateway.ops_url)
+    found: dict[str, Any] = msgspec.json.decode(output)
+    assert (code, found["ok"], found["problems"], found["version"]) == (0, True, [], __version__)
+    assert found["gateways"] == [{"url": gateway.ops_url, "status": "ready", "problem": ""}]
+    [node] = found["nodes"]
+    assert node["version"].startswith("RabbitMQ ")
+    assert node["confirm_ms"] > 0
+    assert found["queues"] == [
+        {"name": queue.name, "configured_type": "quorum", "messages": 3, "consumers": 0, "problem": ""}
+    ]
+    [host] = found["hosts"]
+    assert (host["role"], host["lag_s"]) == ("primary", None)
+    assert found["schema"]["pending"] == found["schema"]["newer"] == []
+    assert len(found["schema"]["applied"]) == len(list((ROOT / "migrations").glob("*.sql")))
+    assert 0 < found["schema"]["leases_used"] < found["schema"]["leases_in_all"] == 62**6 // 256
+    assert found["settings"]["amqp_queue"] == queue.name
+    assert "guest:guest" not in output
+    assert await queue.depth() == 3
+
+    code, text = await run_status(gateway)  # nobody at the default port, perhaps: that is no problem
+    assert text.endswith("all is well\n") == (code == 0)
+    assert f"✓ queue        {queue.name}" in text
+    assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
+
+
+async def test_everything_down_is_told_at_once_and_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
+    nowhere = Port()
+    broker, database = urlsplit(servers.amqp_url), urlsplit(servers.database_url)
+    async with (
+        TcpProxy(broker.hostname or "", broker.port or 0) as hung_broker,
+        TcpProxy(database.hostname or "", database.port or 0) as hung_database,
+    ):
+        hung_broker.black_hole()
+        hung_database.black_hole()
+        settings = {
+            "GATEWAY_AMQP_URL": f"amqp://u:secret@127.0.0.1:{nowhere}/,amqp://u:secret@127.0.0.1:{hung_broker.port}/",
+            "GATEWAY_DATABASE_URL": f"postgres://u:secret@127.0.0.1:{nowhere},127.0.0.1:{hung_database.port}/d?sslmode=disable",
+        }
+        code, output = await run_status(gateway, "--json", "--gateway", f"http://127.0.0.1:{nowhere}", **settings)
+        assert code == 1
+        found = msgspec.json.decode(output)
+        named = " ".join(found["problems"])
+        for part in (
+            f"gateway http://127.0.0.1:{nowhere}:",
+            f"broker 127.0.0.1:{nowhere}:",
+            "queue ",
+            "schema: no primary",
+        ):
+            assert part in named
+        for hung in (f"broker 127.0.0.1:{hung_broker.port}:", f"database 127.0.0.1:{hung_database.port}:"):
+            assert f"{hung} no answer within 3 s" in found["problems"]
+        assert "secret" not in output
+    nowhere.release()
+
+
+async def test_a_missing_queue_is_a_problem_and_is_not_made(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    missing = f"{queue.name}.missing"
+    code, output = await run_status(gateway, "--json", GATEWAY_AMQP_QUEUE=missing)
+    assert code == 1
+    assert any(line.startswith(f"queue {missing}: does not exist") for line in msgspec.json.decode(output)["problems"])
+    connection = await aio_pika.connect(gateway.runtime.settings.amqp_url)
+    async with connection, connection.channel() as channel:
+        with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
+            await channel.declare_queue(missing, passive=True)
+
+
+async def test_an_alarm_at_the_broker_is_a_problem(
+    gateway: GatewayUnderTest, queue: OutboundQueue, servers: Servers
+) -> None:
+    if servers.rabbitmq is None:
+        pytest.skip("needs a broker of its own, to raise an alarm in")
+    await asyncio.to_thread(servers.rabbitmq.alarm, True)
+    try:
+        code, text = await run_status(gateway)
+    finally:
+        await asyncio.to_thread(servers.rabbitmq.alarm, False)
+    assert code == 1
+    assert "no confirm in time: a memory or disk alarm" in text
+    assert f"✓ queue        {queue.name}" in text
+
+
+async def test_pending_migrations_and_newer_ones_are_told_apart(make_settings: MakeSettings, servers: Servers) -> None:
+    known = sorted(path.name.partition("_")[0] for path in (ROOT / "migrations").glob("*.sql"))
+    behind = await status.ask_all(make_settings(), [], [*known, "29990101000000"])
+    assert behind.schema.pending == ["29990101000000"]
+    assert any("1 migrations are pending" in problem for problem in behind.problems)
+    ahead = await status.ask_all(make_settings(), [], known[:-1])
+    assert (ahead.schema.newer, ahead.schema.problem) == (known[-1:], "")

@@ -1,0 +1,143 @@
+"""Two versions on one database and one broker, and migrations under load: no request fails, nothing is lost or doubled.
+
+The older version is a commit of this repository. That shows that this step is safe, and the way of testing the next:
+at a release, PREVIOUS becomes its commit. It does not show steps over several versions, nor locks that a large table
+would hold for long.
+"""
+
+import asyncio
+import re
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import aiohttp
+import asyncpg
+import pytest
+
+from gateway.admin import open_admin
+from scripts.servers import Gateway, Servers
+from tests.conftest import new_number, run_gateway
+from tests.eventually import eventually
+from tests.outbound_queue import OutboundQueue
+
+ROOT = Path(__file__).parents[2]
+PREVIOUS = "9b5a25a0b2aedba4923801563c66d534e830e412"  # the last one before a migration: it knows no idempotency_keys
+BATCH = 5  # small, and paced: they are read back one by one
+PAUSE_S = 0.02
+
+# What an older version that still runs may stand on, or wait for. A migration that contracts says so, and names the
+# version from which on nobody uses what it takes away.
+CONTRACTS = re.compile(
+    r"\bDROP\b|\bRENAME\b|\bSET NOT NULL\b|\bALTER COLUMN \w+ (SET DATA )?TYPE\b|\bTRUNCATE\b|\bLOCK TABLE\b",
+    re.IGNORECASE,
+)
+IS_DECLARED = re.compile(r"^-- contract: \d+\.\d+\.\d+", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The previous version's source tree."""
+    found = subprocess.run(["git", "cat-file", "-e", PREVIOUS], cwd=ROOT, capture_output=True, check=False)  # noqa: S603, S607
+    if found.returncode:
+        pytest.skip("this checkout has no history back to the previous version (a shallow clone?)")
+    directory = tmp_path_factory.mktemp("previous")
+    archive = directory / "source.tar"
+    command = ["git", "archive", f"--output={archive}", PREVIOUS, "gateway", "migrations"]
+    subprocess.run(command, cwd=ROOT, check=True)  # noqa: S603
+    subprocess.run(["tar", "-xf", archive], cwd=directory, check=True)  # noqa: S603, S607
+    return directory
+
+
+async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Servers, previous: Path) -> None:
+    if servers.postgres is None:
+        pytest.skip("needs a PostgreSQL of its own, to make a database in")
+    name = f"test.{uuid.uuid4().hex[:12]}"
+    database_url = await asyncio.to_thread(servers.postgres.create_database, name)
+    migrated = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "migrate"),
+        cwd=previous,
+        env={"PATH": "/usr/bin:/bin", "GATEWAY_DATABASE_URL": database_url},
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    assert await migrated.wait() == 0
+    async with open_admin(database_url) as admin:
+        account_id = (await admin.create_account("between versions"))["id"]
+        key, number = (await admin.create_key(account_id))["key"], new_number()
+        await admin.add_list(account_id, number)
+
+    settings = {
+        "GATEWAY_DATABASE_URL": database_url,
+        "GATEWAY_AMQP_URL": servers.amqp_url,
+        "GATEWAY_AMQP_EXCHANGE": name,
+        "GATEWAY_AMQP_QUEUE": name,
+        "GATEWAY_DRAIN_DELAY_S": "0",
+    }
+    old, new = Gateway(settings | {"PYTHONPATH": str(previous)}), Gateway(settings)
+    serving = [old]
+    answered = {old: 0, new: 0}
+    failures: list[object] = []
+    stop = asyncio.Event()
+    body = {"messages": [{"to": "+14155551234", "list_number": number, "body": "Ref {{messageId}}"}] * BATCH}
+
+    async def send(session: aiohttp.ClientSession, gateway: Gateway, **headers: str) -> None:
+        url = f"{gateway.url}/api/v2/send/bulk"
+        async with session.post(url, json=body, headers={"X-Api-Key": key, **headers}) as response:
+            answer = await response.json()
+        if response.status != 200 or answer["queued_count"] != BATCH:
+            failures.append(answer)
+        answered[gateway] += 1
+
+    async def keep_sending(session: aiohttp.ClientSession, first: int) -> None:
+        turn = first
+        while not stop.is_set():
+            await send(session, serving[turn % len(serving)])
+            turn += 1
+            await asyncio.sleep(PAUSE_S)
+
+    async def more_answers(*gateways: Gateway) -> None:
+        wanted = {gateway: answered[gateway] + 20 for gateway in gateways}
+        await eventually(lambda: all(answered[gateway] >= count for gateway, count in wanted.items()))
+
+    try:
+        await asyncio.to_thread(old.start)
+        async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as callers:
+            for first in range(4):
+                callers.create_task(keep_sending(session, first))
+            await more_answers(old)
+            completed = await asyncio.to_thread(run_gateway, "migrate", database_url=database_url)
+            assert completed.returncode == 0, completed.stderr
+            await more_answers(old)  # the old version, on the new schema
+            await asyncio.to_thread(new.start)
+            serving.append(new)
+            await more_answers(old, new)
+            await send(session, new, **{"Idempotency-Key": "a-key"})  # what only the new one knows
+            serving.remove(old)
+            await more_answers(new)
+            await asyncio.to_thread(old.stop)
+            await asyncio.to_thread(old.start)  # and back again: a rollback, without one of the schema
+            serving[:] = [old]
+            await more_answers(old)
+            stop.set()
+    finally:
+        await asyncio.to_thread(old.close)
+        await asyncio.to_thread(new.close)
+    assert failures == []
+    async with OutboundQueue(servers.amqp_url, name) as queue:
+        messages = await queue.take_all()
+        await queue.delete()
+    assert len(messages) == BATCH * sum(answered.values())
+    assert len({message.message_id for message in messages}) == len(messages)
+    assert {message.type for message in messages} == {"sms.v1"}
+    connection = await asyncpg.connect(database_url)
+    assert await connection.fetchval("SELECT count(*) FROM idempotency_keys") == 1
+    await connection.close()
+    await asyncio.to_thread(servers.postgres.drop_database, name)
+
+
+@pytest.mark.parametrize("migration", sorted(path.name for path in (ROOT / "migrations").glob("*.sql")))
+def test_a_migration_expands_or_says_from_which_version_on_it_contracts(migration: str) -> None:
+    up = (ROOT / "migrations" / migration).read_text().partition("-- migrate:down")[0]
+    statements = re.sub(r"--.*", "", up)
+    assert not CONTRACTS.search(statements) or IS_DECLARED.search(up)
