@@ -1,7 +1,9 @@
 # Two stages: the first installs the locked packages, the second carries the result and nothing that built it.
 FROM python:3.13-slim AS packages
 
-COPY requirements.txt /
+# `--build-arg REQUIREMENTS=requirements-traces.txt` adds what GATEWAY_TRACES=on needs.
+ARG REQUIREMENTS=requirements.txt
+COPY ${REQUIREMENTS} /requirements.txt
 RUN python -m venv /opt/gateway \
     && /opt/gateway/bin/pip install --no-cache-dir --require-hashes --requirement /requirements.txt
 

@@ -6,11 +6,12 @@ import logging
 import signal
 import sys
 from collections.abc import Coroutine
+from pathlib import Path
 
 import uvloop
 from aiohttp import web
 
-from gateway import __version__, config, log
+from gateway import __version__, config, log, tracing
 from gateway.app import make_app, make_ops_app
 from gateway.config import ConfigurationError, Settings
 from gateway.listeners import JsonRunner
@@ -22,7 +23,8 @@ logger = logging.getLogger(__name__)
 
 def run(settings: Settings, *, workers: int = 1) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return."""
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format, process="supervisor" if workers > 1 else "")
+    tracing.check(settings)
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
     if workers == 1:
@@ -33,7 +35,8 @@ def run(settings: Settings, *, workers: int = 1) -> None:
 
 def run_worker(settings: Settings, ops_socket: str) -> None:
     """One of several workers: shares the API port, and answers its supervisor's probes on a unix socket."""
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format, process=Path(ops_socket).name)
+    tracing.check(settings)
     _run(serve(settings, ops_socket=ops_socket))
 
 

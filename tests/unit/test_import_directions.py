@@ -15,10 +15,10 @@ LAYERS = [
     ["app", "listeners", "workers"],
     ["api", "health"],
     ["runtime"],
-    ["admin", "id_supply", "idempotency"],
+    ["admin", "id_supply", "idempotency", "tracing"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
-    ["grouped", "database", "amqp.connection"],
+    ["grouped", "database", "amqp.connection", "access"],
     ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids"],
     ["errors", "config", "log"],
 ]
@@ -30,6 +30,7 @@ KNOWN_ONLY_TO = {
     "aio_pika": {"amqp.connection"},
     "aiormq": {"amqp.connection"},
     "uvloop": {"server"},
+    "opentelemetry": {"tracing"},
 }
 
 PURE = ["batch", "envelopes", "wire", "message_ids", "amqp.frames", "amqp.confirms", "amqp.window"]
