@@ -5,7 +5,9 @@ ARG PYTHON_IMAGE=python:3.13-slim
 
 FROM ${PYTHON_IMAGE} AS packages
 
-COPY requirements.txt /
+# `--build-arg REQUIREMENTS=requirements-traces.txt` adds what GATEWAY_TRACES=on needs.
+ARG REQUIREMENTS=requirements.txt
+COPY ${REQUIREMENTS} /requirements.txt
 # Without pip inside: nothing is ever to be installed into the image.
 RUN python -m venv --without-pip /opt/gateway \
     && python -m pip --python /opt/gateway/bin/python install \

@@ -15,6 +15,7 @@ from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway import batch, idempotency, wire
+from gateway.access import Record
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.auth import authenticate
 from gateway.errors import (
@@ -43,6 +44,8 @@ OPENAPI = "/openapi.json"
 ALLOWED = {SEND_BULK: "POST", OPENAPI: "GET, HEAD"}
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
+RECORD = web.RequestKey("record", Record)
+REFUSED_WITH = web.ResponseKey("refused_with", str)
 # What a log line, a header and a JSON string can carry as it is.
 _is_sane_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 _PROCESS, _requests = secrets.token_hex(8), count()  # our ids: unique, and without a call for randomness each time
@@ -52,21 +55,25 @@ _JSON_TYPES = (None, "application/json")
 
 async def send_bulk(request: web.Request) -> web.Response:
     """The way of the data; each step refuses by raising, and a bad message by a row."""
-    runtime = request.app[RUNTIME]
+    runtime, record = request.app[RUNTIME], request[RECORD]
     with runtime.admission.admit() as place:
         account = await authenticate(request.headers, runtime.store)
+        record.authenticated(account.id)
         runtime.publisher.refuse_if_full(account.id)
         place.reserve(account.id, _octets_of_body(request))  # only now: without a key nobody takes room from the others
         key = idempotency.sent_key(request.headers)
         body = await _read_body(request, runtime.settings.body_timeout_s)
+        record.read(len(body))
         deadline = asyncio.get_running_loop().time() + runtime.settings.confirm_timeout_s
         draft = batch.validate(wire.decode_bulk(body))
+        record.validated(draft.size)
         block = await runtime.ids.take(batch.ids_needed(draft, runtime.layout))
         send = partial(_send, request, account, draft, deadline)
         if key is None:
             lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
             return _json(200, await send(lists, block.ids))
         sent = await runtime.idempotency.send_once(account.id, key, body, draft, block, send)
+        record.is_replayed = sent.is_replayed
         return _json(200, sent.answer, {idempotency.REPLAYED: "true"} if sent.is_replayed else {})
 
 
@@ -80,7 +87,8 @@ async def _send(
     may_be_queued: bool = False,
 ) -> Answer:
     """Build and publish what is the account's own, and say what became of it."""
-    runtime = request.app[RUNTIME]
+    runtime, record = request.app[RUNTIME], request[RECORD]
+    record.owned()
     prepared = batch.build(
         draft,
         lists,
@@ -90,13 +98,22 @@ async def _send(
         request_id=request[REQUEST_ID],
         layout=runtime.layout,
     )
+    record.built(len(prepared.payloads))
     outcomes = await runtime.publisher.publish(
-        prepared.payload_ids, prepared.payloads, prepared.shards, deadline=deadline, account_id=account.id
+        prepared.payload_ids,
+        prepared.payloads,
+        prepared.shards,
+        deadline=deadline,
+        account_id=account.id,
+        headers=runtime.tracing.begin_publish(record) if runtime.tracing and prepared.payloads else None,
     )
+    record.published()
     if may_be_queued:
         outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
     runtime.watchers.see(account.id, lists, prepared.payloads, outcomes)
-    return _answer(prepared, prepared.outcomes_of_messages(outcomes))
+    answer = _answer(prepared, prepared.outcomes_of_messages(outcomes))
+    record.counted(answer)
+    return answer
 
 
 async def refuse_route(request: web.Request) -> web.Response:
@@ -190,6 +207,24 @@ def _unqueued_row(prepared: batch.Batch, position: int, outcome: int) -> ErrorRo
 
 
 @web.middleware
+async def record_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Keep a record of a caller's request on its way; at its end, its trace and its line in the access log."""
+    runtime = request.app[RUNTIME]
+    record = request[RECORD] = Record()
+    if runtime.tracing:
+        route = SEND_BULK if request.path == SEND_BULK else ""
+        runtime.tracing.begin(record, request.method, route, request.headers)
+    status, code = 0, ""
+    try:
+        response = await handler(request)
+        status, code = response.status, response.get(REFUSED_WITH, "")
+        return response
+    finally:
+        record.end(request.get(REQUEST_ID, ""), status, code)
+        runtime.access_log.write(record, runtime.tracing.end(record) if runtime.tracing else "")
+
+
+@web.middleware
 async def answer_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request an id, and every refusal its JSON answer; the only place that catches Exception."""
     request_id = sane_request_id(request.headers.getall(REQUEST_ID_HEADER, []))
@@ -237,7 +272,9 @@ class Refused(msgspec.Struct):
 
 def refuse(error: GatewayError) -> web.Response:
     """The answer to a refused request."""
-    return _json(error.status, Refused(str(error), error.code), error.headers())
+    response = _json(error.status, Refused(str(error), error.code), error.headers())
+    response[REFUSED_WITH] = error.code
+    return response
 
 
 def _json(status: int, body: object, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:

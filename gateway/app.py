@@ -9,7 +9,9 @@ from gateway.wire import MAX_BODY_BYTES
 
 def make_app(runtime: Runtime) -> web.Application:
     """What callers reach."""
-    app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(
+        middlewares=[api.record_every_request, api.answer_every_request], client_max_size=MAX_BODY_BYTES
+    )
     app[RUNTIME] = runtime
     app.router.add_post(api.SEND_BULK, api.send_bulk, expect_handler=api.expect_later)
     app.router.add_get(api.OPENAPI, documents.openapi, expect_handler=api.expect_later)

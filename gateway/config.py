@@ -21,7 +21,7 @@ SecondsOrNone = Annotated[float, Meta(ge=0, le=3600)]
 # Others have libpq's "prefer" and "allow" too, which take whatever is offered: whoever stands between offers no TLS.
 SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}  # of aiormq's URLs
-
+Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 TailToken = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{16,255}$")]
 
@@ -86,6 +86,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay_s: SecondsOrNone = 3.0  # serve on while load balancers notice that we are not ready
     drain_timeout_s: Seconds = 20.0  # then, for the requests in flight; the sum stays under Kubernetes' 30 s
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["json", "console"] = "json"  # the same everywhere: a form that hangs on a terminal surprises
+    access_log_sample: Share = 1.0  # of the requests with everything queued
+    traces: Literal["on", "off"] = "off"
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name}={value!r}" for name, value in self.masked().items())

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
+from gateway.access import AccessLog
 from gateway.admission import Admission
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
@@ -17,6 +18,7 @@ from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
 from gateway.idempotency import Idempotency
 from gateway.store import Store
+from gateway.tracing import Tracing
 from gateway.watching import Watchers
 
 
@@ -31,6 +33,8 @@ class Runtime:
     publisher: Publisher
     admission: Admission
     layout: Layout
+    access_log: AccessLog
+    tracing: Tracing | None = None
     watchers: Watchers = field(default_factory=Watchers)
     database_was_reached: bool = False
     draining: bool = False
@@ -43,6 +47,10 @@ RUNTIME = web.AppKey("runtime", Runtime)
 async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     """Open store, ids and publisher. Neither server needs to be up: the gateway becomes ready when they are."""
     async with AsyncExitStack() as stack:
+        tracing = None
+        if settings.traces == "on":
+            tracing = Tracing(settings)
+            stack.push_async_callback(tracing.close)
         database = Database(settings)
         await database.open()
         stack.push_async_callback(database.close)
@@ -56,7 +64,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         stack.push_async_callback(idempotency.close)
         admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
-        runtime = Runtime(settings, store, ids, idempotency, publisher, admission, layout)
+        access_log = AccessLog(settings.access_log_sample)
+        runtime = Runtime(settings, store, ids, idempotency, publisher, admission, layout, access_log, tracing)
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
         sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")

@@ -13,7 +13,7 @@ from pathlib import Path
 import uvloop
 from aiohttp import web
 
-from gateway import __version__, config, log, tls
+from gateway import __version__, config, log, tls, tracing
 from gateway.app import make_app, make_ops_app
 from gateway.config import ConfigurationError, Settings
 from gateway.listeners import JsonRunner, Limits
@@ -29,7 +29,8 @@ OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes, scrapes and tails; callers have thei
 
 def run(settings: Settings, *, workers: int = 1) -> None:
     """Serve until SIGTERM or SIGINT, drain, and return."""
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format, process="supervisor" if workers > 1 else "")
+    tracing.check(settings)
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
     tls.check(settings)
@@ -45,8 +46,9 @@ def run(settings: Settings, *, workers: int = 1) -> None:
 
 def run_worker(settings: Settings, ops_socket: str) -> None:
     """One of several workers: shares the API port, and answers its supervisor's probes on a unix socket."""
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, settings.log_format, process=Path(ops_socket).name)
     tls.check(settings)
+    tracing.check(settings)
     _run(serve(settings, ops_socket=ops_socket))
 
 

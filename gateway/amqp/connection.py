@@ -7,7 +7,7 @@ the transport, and a tap in front of aiormq's reader takes the confirms of the p
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import groupby
 from typing import Any
@@ -161,13 +161,18 @@ class PublishConnection:
         return self._loop.time() - oldest.written_at if oldest else 0.0
 
     async def publish(
-        self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None, deadline: float
+        self,
+        ids: Sequence[str],
+        payloads: Sequence[bytes],
+        shards: Sequence[int] | None,
+        deadline: float,
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
         """Write one batch and wait until it is settled, lost, or past `deadline`; one Outcome per message.
 
         Raises QueueUnavailable when the buffer could not be handed to the transport: then nothing was written.
         """
-        buffer = self._pack(ids, payloads, shards)
+        buffer = self._pack(ids, payloads, shards, headers)
         published = self._tracker.add(ids)
         try:
             self._transports.write(buffer)
@@ -187,14 +192,20 @@ class PublishConnection:
             give_up.cancel()
         return published.outcomes()
 
-    def _pack(self, ids: Sequence[str], payloads: Sequence[bytes], shards: Sequence[int] | None) -> bytes:
+    def _pack(
+        self,
+        ids: Sequence[str],
+        payloads: Sequence[bytes],
+        shards: Sequence[int] | None,
+        headers: Mapping[str, str] | None,
+    ) -> bytes:
         """One buffer for the batch: each run of payloads for one shard goes through that shard's framer."""
         if shards is None:
-            return self._framers[0].pack(ids, payloads)
+            return _carrying(self._framers[0], headers).pack(ids, payloads)
         buffers, start = [], 0
         for shard, run in groupby(shards):
             stop = start + sum(1 for _ in run)
-            buffers.append(self._framers[shard].pack(ids[start:stop], payloads[start:stop]))
+            buffers.append(_carrying(self._framers[shard], headers).pack(ids[start:stop], payloads[start:stop]))
             start = stop
         return b"".join(buffers)
 
@@ -232,6 +243,10 @@ class PublishConnection:
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()
         return self._pending[oldest] if oldest else None
+
+
+def _carrying(framer: PublishFramer, headers: Mapping[str, str] | None) -> PublishFramer:
+    return framer.carrying(headers) if headers else framer
 
 
 def _finish(settled: asyncio.Future[None]) -> None:

@@ -5,13 +5,15 @@ body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import repeat
 from typing import NamedTuple
 
 import pamqp.frame
 from pamqp import commands
 from pamqp.body import ContentBody
+from pamqp.common import FieldTable
 from pamqp.header import ContentHeader
 
 END = b"\xce"
@@ -39,14 +41,28 @@ class PublishFramer:
         """`frame_max` is the negotiated size of a whole frame in octets; 0 means that the broker sets none."""
         self._channel = channel
         self._message_type = message_type
+        self._headers: FieldTable = {}
         self._publish = pamqp.frame.marshal(
             commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True), channel
         )
         self._max_body = (frame_max or DEFAULT_FRAME_MAX) - FRAME_OVERHEAD
+        self._lay_out()
+
+    def carrying(self, headers: Mapping[str, str]) -> "PublishFramer":
+        """One that sends these AMQP headers with each message: for a single batch, whose trace they name."""
+        framer = copy(self)
+        framer._headers = dict(headers)
+        framer._lay_out()
+        return framer
+
+    def _lay_out(self) -> None:
+        channel = self._channel
         # Everything of a publish before its payload has one length, as long as ids have 8 characters.
         header = pamqp.frame.marshal(self._header("00000000", 0), channel)
         size_at = _frame_start.size + _method.size  # behind class id and weight
-        before_id, after_id = header[size_at + _body_size.size :].split(b"00000000")
+        before_id, after_id = header[size_at + _body_size.size :].rsplit(
+            b"00000000", 1
+        )  # a trace's id may look like it
         self._before_size = END + self._publish + header[:size_at]
         self._before_id = before_id
         self._after_id = after_id + struct.pack(">BH", _BODY, channel)
@@ -90,6 +106,7 @@ class PublishFramer:
         properties = commands.Basic.Properties(
             content_type="application/json",
             delivery_mode=PERSISTENT,
+            headers=self._headers or None,
             message_id=message_id,
             message_type=self._message_type,
         )

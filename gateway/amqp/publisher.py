@@ -7,7 +7,7 @@ in connection.py. What may be counted, and what is unknown, is decided in confir
 import asyncio
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from yarl import URL
@@ -105,11 +105,13 @@ class Publisher:
         *,
         deadline: float | None = None,
         account_id: int = 0,
+        headers: Mapping[str, str] | None = None,
     ) -> bytes:
         """Publish one batch, in order, on one channel; wait until all is confirmed or the deadline has come.
 
         `shards` names the queue of each payload, ascending; None means the first for all. `deadline` is on the event
         loop's clock; None means a whole confirm_timeout_s from now. `account_id` is whose share of the room it takes.
+        `headers` go with each message.
         Returns one Outcome per payload. Raises QueueUnavailable or Overloaded when nothing at all was written.
         """
         if not payloads:
@@ -125,11 +127,11 @@ class Publisher:
         unconfirmed = self._load() + load
         self._window.take(load, account_id)
         try:
-            outcomes = await connection.publish(ids, payloads, shards, deadline)
+            outcomes = await connection.publish(ids, payloads, shards, deadline, headers)
             if not connection.is_lost:
                 self._window.note(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
             elif not self._closed and Outcome.UNKNOWN in outcomes:
-                return await self._republish_unknown(ids, payloads, shards, outcomes, deadline)
+                return await self._republish_unknown(ids, payloads, shards, outcomes, deadline, headers)
         finally:
             self._window.give_back(load, account_id)
         return outcomes
@@ -141,6 +143,7 @@ class Publisher:
         shards: Sequence[int] | None,
         outcomes: bytes,
         deadline: float,
+        headers: Mapping[str, str] | None,
     ) -> bytes:
         """Write the unknown messages once more, elsewhere, with the same ids: a second copy beats a lost one.
 
@@ -155,6 +158,7 @@ class Publisher:
                 [payloads[position] for position in unknown],
                 [shards[position] for position in unknown] if shards else None,
                 deadline,
+                headers,
             )
         except QueueUnavailable:
             return outcomes

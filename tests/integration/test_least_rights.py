@@ -4,7 +4,7 @@ import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import aio_pika
 import aiormq.exceptions
@@ -13,7 +13,7 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from yarl import URL
 
-from gateway import store
+from gateway import status, store
 from gateway.admin import SERVICE_RIGHTS, AdminError, open_admin
 from gateway.amqp.connection import declare_topology
 from gateway.database import connect_to_primary
@@ -22,8 +22,9 @@ from tests.conftest import MakeSettings, StartGateway, run_gateway
 from tests.eventually import eventually
 from tests.outbound_queue import OutboundQueue
 
-# All that the gateway ever says to the database, by name.
+# All that the gateway ever says to the database, by name; and what `status` asks about migrations.
 STATEMENTS = {name: sql for name, sql in vars(store).items() if name.isupper() and isinstance(sql, str)}
+STATEMENTS["APPLIED_MIGRATIONS"] = status.APPLIED_MIGRATIONS
 
 
 class Role(NamedTuple):
@@ -41,7 +42,7 @@ def role(servers: Servers) -> Iterator[Role]:
     completed = run_gateway("migrate", "--grant-to", name, database_url=servers.database_url)
     assert completed.returncode == 0, completed.stderr
     assert "idempotency_keys" in completed.stdout
-    yield Role(name, servers.database_url.replace("//postgres@", f"//{quote(name)}@"))
+    yield Role(name, str(URL(servers.database_url).with_user(name)))
     own = urlsplit(servers.database_url).path[1:]
     for statement in ("DROP OWNED BY", "DROP ROLE"):
         servers.postgres._run(

@@ -62,6 +62,9 @@ GOOD: dict[str, tuple[str, object]] = {
     "drain_delay_s": ("0", 0.0),
     "drain_timeout_s": ("1e1", 10.0),
     "log_level": ("DEBUG", "DEBUG"),
+    "log_format": ("console", "console"),
+    "access_log_sample": ("0.01", 0.01),
+    "traces": ("on", "on"),
 }
 
 # What a setting does not take, and a word of the hint that says what it does take.
@@ -103,6 +106,11 @@ BAD: list[tuple[str, str, str]] = [
     ("drain_delay_s", "-0.1", ">= 0"),
     ("drain_timeout_s", "0", "> 0"),
     ("log_level", "verbose", "Invalid enum value"),
+    ("log_format", "text", "Invalid enum value"),
+    ("access_log_sample", "1.01", "<= 1"),
+    ("access_log_sample", "-0.1", ">= 0"),
+    ("access_log_sample", "1%", "float"),
+    ("traces", "true", "Invalid enum value"),
 ]
 
 

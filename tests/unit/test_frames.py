@@ -345,3 +345,18 @@ def test_a_broker_without_a_frame_limit_gets_bodies() -> None:
     limited = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=131_072)
     payloads = [b"{}", b" " * 200_000]
     assert unlimited.pack(["AbC12345"] * 2, payloads) == limited.pack(["AbC12345"] * 2, payloads)
+
+
+@pytest.mark.parametrize("payload", [b"{}", b"x" * 300_000])
+def test_the_headers_of_a_trace_go_with_each_message_of_their_batch_and_no_other(payload: bytes) -> None:
+    plain = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=131_072)
+    before = plain.pack(["AbC12345"], [payload])
+    headers = {"traceparent": "00-00000000000000000000000000000001-0000000000000002-01"}
+    buffer, found = plain.carrying(headers).pack(["AbC12345", "AbC12346"], [payload, payload]), []
+    while buffer:
+        octets, _, frame = unmarshal(buffer)
+        buffer = buffer[octets:]
+        if isinstance(frame, ContentHeader):
+            found.append((frame.properties.message_id, frame.properties.headers, frame.body_size))
+    assert found == [("AbC12345", headers, len(payload)), ("AbC12346", headers, len(payload))]
+    assert plain.pack(["AbC12345"], [payload]) == before

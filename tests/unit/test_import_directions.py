@@ -16,10 +16,10 @@ LAYERS = [
     ["documents"],
     ["api", "health", "status", "tail"],
     ["runtime"],
-    ["admin", "id_supply", "idempotency", "watching"],
+    ["admin", "id_supply", "idempotency", "tracing", "watching"],
     ["auth"],
     ["store", "amqp.publisher", "batch", "admission"],
-    ["grouped", "database", "amqp.connection"],
+    ["grouped", "database", "amqp.connection", "access"],
     ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids", "tls"],
     ["errors", "config", "log"],
 ]
@@ -31,6 +31,7 @@ KNOWN_ONLY_TO = {
     "aio_pika": {"amqp.connection", "status"},
     "aiormq": {"amqp.connection", "status"},
     "uvloop": {"server"},
+    "opentelemetry": {"tracing"},
 }
 
 PURE = ["batch", "envelopes", "wire", "message_ids", "amqp.frames", "amqp.confirms", "amqp.window"]

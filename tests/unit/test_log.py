@@ -2,15 +2,19 @@
 
 import json
 import logging
+import os
 import re
+import select
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.log import JsonLines, configure, mask_number
+from gateway.log import MAX_PENDING_OCTETS, ConsoleLines, JsonLines, WriterThread, configure, mask_number, whole_lines
 
 EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
 
@@ -90,7 +94,7 @@ def untouched_logging() -> Iterator[None]:
 
 
 def test_the_whole_process_logs_json_to_standard_error(
-    untouched_logging: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    untouched_logging: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     configure("INFO")
@@ -100,7 +104,75 @@ def test_the_whole_process_logs_json_to_standard_error(
     logging.getLogger("aiormq.connection").error("and this")
     error = ValueError("could be anything")
     sys.excepthook(ValueError, error, None)
-    out, err = capsys.readouterr()
+    logging.getLogger().handlers[0].flush()
+    out, err = capfd.readouterr()
     assert out == ""
     assert [json.loads(line)["message"] for line in err.splitlines()] == ["hello", "ended by an unexpected error"]
     assert "anything" not in err
+
+
+def handler_on(descriptor: int) -> WriterThread:
+    handler = WriterThread(descriptor)
+    handler.setFormatter(JsonLines("worker-1"))
+    return handler
+
+
+def test_a_reader_that_is_stuck_holds_nobody_up_and_is_told_afterwards_what_it_missed() -> None:
+    reading, writing = os.pipe()
+    handler = handler_on(writing)
+    text, sent = "x" * 1000, 2 * MAX_PENDING_OCTETS // 1000
+    for number in range(sent):  # would wait for ever if a line waited for the reader
+        handler.handle(record("%s %s", number, text))
+    messages: list[str] = []
+
+    def read_all() -> None:
+        with os.fdopen(reading) as lines:
+            messages.extend(json.loads(line)["message"] for line in lines)
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    handler.flush()
+    handler.handle(record("again"))
+    handler.close()
+    os.close(writing)
+    reader.join(10)
+    dropped = [int(message.split()[0]) for message in messages if message.endswith("read too slowly")]
+    kept = [int(message.split()[0]) for message in messages if message.endswith(text)]
+    assert kept == sorted(kept)
+    assert sum(dropped) > 0
+    assert len(kept) + sum(dropped) == sent
+    assert "again" in messages
+
+
+def test_lines_leave_in_pieces_that_do_not_mix_with_another_workers() -> None:
+    lines = [b"x" * size + b"\n" for size in (10, select.PIPE_BUF - 12, 1, 5000, 3)]
+    pieces = list(whole_lines(lines))
+    assert b"".join(pieces) == b"".join(lines)
+    assert all(piece.endswith(b"\n") for piece in pieces)
+    assert all(len(piece) <= select.PIPE_BUF or piece in lines for piece in pieces)
+    assert len(pieces) == 4
+
+
+def test_a_line_says_which_worker_spoke_and_carries_its_fields() -> None:
+    line = json.loads(JsonLines("worker-1").format(record("request", fields={"status": 200})))
+    assert (line["process"], line["status"], line["message"]) == ("worker-1", 200, "request")
+
+
+def test_the_console_form_is_one_line_for_a_person_and_cannot_be_forged() -> None:
+    made = record("hello\n%s", "\x1b[31m\u2028", created=1795431600.1239, fields={"status": 200, "errors": {"a": 1}})
+    line = ConsoleLines("worker-1").format(made)
+    expected = r"11:00:00.123 WARNING  worker-1 gateway.api: hello\n\x1b[31m\u2028 status=200 errors.a=1"
+    assert line == expected
+
+
+def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
+    program = (
+        "import logging, time; from gateway import log; log.configure('INFO');"
+        "[logging.info('x' * 1000) for _ in range(200)]; time.sleep(0.2)"  # three times what a pipe holds
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)  # noqa: S603 - our own program
+    try:
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.communicate()

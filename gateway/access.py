@@ -1,0 +1,174 @@
+"""What is known of one request when it ends, and the access log's line about it.
+
+Answers in which everything was queued are sampled. What is unknown or failed is always logged, for somebody will ask.
+Everything else (refusals, error rows) is, up to MOST_LINES_A_SECOND of a kind: a flood of them must not cost more than
+the requests did. How many were left out stands in the next line of the kind.
+"""
+
+import logging
+import random
+from collections import Counter
+from time import monotonic, perf_counter
+
+from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
+from gateway.log import FIELDS
+from gateway.wire import Answer
+
+log = logging.getLogger(__name__)
+
+MOST_LINES_A_SECOND = 100
+
+
+class Record:
+    """One request's way through the steps, each with the moment at which it was done."""
+
+    __slots__ = (
+        "account_id",
+        "began",
+        "code",
+        "ended",
+        "errors",
+        "is_replayed",
+        "messages",
+        "octets",
+        "origin_ns",
+        "payloads",
+        "publish_span",
+        "queued",
+        "request_id",
+        "span",
+        "status",
+        "steps",
+    )
+
+    def __init__(self) -> None:
+        self.began = self.ended = perf_counter()
+        self.steps: list[tuple[str, float]] = []  # in order; a step lasts from the end of the one before it
+        self.request_id = ""
+        self.status = 0  # 0: never answered, because the process was ending
+        self.code = ""  # of a request that was refused as a whole
+        self.account_id: int | None = None
+        self.octets: int | None = None  # of the body
+        self.messages: int | None = None
+        self.payloads: int | None = None
+        self.queued: int | None = None
+        self.errors: dict[str, int] = {}  # error rows by code
+        self.is_replayed = False
+        self.origin_ns = 0  # `began` on the wall clock, if this request is traced
+        self.span: object = None  # gateway/tracing.py's
+        self.publish_span: object = None
+
+    def authenticated(self, account_id: int) -> None:
+        self.account_id = account_id
+        self._did("authenticate")
+
+    def read(self, octets: int) -> None:
+        self.octets = octets
+        self._did("read")
+
+    def validated(self, messages: int) -> None:
+        self.messages = messages
+        self._did("validate")
+
+    def owned(self) -> None:
+        self._did("own")
+
+    def built(self, payloads: int) -> None:
+        self.payloads = payloads
+        self._did("build")
+
+    def published(self) -> None:
+        self._did("publish")
+
+    def counted(self, answer: Answer) -> None:
+        self.queued = answer.queued_count
+        if answer.errors:
+            self.errors = dict(Counter([row.code for row in answer.errors]))
+
+    def end(self, request_id: str, status: int, code: str) -> None:
+        """What the caller was told; 0 for nothing."""
+        self.request_id, self.status, self.code = request_id, status, code
+        self.ended = perf_counter()
+
+    @property
+    def outcome(self) -> str:
+        """queued: all of it · partial · refused: nothing was queued · unknown · replayed · failed · cancelled."""
+        if self.status == 200:
+            if self.is_replayed:
+                return "replayed"
+            if OUTCOME_UNKNOWN.code in self.errors:
+                return "unknown"
+            if self.errors:
+                return "partial" if self.queued else "refused"
+            return "queued"
+        if not self.status:
+            return "cancelled"
+        if self.code == OutcomeUnknown.code:
+            return "unknown"
+        return "failed" if self.status == 500 else "refused"
+
+    def stages_ms(self) -> dict[str, float]:
+        """How long each step took."""
+        before, taken = self.began, {}
+        for name, at in self.steps:
+            taken[name] = round((at - before) * 1e3, 3)
+            before = at
+        return taken
+
+    def _did(self, step: str) -> None:
+        self.steps.append((step, perf_counter()))
+
+
+class AccessLog:
+    """Decides which requests get a line, and writes it."""
+
+    def __init__(self, sample: float) -> None:
+        """`sample`: the share of the requests with everything queued that is logged, 0 to 1."""
+        self._sample = sample
+        self._seconds: dict[str, tuple[float, int]] = {}  # by kind: when its second began, and lines since
+        self._unlogged: Counter[str] = Counter()
+
+    def write(self, record: Record, trace_id: str = "") -> None:
+        """Log the request, unless it is left out."""
+        outcome = record.outcome
+        level = {"unknown": logging.WARNING, "failed": logging.ERROR}.get(outcome, logging.INFO)
+        if not log.isEnabledFor(level):
+            return
+        unlogged = 0
+        if outcome in ("queued", "replayed"):
+            if self._sample < 1 and random.random() >= self._sample:  # noqa: S311 - a sample, no secret
+                return
+        elif level == logging.INFO:
+            kind = record.code or outcome
+            if not self._has_room(kind):
+                self._unlogged[kind] += 1
+                return
+            unlogged = self._unlogged.pop(kind, 0)
+        log.log(level, "request", extra={FIELDS: _fields(record, outcome, trace_id, unlogged)})
+
+    def _has_room(self, kind: str) -> bool:
+        now = monotonic()
+        began, lines = self._seconds.get(kind, (now, 0))
+        if now - began >= 1:
+            began, lines = now, 0
+        self._seconds[kind] = (began, lines + 1)
+        return lines < MOST_LINES_A_SECOND
+
+
+def _fields(record: Record, outcome: str, trace_id: str, unlogged: int) -> dict[str, object]:
+    fields: dict[str, object] = {"request_id": record.request_id, "outcome": outcome, "status": record.status}
+    known = (
+        ("code", record.code or None),
+        ("account_id", record.account_id),
+        ("messages", record.messages),
+        ("queued", record.queued),
+        ("errors", record.errors or None),
+        ("body_bytes", record.octets),
+        ("trace_id", trace_id or None),
+        ("unlogged", unlogged or None),
+    )
+    fields.update([(name, value) for name, value in known if value is not None])
+    fields["duration_ms"] = round((record.ended - record.began) * 1e3, 3)
+    if record.steps:
+        fields["stages_ms"] = record.stages_ms()
+    return fields

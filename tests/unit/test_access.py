@@ -1,0 +1,99 @@
+"""The access log: what each line says, and which requests get one."""
+
+import logging
+import random
+
+import pytest
+
+from gateway import access
+from gateway.access import MOST_LINES_A_SECOND, AccessLog, Record
+from gateway.wire import Answer, ErrorRow
+
+
+def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queued: int = 1) -> Record:
+    record = Record()
+    record.authenticated(42)
+    record.read(100)
+    record.validated(queued + len(errors))
+    if status == 200:
+        record.counted(Answer(queued, len(errors), [ErrorRow(n, None, row, "") for n, row in enumerate(errors)]))
+    record.end("id-1", status, code)
+    return record
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [vars(record)["fields"] for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("record", "outcome"),
+    [
+        (ended(), "queued"),
+        (ended(errors=("invalid_phone",)), "partial"),
+        (ended(errors=("invalid_phone",), queued=0), "refused"),
+        (ended(errors=("outcome_unknown",)), "unknown"),
+        (ended(504, "outcome_unknown"), "unknown"),
+        (ended(503, "overloaded"), "refused"),
+        (ended(401, "invalid_api_key"), "refused"),
+        (ended(500, "internal_error"), "failed"),
+        (ended(0), "cancelled"),
+    ],
+)
+def test_an_outcome_is_one_word(record: Record, outcome: str) -> None:
+    assert record.outcome == outcome
+
+
+def test_a_line_has_counts_and_times_and_the_errors_by_code(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    AccessLog(1).write(ended(errors=("invalid_phone", "invalid_phone", "missing_to")), "abc")
+    (line,) = lines(caplog)
+    stages = line.pop("stages_ms")
+    assert isinstance(stages, dict)
+    assert list(stages) == ["authenticate", "read", "validate"]
+    assert line.pop("duration_ms") >= sum(stages.values()) - 0.01  # type: ignore[operator]
+    assert line == {
+        "request_id": "id-1",
+        "outcome": "partial",
+        "status": 200,
+        "account_id": 42,
+        "messages": 4,
+        "queued": 1,
+        "errors": {"invalid_phone": 2, "missing_to": 1},
+        "body_bytes": 100,
+        "trace_id": "abc",
+    }
+
+
+def test_successes_are_sampled_and_what_is_unknown_or_failed_never_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    draws = iter([0.0, 0.009, 0.01, 0.5, 0.999])
+    monkeypatch.setattr(random, "random", lambda: next(draws))
+    log = AccessLog(0.01)
+    for _ in range(5):
+        log.write(ended())
+    assert len(lines(caplog)) == 2
+    caplog.clear()
+    for _ in range(MOST_LINES_A_SECOND * 2):
+        log.write(ended(504, "outcome_unknown"))
+        log.write(ended(500, "internal_error"))
+    assert len(lines(caplog)) == 4 * MOST_LINES_A_SECOND
+
+
+def test_a_flood_of_refusals_costs_few_lines_and_none_is_left_out_unsaid(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = 100.0
+    monkeypatch.setattr(access, "monotonic", lambda: now)
+    log = AccessLog(0)
+    for _ in range(5_000):
+        log.write(ended(503, "overloaded"))
+    log.write(ended(401, "invalid_api_key"))  # its kind is not flooded
+    assert len(lines(caplog)) == MOST_LINES_A_SECOND + 1
+    now += 1
+    caplog.clear()
+    log.write(ended(503, "overloaded"))
+    log.write(ended(503, "overloaded"))
+    assert [line.get("unlogged") for line in lines(caplog)] == [5_000 - MOST_LINES_A_SECOND, None]
