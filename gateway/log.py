@@ -140,6 +140,7 @@ class WriterThread(logging.Handler):
         self._lines: list[bytes] = []
         self._octets = 0  # of lines not yet written, those in the thread's hands included
         self._dropped = 0
+        self._hands = threading.Lock()  # not the handler's own: logging holds that while it waits for flush()
         self._waiting, self._written = threading.Event(), threading.Event()
         self._flushing = self._closing = False
         self._is_stuck = False  # a flush has waited in vain: the next need not
@@ -147,13 +148,14 @@ class WriterThread(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Called with the handler's lock held."""
+        """Take the line into the thread's hands, or drop it."""
         line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
-        if self._octets + len(line) > MAX_PENDING_OCTETS:
-            self._dropped += 1
-            return
-        self._lines.append(line)
-        self._octets += len(line)
+        with self._hands:
+            if self._octets + len(line) > MAX_PENDING_OCTETS:
+                self._dropped += 1
+                return
+            self._lines.append(line)
+            self._octets += len(line)
         if not self._waiting.is_set():
             self._waiting.set()
 
@@ -182,7 +184,7 @@ class WriterThread(logging.Handler):
             if not (self._flushing or self._closing):
                 threading.Event().wait(GATHER_S)
             self._waiting.clear()
-            with self.lock or threading.RLock():
+            with self._hands:
                 lines, self._lines = self._lines, []
                 dropped, self._dropped = self._dropped, 0
             octets = sum(map(len, lines))
@@ -190,7 +192,7 @@ class WriterThread(logging.Handler):
                 lines.append(self._line_about(dropped))
             for piece in whole_lines(lines):
                 self._write(piece)
-            with self.lock or threading.RLock():
+            with self._hands:
                 self._octets -= octets
             self._is_stuck = False
             self._written.set()

@@ -183,6 +183,8 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
             os.kill(supervisor.pid, signal.SIGTERM)
             await eventually(lambda: not process.is_running)
             assert not any(psutil.pid_exists(pid) for pid in now)
+            lines = [msgspec.json.decode(line) for line in process.log.read_bytes().splitlines()]
+            assert {line["process"] for line in lines} == {"supervisor", "worker-0", "worker-1", "worker-2"}
         async with OutboundQueue(servers.amqp_url, settings["GATEWAY_AMQP_QUEUE"]) as queue:
             payloads = await queue.take_payloads()
             await queue.delete()

@@ -176,3 +176,9 @@ def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_last_words_of_a_process_are_written() -> None:
+    program = "import logging; from gateway import log; log.configure('INFO'); [logging.info(n) for n in range(5000)]"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30, check=True)  # noqa: S603
+    assert [json.loads(line)["message"] for line in ended.stderr.splitlines()] == [str(n) for n in range(5000)]

@@ -1,0 +1,74 @@
+"""What a caller may send as its trace, and what becomes of it in the headers of AMQP messages."""
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+from opentelemetry.sdk.trace import ReadableSpan, sampling
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from gateway.access import Record
+from gateway.config import Settings
+from gateway.tracing import Tracing
+
+SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+CALLER = f"00-{TRACE}-00f067aa0ba902b7-"
+
+
+class Kept(SpanExporter):
+    def __init__(self) -> None:
+        self.spans: list[ReadableSpan] = []
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self.spans += spans
+        return SpanExportResult.SUCCESS
+
+
+async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[dict[str, str], int]:
+    """The AMQP headers of a request that came with these HTTP headers, and how many spans were recorded."""
+    kept = Kept()
+    tracing, record = Tracing(SETTINGS, kept, sampler), Record()
+    tracing.begin(record, "POST", "/api/v2/send/bulk", sent)
+    record.built(1)
+    headers = tracing.begin_publish(record)
+    record.end("id-1", 503, "queue_unavailable")
+    tracing.end(record)
+    await tracing.close()
+    assert all(span.status.status_code.name == "ERROR" for span in kept.spans if span.name != "build")
+    return headers, len(kept.spans)
+
+
+@pytest.mark.parametrize(("flag", "spans"), [("01", 3), ("00", 0)])
+async def test_a_callers_trace_goes_on_recorded_or_not(flag: str, spans: int) -> None:
+    headers, recorded = await headers_of({"traceparent": CALLER + flag})
+    assert (headers["traceparent"][3:35], headers["traceparent"][-2:], recorded) == (TRACE, flag, spans)
+
+
+async def test_a_sampler_that_asks_no_parent_leaves_the_decision_to_us() -> None:
+    headers, recorded = await headers_of({"traceparent": CALLER + "01"}, sampling.TraceIdRatioBased(0))
+    assert (headers["traceparent"][-2:], recorded) == ("00", 0)
+
+
+@pytest.mark.parametrize(
+    "sent", ["", "x", CALLER, "00-" + "0" * 32 + "-00f067aa0ba902b7-01", "\udcff" * 55, "ff" + CALLER]
+)
+async def test_what_is_no_trace_begins_one_of_ours(sent: str) -> None:
+    headers, recorded = await headers_of({"traceparent": sent, "tracestate": "vendor=1"})
+    assert recorded == 3
+    assert TRACE not in headers["traceparent"]
+    assert "tracestate" not in headers
+
+
+@pytest.mark.parametrize(
+    ("sent", "passed_on"),
+    [
+        ("a=1,b=2", "a=1,b=2"),
+        ("\udcff=1", None),
+        ("a=\udcff", None),
+        (",".join(f"v{n}={'x' * 240}" for n in range(30)), None),  # would go with each message
+    ],
+)
+async def test_a_tracestate_is_passed_on_if_it_is_one_and_no_burden(sent: str, passed_on: str | None) -> None:
+    headers, _ = await headers_of({"traceparent": CALLER + "01", "tracestate": sent})
+    assert headers.get("tracestate") == passed_on
+    str(headers).encode("ascii")
