@@ -32,6 +32,7 @@ from gateway.errors import (
     RequestTimeout,
     UnsupportedMediaType,
 )
+from gateway.measurements import AUTHENTICATE, BUILD, CANCELLED, OK, OWN, PUBLISH, Stopwatch
 from gateway.runtime import RUNTIME
 from gateway.store import Account
 from gateway.wire import MAX_BODY_BYTES, Answer, ErrorRow
@@ -41,6 +42,8 @@ log = logging.getLogger(__name__)
 SEND_BULK = "/api/v2/send/bulk"
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
+STOPWATCH = web.RequestKey("stopwatch", Stopwatch)
+CODE = web.ResponseKey("code", str)  # why the request was refused
 # What a log line, a header and a JSON string can carry as it is.
 _is_sane_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 _PROCESS, _requests = secrets.token_hex(8), count()  # our ids: unique, and without a call for randomness each time
@@ -49,21 +52,26 @@ _JSON_TYPES = (None, "application/json")
 
 async def send_bulk(request: web.Request) -> web.Response:
     """The way of the data; each step refuses by raising, and a bad message by a row."""
-    runtime = request.app[RUNTIME]
+    runtime, watch = request.app[RUNTIME], request[STOPWATCH]
     with runtime.admission.admit() as place:
         account = await authenticate(request.headers, runtime.store)
+        watch.lap(AUTHENTICATE)
         runtime.publisher.refuse_if_full(account.id)
         place.reserve(account.id, _octets_of_body(request))  # only now: without a key nobody takes room from the others
         key = idempotency.sent_key(request.headers)
         body = await _read_body(request, runtime.settings.body_timeout_s)
+        watch.has_read(len(body))
         deadline = asyncio.get_running_loop().time() + runtime.settings.confirm_timeout_s
         draft = batch.validate(wire.decode_bulk(body))
+        watch.has_decoded(draft.size)
         block = await runtime.ids.take(batch.ids_needed(draft, runtime.layout))
         send = partial(_send, request, account, draft, deadline)
         if key is None:
             lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
             return _json(200, await send(lists, block.ids))
         sent = await runtime.idempotency.send_once(account.id, key, body, draft, block, send)
+        if sent.is_replayed:
+            watch.has_replayed()
         return _json(200, sent.answer, {idempotency.REPLAYED: "true"} if sent.is_replayed else {})
 
 
@@ -77,7 +85,8 @@ async def _send(
     may_be_queued: bool = False,
 ) -> Answer:
     """Build and publish what is the account's own, and say what became of it."""
-    runtime = request.app[RUNTIME]
+    runtime, watch = request.app[RUNTIME], request[STOPWATCH]
+    watch.lap(OWN)
     prepared = batch.build(
         draft,
         lists,
@@ -87,12 +96,16 @@ async def _send(
         request_id=request[REQUEST_ID],
         layout=runtime.layout,
     )
+    watch.lap(BUILD)
     outcomes = await runtime.publisher.publish(
         prepared.payload_ids, prepared.payloads, prepared.shards, deadline=deadline, account_id=account.id
     )
+    watch.lap(PUBLISH)
     if may_be_queued:
         outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
-    return _answer(prepared, prepared.outcomes_of_messages(outcomes))
+    answer = _answer(prepared, prepared.outcomes_of_messages(outcomes))
+    watch.has_sent(answer)
+    return answer
 
 
 async def refuse_route(request: web.Request) -> web.Response:
@@ -181,6 +194,20 @@ def _unqueued_row(prepared: batch.Batch, position: int, outcome: int) -> ErrorRo
 
 
 @web.middleware
+async def measure_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request its stopwatch, and count how it was answered; around the middleware that answers."""
+    measurements = request.app[RUNTIME].measurements
+    watch = request[STOPWATCH] = Stopwatch(measurements)
+    status, code = CANCELLED
+    try:
+        response = await handler(request)
+        status, code = response.status, response.get(CODE, OK)
+    finally:  # also when it was cancelled: its messages are in flight no more
+        measurements.finish(watch, status, code)
+    return response
+
+
+@web.middleware
 async def answer_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give every request an id, and every refusal its JSON answer; the only place that catches Exception."""
     request_id = sane_request_id(request.headers.getall(REQUEST_ID_HEADER, []))
@@ -219,7 +246,9 @@ class Refused(msgspec.Struct):
 
 def refuse(error: GatewayError) -> web.Response:
     """The answer to a refused request."""
-    return _json(error.status, Refused(str(error), error.code), error.headers())
+    response = _json(error.status, Refused(str(error), error.code), error.headers())
+    response[CODE] = error.code
+    return response
 
 
 def _json(status: int, body: object, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:

@@ -2,14 +2,16 @@
 
 from aiohttp import web
 
-from gateway import api, health
+from gateway import api, health, metrics
 from gateway.runtime import RUNTIME, Runtime
 from gateway.wire import MAX_BODY_BYTES
 
 
 def make_app(runtime: Runtime) -> web.Application:
     """What callers reach."""
-    app = web.Application(middlewares=[api.answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(
+        middlewares=[api.measure_every_request, api.answer_every_request], client_max_size=MAX_BODY_BYTES
+    )
     app[RUNTIME] = runtime
     app.router.add_post(api.SEND_BULK, api.send_bulk, expect_handler=api.expect_later)
     app.router.add_route("*", "/{path:.*}", api.refuse_route, expect_handler=api.expect_later)
@@ -22,4 +24,5 @@ def make_ops_app(runtime: Runtime) -> web.Application:
     app[RUNTIME] = runtime
     app.router.add_get("/livez", health.live)
     app.router.add_get("/readyz", health.ready)
+    app.router.add_get("/metrics", metrics.show)
     return app

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from aiohttp import web
@@ -15,33 +16,54 @@ log = logging.getLogger(__name__)
 class JsonRunner(web.AppRunner):
     """An AppRunner whose connections answer malformed HTTP as everything else: in JSON, with a request id."""
 
-    def __init__(self, app: web.Application, *, answer_timeout_s: float, **options: Any) -> None:
-        """`answer_timeout_s`: how long a caller may leave an answer unread before the connection is cut."""
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        answer_timeout_s: float,
+        on_refused: Callable[[int, str], None] = lambda status, code: None,
+        **options: Any,
+    ) -> None:
+        """`answer_timeout_s`: how long a caller may leave an answer unread before the connection is cut.
+
+        `on_refused` is told status and code of what no handler sees.
+        """
         super().__init__(app, access_log=None, **options)
         self._answer_timeout_s = answer_timeout_s
+        self._on_refused = on_refused
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            self._answer_timeout_s, made.request_handler, request_factory=made.request_factory, **self._kwargs
+            self._answer_timeout_s,
+            self._on_refused,
+            made.request_handler,
+            request_factory=made.request_factory,
+            **self._kwargs,
         )
 
 
 class _Server(web.Server):
-    def __init__(self, answer_timeout_s: float, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, answer_timeout_s: float, on_refused: Callable[[int, str], None], *arguments: Any, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self._answer_timeout_s = answer_timeout_s
+        self._on_refused = on_refused
 
     def __call__(self) -> RequestHandler:
-        return _Connection(self._answer_timeout_s, self, loop=self._loop, **self._kwargs)
+        return _Connection(self._answer_timeout_s, self._on_refused, self, loop=self._loop, **self._kwargs)
 
 
 class _Connection(RequestHandler):
-    __slots__ = ("_answer_timeout_s", "_cut")
+    __slots__ = ("_answer_timeout_s", "_cut", "_on_refused")
 
-    def __init__(self, answer_timeout_s: float, *arguments: Any, **options: Any) -> None:
+    def __init__(
+        self, answer_timeout_s: float, on_refused: Callable[[int, str], None], *arguments: Any, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
         self._answer_timeout_s = answer_timeout_s
+        self._on_refused = on_refused
         self._cut: asyncio.TimerHandle | None = None
 
     def pause_writing(self) -> None:
@@ -78,6 +100,7 @@ class _Connection(RequestHandler):
         else:
             log.error("request %s failed outside its handler", request_id, exc_info=exc)
             response = api.refuse(errors.InternalError())
+        self._on_refused(response.status, response[api.CODE])
         response.headers[api.REQUEST_ID_HEADER] = request_id
         response.force_close()
         return response

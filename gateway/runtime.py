@@ -16,7 +16,10 @@ from gateway.envelopes import Layout
 from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
 from gateway.idempotency import Idempotency
+from gateway.measurements import Histogram, Measurements
 from gateway.store import Store
+
+LAG_INTERVAL_S = 0.25
 
 
 @dataclass(slots=True)
@@ -24,12 +27,14 @@ class Runtime:
     """The state of one gateway process."""
 
     settings: Settings
+    database: Database
     store: Store
     ids: IdSupply
     idempotency: Idempotency
     publisher: Publisher
     admission: Admission
     layout: Layout
+    measurements: Measurements
     database_was_reached: bool = False
     draining: bool = False
 
@@ -54,11 +59,13 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         stack.push_async_callback(idempotency.close)
         admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
-        runtime = Runtime(settings, store, ids, idempotency, publisher, admission, layout)
+        runtime = Runtime(settings, database, store, ids, idempotency, publisher, admission, layout, Measurements())
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
         sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")
         stack.push_async_callback(_stop, sweeping)
+        lagging = asyncio.create_task(_watch_event_loop(runtime.measurements.loop_lag_s), name="watch the event loop")
+        stack.push_async_callback(_stop, lagging)
         yield runtime
 
 
@@ -70,6 +77,15 @@ async def _reach_database(runtime: Runtime) -> None:
             runtime.database_was_reached = True
         except DatabaseUnavailable:
             await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
+
+
+async def _watch_event_loop(lag_s: Histogram) -> None:
+    """How much later than asked for a task runs: the longest of what it waits for behind others."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_at = loop.time() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        lag_s.observe(max(0.0, loop.time() - due_at))
 
 
 async def _stop(task: asyncio.Task[None]) -> None:

@@ -13,11 +13,11 @@ LAYERS = [
     ["__main__"],
     ["server"],
     ["app", "listeners", "workers"],
-    ["api", "health"],
+    ["api", "health", "metrics"],
     ["runtime"],
     ["admin", "id_supply", "idempotency"],
     ["auth"],
-    ["store", "amqp.publisher", "batch", "admission"],
+    ["store", "amqp.publisher", "batch", "admission", "measurements"],
     ["grouped", "database", "amqp.connection"],
     ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids"],
     ["errors", "config", "log"],
@@ -25,10 +25,11 @@ LAYERS = [
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "runtime"},
+    "aiohttp": {"server", "app", "listeners", "workers", "api", "health", "metrics", "runtime"},
     "asyncpg": {"database", "admin"},
     "aio_pika": {"amqp.connection"},
     "aiormq": {"amqp.connection"},
+    "prometheus_client": {"metrics"},
     "uvloop": {"server"},
 }
 
