@@ -209,10 +209,12 @@ def show_workers(request: web.Request, expositions: Mapping[int, str | None], re
     Nothing is added up here: a counter that starts again at 0 is a reset that Prometheus sees in its own series, and
     would be a sum that falls.
     """
-    return _exposition(request, _WorkersMetrics(expositions, restarts))
+    return _exposition(request, WorkersMetrics(expositions, restarts))
 
 
-class _WorkersMetrics(Collector):
+class WorkersMetrics(Collector):
+    """What a supervisor has to show: its workers' own, put together, and how many of them answer."""
+
     def __init__(self, expositions: Mapping[int, str | None], restarts: int) -> None:
         self._expositions = expositions
         self._restarts = restarts
