@@ -18,6 +18,7 @@ from gateway import log
 from gateway.access import AccessLog, Record
 from gateway.amqp.frames import PublishFramer
 from gateway.config import Settings
+from gateway.measurements import Measurements
 from gateway.tracing import Tracing
 from gateway.wire import Answer
 
@@ -36,7 +37,7 @@ class Nowhere(SpanExporter):
 
 def request(access_log: AccessLog | None, tracing: Tracing | None) -> None:
     """All calls that a request makes to record, log and tracing."""
-    record = Record()
+    record = Record(Measurements())
     if tracing:
         tracing.begin(record, "POST", "/api/v2/send/bulk", {})
     record.authenticated(42)

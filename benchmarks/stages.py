@@ -17,6 +17,7 @@ import pamqp.frame
 from pamqp import commands
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from benchmarks import machine, traffic
 from benchmarks.figures import Figure
@@ -25,6 +26,14 @@ from gateway import batch, wire
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import IncomingFrames, PublishFramer, Settled
 from gateway.envelopes import Layout
+from gateway.measurements import (
+    MESSAGES,
+    OK,
+    SECONDS,
+    STAGES,
+    Measurements,
+    Stopwatch,
+)
 from gateway.message_ids import ALPHABET, BASE, LeasedIds
 from gateway.wire import Answer, Payload
 
@@ -121,6 +130,11 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     rows = batch.validate(wire.decode_bulk(bad)).rows
     yield "answer, clean", False, partial(wire.encode, Answer(size, 0, []))
     yield "answer, all bad", False, partial(wire.encode, Answer(0, size, rows))
+
+    measurements = Measurements()
+    yield "metrics", False, partial(_measure, measurements, size, Answer(size, 0, []))
+    yield "metrics, all bad", False, partial(_measure, measurements, size, Answer(0, size, rows))
+    yield "prometheus-client", True, _measure_by_prometheus_client(size)
 
 
 def _body(size: int, bad: int = 0, flaw: dict[str, Any] = FORMAT) -> bytes:
@@ -260,6 +274,43 @@ def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractE
             settled_to = frame.delivery_tag
     if futures:
         raise AssertionError("the acks do not cover the batch")
+
+
+def _measure(measurements: Measurements, size: int, answer: Answer) -> None:
+    """All that one request is measured by, as api.py does."""
+    watch = Stopwatch(measurements)
+    watch.has_read(100 * size)
+    watch.has_decoded(size)
+    for stage in range(len(STAGES)):
+        watch.lap(stage)
+    watch.has_sent(answer)
+    watch.finish(200, OK)
+
+
+def _measure_by_prometheus_client(size: int) -> Work:
+    """The same metrics of a clean batch as its library has them, label values looked up where they are fixed."""
+    registry = CollectorRegistry()
+    durations = Histogram("stage_seconds", "Of stages.", ["stage"], buckets=SECONDS, registry=registry)
+    stages = [durations.labels(stage) for stage in STAGES]
+    whole = Histogram("request_seconds", "Of requests.", buckets=SECONDS, registry=registry)
+    messages = Histogram("request_messages", "In a request.", buckets=MESSAGES, registry=registry)
+    octets = Counter("body_bytes", "Read.", registry=registry)
+    requests = Counter("requests", "By status and code.", ["status", "code"], registry=registry)
+    queued = Counter("messages", "By outcome.", ["outcome"], registry=registry).labels("queued")
+
+    def measure_request() -> None:
+        begin = at = time.perf_counter()
+        for stage in stages:
+            now = time.perf_counter()
+            stage.observe(now - at)
+            at = now
+        octets.inc(100 * size)
+        messages.observe(size)
+        queued.inc(size)
+        whole.observe(time.perf_counter() - begin)
+        requests.labels("200", OK).inc()
+
+    return measure_request
 
 
 def _refusing(size: int) -> list[Refusing]:

@@ -8,10 +8,23 @@ the requests did. How many were left out stands in the next line of the kind.
 import logging
 import random
 from collections import Counter
-from time import monotonic, perf_counter
+from time import monotonic
 
 from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
 from gateway.log import FIELDS
+from gateway.measurements import (
+    AUTHENTICATE,
+    BUILD,
+    CANCELLED,
+    OK,
+    OWN,
+    PUBLISH,
+    READ,
+    STAGES,
+    VALIDATE,
+    Measurements,
+    Stopwatch,
+)
 from gateway.wire import Answer
 
 log = logging.getLogger(__name__)
@@ -23,6 +36,7 @@ class Record:
     """One request's way through the steps, each with the moment at which it was done."""
 
     __slots__ = (
+        "_watch",
         "account_id",
         "began",
         "code",
@@ -41,8 +55,9 @@ class Record:
         "steps",
     )
 
-    def __init__(self) -> None:
-        self.began = self.ended = perf_counter()
+    def __init__(self, measurements: Measurements) -> None:
+        self._watch = Stopwatch(measurements)
+        self.began = self.ended = self._watch.started_at
         self.steps: list[tuple[str, float]] = []  # in order; a step lasts from the end of the one before it
         self.request_id = ""
         self.status = 0  # 0: never answered, because the process was ending
@@ -60,27 +75,34 @@ class Record:
 
     def authenticated(self, account_id: int) -> None:
         self.account_id = account_id
-        self._did("authenticate")
+        self._did(AUTHENTICATE)
 
     def read(self, octets: int) -> None:
         self.octets = octets
-        self._did("read")
+        self._watch.has_read(octets)
+        self._did(READ)
 
     def validated(self, messages: int) -> None:
         self.messages = messages
-        self._did("validate")
+        self._watch.has_decoded(messages)
+        self._did(VALIDATE)
 
     def owned(self) -> None:
-        self._did("own")
+        self._did(OWN)
 
     def built(self, payloads: int) -> None:
         self.payloads = payloads
-        self._did("build")
+        self._did(BUILD)
 
     def published(self) -> None:
-        self._did("publish")
+        self._did(PUBLISH)
+
+    def replayed(self) -> None:
+        self.is_replayed = True
+        self._watch.has_replayed()
 
     def counted(self, answer: Answer) -> None:
+        self._watch.has_sent(answer)
         self.queued = answer.queued_count
         if answer.errors:
             self.errors = dict(Counter([row.code for row in answer.errors]))
@@ -88,7 +110,7 @@ class Record:
     def end(self, request_id: str, status: int, code: str) -> None:
         """What the caller was told; 0 for nothing."""
         self.request_id, self.status, self.code = request_id, status, code
-        self.ended = perf_counter()
+        self.ended = self._watch.finish(*((status, code or OK) if status else CANCELLED))
 
     @property
     def outcome(self) -> str:
@@ -115,8 +137,8 @@ class Record:
             before = at
         return taken
 
-    def _did(self, step: str) -> None:
-        self.steps.append((step, perf_counter()))
+    def _did(self, stage: int) -> None:
+        self.steps.append((STAGES[stage], self._watch.lap(stage)))
 
 
 class AccessLog:

@@ -28,6 +28,7 @@ class Admission:
         self.octets_of: Counter[int] = Counter()
         self.held_s = 0.0  # how long a request keeps its place, smoothed: when one may be free again
         self.closed = False
+        self.shed: Counter[str] = Counter()  # how many requests found no room, and what there was too little of
 
     @contextmanager
     def admit(self) -> Iterator["Place"]:
@@ -35,6 +36,7 @@ class Admission:
         if self.closed:
             raise Draining
         if self.requests >= self._max_requests:
+            self.shed["places"] += 1
             raise Overloaded(retry_after_s=self.held_s)
         self.requests += 1
         place = Place(self)
@@ -50,10 +52,12 @@ class Admission:
         """Take an account's share of the places, and room for a body; a Place gives them back."""
         requests, held = self.requests_of[account_id], self.octets_of[account_id]
         free_requests, free_octets = self._max_requests - self.requests, self._max_octets - self.octets
-        if octets > free_octets or (
+        has_no_room = octets > free_octets
+        if has_no_room or (
             requests  # its only one is nobody's loss
             and (requests >= SHARE * (free_requests + 1) or held + octets > SHARE * free_octets)
         ):
+            self.shed["bytes" if has_no_room else "account_share"] += 1
             raise Overloaded(retry_after_s=self.held_s)
         self.octets += octets
         self.requests_of[account_id] += 1

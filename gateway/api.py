@@ -73,7 +73,8 @@ async def send_bulk(request: web.Request) -> web.Response:
             lists = await runtime.store.find_owned_lists(account.id, draft.distinct_list_numbers())
             return _json(200, await send(lists, block.ids))
         sent = await runtime.idempotency.send_once(account.id, key, body, draft, block, send)
-        record.is_replayed = sent.is_replayed
+        if sent.is_replayed:
+            record.replayed()
         return _json(200, sent.answer, {idempotency.REPLAYED: "true"} if sent.is_replayed else {})
 
 
@@ -210,7 +211,7 @@ def _unqueued_row(prepared: batch.Batch, position: int, outcome: int) -> ErrorRo
 async def record_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Keep a record of a caller's request on its way; at its end, its trace and its line in the access log."""
     runtime = request.app[RUNTIME]
-    record = request[RECORD] = Record()
+    record = request[RECORD] = Record(runtime.measurements)
     if runtime.tracing:
         route = SEND_BULK if request.path == SEND_BULK else ""
         runtime.tracing.begin(record, request.method, route, request.headers)

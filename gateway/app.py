@@ -2,7 +2,7 @@
 
 from aiohttp import web
 
-from gateway import api, documents, health, tail
+from gateway import api, documents, health, metrics, tail
 from gateway.runtime import RUNTIME, Runtime
 from gateway.wire import MAX_BODY_BYTES
 
@@ -28,4 +28,5 @@ def make_ops_app(runtime: Runtime) -> web.Application:
     documents.add_page(app)
     app.router.add_get(tail.PATH, tail.serve_tail)
     app.on_shutdown.append(tail.end_tails)
+    app.router.add_get("/metrics", metrics.show)
     return app

@@ -42,6 +42,7 @@ class Database:
         self._timeout_s = settings.database_timeout_s
         self._return: asyncio.Task[None] | None = None
         self._answered_at = float("-inf")
+        self.failures = 0  # questions that were asked and not answered
         self._pool = asyncpg.create_pool(
             settings.database_url_with_tls(),
             connect=connect_to_primary,
@@ -74,6 +75,16 @@ class Database:
         """Whether the last question found nobody, and nobody has been found since."""
         return self._return is not None
 
+    @property
+    def connections(self) -> int:
+        """How many are open."""
+        return int(self._pool.get_size())
+
+    @property
+    def idle_connections(self) -> int:
+        """How many of them nobody uses."""
+        return int(self._pool.get_idle_size())
+
     @asynccontextmanager
     async def connection(self, turns: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
         """A connection for one question. Waiting for it, and for the answer, take database_timeout_s together at most.
@@ -88,6 +99,7 @@ class Database:
                 yield connection
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
+            self.failures += 1
             log.warning("the database is unavailable: %s", reason(error))
             # One slow question among others that are answered is no outage: to start over would make it one.
             is_silent = time.monotonic() - self._answered_at > self._timeout_s

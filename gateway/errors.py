@@ -201,3 +201,17 @@ QUEUE_REJECTED = Refusal("queue_rejected", "The queue refused this message; it i
 OUTCOME_UNKNOWN = Refusal(
     "outcome_unknown", "The queue did not confirm this message in time: it may or may not be queued"
 )
+
+
+def kinds() -> list[type[GatewayError]]:
+    """Every refusal of a whole request that has a code, in the order of the tree above."""
+    return [kind for kind in _below(GatewayError) if hasattr(kind, "code")]
+
+
+def refusals() -> list[Refusal]:
+    """Every refusal of a single message."""
+    return [value for value in globals().values() if isinstance(value, Refusal)]
+
+
+def _below(kind: type[GatewayError]) -> list[type[GatewayError]]:
+    return [one for child in kind.__subclasses__() for one in (child, *_below(child))]

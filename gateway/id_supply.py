@@ -14,6 +14,12 @@ class IdSupply:
         self._current: LeasedIds | None = None
         self._next: LeasedIds | None = None
         self._leasing: asyncio.Task[None] | None = None
+        self.leases = 0
+
+    @property
+    def at_hand(self) -> int:
+        """How many ids are left in the leases that are held."""
+        return sum(len(leased) for leased in (self._current, self._next) if leased is not None)
 
     async def take(self, count: int) -> IdBlock:
         """`count` ids that nobody else has. Raises DatabaseUnavailable when a lease is needed and cannot be had."""
@@ -40,6 +46,7 @@ class IdSupply:
 
     async def _lease_next(self) -> None:
         self._next = LeasedIds(await self._store.lease_message_ids())
+        self.leases += 1
 
     def _leased(self, task: asyncio.Task[None]) -> None:
         self._leasing = None

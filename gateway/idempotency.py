@@ -14,6 +14,7 @@ import logging
 import random
 import re
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, NamedTuple
 
@@ -67,6 +68,7 @@ class Idempotency:
         self._store = store
         self._hold_s = longest_run_s + HOLD_MARGIN_S
         self._settling: set[asyncio.Task[None]] = set()
+        self.requests: Counter[str] = Counter()  # with a key, by what it led to
 
     async def send_once(
         self,
@@ -95,14 +97,19 @@ class Idempotency:
             numbers=draft.distinct_list_numbers(),
         )
         if known is None:
+            self.requests["in_progress"] += 1
             raise IdempotencyInProgress  # forgotten between two looks at it: the next try finds it free
         if not isinstance(known, HeldKey):
             if not known.is_same_body:
+                self.requests["conflict"] += 1
                 raise IdempotencyKeyReused
             if known.answer is None:
+                self.requests["in_progress"] += 1
                 raise IdempotencyInProgress
+            self.requests["replayed"] += 1
             return Sent(known.answer, is_replayed=True)
         is_first = known.first_id == ids.first
+        self.requests["first" if is_first else "again"] += 1
         # Envelopes' own ids, behind those of the messages, are fresh in any case: the layout may have changed.
         same_ids = ids.ids if is_first else ids_at(known.first_id, draft.size) + ids.ids[draft.size :]
         try:

@@ -103,13 +103,28 @@ class Noise:
 class JsonRunner(web.AppRunner):
     """An AppRunner whose connections are bounded, and answer malformed HTTP as everything else: in JSON."""
 
-    def __init__(self, app: web.Application, limits: Limits, **options: Any) -> None:
+    def __init__(
+        self,
+        app: web.Application,
+        limits: Limits,
+        *,
+        on_refused: Callable[[int, str], None] = lambda status, code: None,
+        **options: Any,
+    ) -> None:
+        """`on_refused` is told status and code of what no handler sees."""
         super().__init__(app, access_log=None, lingering_time=LINGER_S, **options)
         self._limits = limits
+        self._on_refused = on_refused
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(self._limits, made.request_handler, request_factory=made.request_factory, **self._kwargs)
+        return _Server(
+            self._limits,
+            self._on_refused,
+            made.request_handler,
+            request_factory=made.request_factory,
+            **self._kwargs,
+        )
 
     async def _cleanup_server(self) -> None:
         if isinstance(self._server, _Server):
@@ -120,9 +135,10 @@ class JsonRunner(web.AppRunner):
 class _Server(web.Server):
     _connections: "dict[_Connection, asyncio.Transport]"  # type: ignore[assignment]  # of our own making, all of them
 
-    def __init__(self, limits: Limits, *arguments: Any, **options: Any) -> None:
+    def __init__(self, limits: Limits, on_refused: Callable[[int, str], None], *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.limits = fit_descriptors(limits)
+        self.on_refused = on_refused
         self.noise = Noise()
         self._spared: deque[_Connection] = deque()
         self._none_to_spare = False
@@ -306,6 +322,7 @@ class _Connection(RequestHandler):
         else:
             log.error("request %s failed outside its handler", request_id, exc_info=exc)
             response = api.refuse(errors.InternalError())
+        self._server.on_refused(response.status, response[api.REFUSED_WITH])
         response.headers[api.REQUEST_ID_HEADER] = request_id
         response.force_close()
         return response

@@ -17,9 +17,12 @@ from gateway.envelopes import Layout
 from gateway.errors import DatabaseUnavailable
 from gateway.id_supply import IdSupply
 from gateway.idempotency import Idempotency
+from gateway.measurements import Histogram, Measurements
 from gateway.store import Store
 from gateway.tracing import Tracing
 from gateway.watching import Watchers
+
+LAG_INTERVAL_S = 0.25
 
 
 @dataclass(slots=True)
@@ -27,6 +30,7 @@ class Runtime:
     """The state of one gateway process."""
 
     settings: Settings
+    database: Database
     store: Store
     ids: IdSupply
     idempotency: Idempotency
@@ -34,6 +38,7 @@ class Runtime:
     admission: Admission
     layout: Layout
     access_log: AccessLog
+    measurements: Measurements
     tracing: Tracing | None = None
     watchers: Watchers = field(default_factory=Watchers)
     database_was_reached: bool = False
@@ -65,11 +70,16 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
         access_log = AccessLog(settings.access_log_sample)
-        runtime = Runtime(settings, store, ids, idempotency, publisher, admission, layout, access_log, tracing)
+        runtime = Runtime(
+            *(settings, database, store, ids, idempotency, publisher, admission, layout, access_log, Measurements()),
+            tracing=tracing,
+        )
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
         sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")
         stack.push_async_callback(_stop, sweeping)
+        lagging = asyncio.create_task(_watch_event_loop(runtime.measurements.loop_lag_s), name="watch the event loop")
+        stack.push_async_callback(_stop, lagging)
         yield runtime
 
 
@@ -81,6 +91,15 @@ async def _reach_database(runtime: Runtime) -> None:
             runtime.database_was_reached = True
         except DatabaseUnavailable:
             await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
+
+
+async def _watch_event_loop(lag_s: Histogram) -> None:
+    """How much later than asked for a task runs: the longest of what it waits for behind others."""
+    loop = asyncio.get_running_loop()
+    while True:
+        due_at = loop.time() + LAG_INTERVAL_S
+        await asyncio.sleep(LAG_INTERVAL_S)
+        lag_s.observe(max(0.0, loop.time() - due_at))
 
 
 async def _stop(task: asyncio.Task[None]) -> None:

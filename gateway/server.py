@@ -115,6 +115,7 @@ def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
     callers = JsonRunner(
         make_app(runtime),
         limits,
+        on_refused=runtime.measurements.refuse_unread,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is looked at
         keepalive_timeout=settings.keepalive_timeout_s,
         shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits so long twice: for handlers, for connections

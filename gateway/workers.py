@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 from aiohttp import web
 
-from gateway import api, documents, tail
+from gateway import api, documents, metrics, tail
 from gateway.config import ConfigurationError, Settings
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ class Worker:
         self.number = number
         self.ops_socket = directory / f"worker-{number}"
         self._process: asyncio.subprocess.Process | None = None
+        self.starts = 0
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
 
     async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
@@ -54,6 +55,7 @@ class Worker:
             else:
                 log.info("worker %s runs as process %s", self.number, process.pid)
                 self._process = process
+                self.starts += 1
                 await self._watch(process, stop)
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(*RESTART_DELAY_S)):  # noqa: S311 - jitter
@@ -84,16 +86,28 @@ class Worker:
 
     async def probe(self, path: str) -> tuple[int, dict[str, object]]:
         """What the worker's own operations listener answers; 503 when it does not."""
-        connector = aiohttp.UnixConnector(path=str(self.ops_socket))
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
         try:
-            async with (
-                aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
-                session.get(f"http://worker{path}") as response,
-            ):
-                return response.status, msgspec.json.decode(await response.read(), type=dict[str, object])
+            status, body = await self._ask(path)
+            return status, msgspec.json.decode(body, type=dict[str, object])
         except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
             return 503, {"status": "does not answer"}
+
+    async def metrics(self) -> str | None:
+        """The worker's own metrics, as text; None when it does not answer."""
+        try:
+            status, body = await self._ask("/metrics")
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+        return body.decode() if status == 200 else None
+
+    async def _ask(self, path: str) -> tuple[int, bytes]:
+        connector = aiohttp.UnixConnector(path=str(self.ops_socket))
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.get(f"http://worker{path}") as response,
+        ):
+            return response.status, await response.read()
 
 
 async def supervise(settings: Settings, count: int) -> None:
@@ -146,6 +160,12 @@ def make_probes_app(workers: list[Worker], relay: tail.Relay) -> web.Application
         status = max(status for status, _ in answers)
         return web.json_response({"workers": [answer for _, answer in answers]}, status=status)
 
+    async def show_metrics(request: web.Request) -> web.Response:
+        texts = await asyncio.gather(*(worker.metrics() for worker in workers))
+        restarts = sum(max(0, worker.starts - 1) for worker in workers)
+        return metrics.show_workers(request, dict(enumerate(texts)), restarts)
+
+    app.router.add_get("/metrics", show_metrics)
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)
     documents.add_page(app)

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 CLOSE_TIMEOUT_S = 2.0
+STATES = ("open", "probation", "blocked", "overdue", "lost")
 STALLED_S = 1.0  # so much younger batches elsewhere are confirmed already: something is wrong with this connection
 
 
@@ -70,6 +71,8 @@ class PublishConnection:
         self._tracker = ConfirmTracker(nacked=nacked)
         self._pending: dict[PublishedRange, _Pending] = {}
         self.is_blocked = False
+        self._blocked_at = 0.0
+        self._blocked_s = 0.0
         self._lost = self._loop.create_future()
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
@@ -144,6 +147,22 @@ class PublishConnection:
             or self.is_overdue()
             or (self._on_probation and self._pending)
         )
+
+    @property
+    def blocked_s(self) -> float:
+        """How long the broker's alarms have blocked it, in all."""
+        return self._blocked_s + (self._loop.time() - self._blocked_at if self.is_blocked else 0.0)
+
+    @property
+    def state(self) -> str:
+        """What a new batch would find; one of STATES."""
+        if self.is_lost or self._transports.is_closing:
+            return "lost"
+        if self.is_blocked:
+            return "blocked"
+        if self.is_overdue():
+            return "overdue"
+        return "probation" if self._on_probation else "open"
 
     def is_overdue(self) -> bool:
         """Whether a batch has passed its deadline unconfirmed, on a connection that is not lost."""
@@ -220,9 +239,13 @@ class PublishConnection:
                 self._on_lost()
             case Blocked(blocked):
                 log.warning("the broker %s this connection", "blocked" if blocked else "unblocked")
-                self.is_blocked = blocked
+                self._note_blocked(blocked)
+
+    def _note_blocked(self, blocked: bool) -> None:
+        self._blocked_s, self._blocked_at, self.is_blocked = self.blocked_s, self._loop.time(), blocked
 
     def _on_lost(self) -> None:
+        self._note_blocked(False)
         if not self._lost.done():
             self._lost.set_result(None)
         self._settle(self._tracker.lose())

@@ -7,6 +7,7 @@ in connection.py. What may be counted, and what is unknown, is decided in confir
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -54,6 +55,11 @@ class Publisher:
         self._closed = False
         self.was_connected = False
         self.late_confirms = 0  # messages settled after their deadline: they had been answered as unknown
+        self.outcomes: Counter[Outcome] = Counter()  # of messages, as their publishers were told
+        self.shed = 0  # batches, and requests to come, that found no room in the window
+        self.connected = 0  # how often a connection was opened
+        self.connect_failures = 0
+        self._blocked_s = 0.0  # of connections that are gone
         self.republished = 0  # messages written again elsewhere after their connection was lost
 
     def start(self) -> None:
@@ -85,9 +91,32 @@ class Publisher:
     def unconfirmed_bytes(self) -> int:
         return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._leaving])
 
+    @property
+    def oldest_age_s(self) -> float:
+        """How long the oldest unconfirmed batch has been waiting; 0.0 when there is none."""
+        return max((connection.oldest_age_s() for connection in [*self._connections, *self._leaving]), default=0.0)
+
+    @property
+    def blocked_s(self) -> float:
+        """How long broker alarms have blocked connections, added up over all that there have been."""
+        return self._blocked_s + sum(connection.blocked_s for connection in [*self._connections, *self._leaving])
+
+    @property
+    def window(self) -> ConfirmWindow:
+        """How much may be unconfirmed."""
+        return self._window
+
+    def connection_states(self) -> Counter[str]:
+        """How many connections are in which state: those of STATES, `leaving`, and `connecting` for the missing."""
+        states = Counter(connection.state for connection in self._connections)
+        states["leaving"] = len(self._leaving)
+        states["connecting"] = self._settings.amqp_connections - len(self._connections)
+        return states
+
     def refuse_if_full(self, account_id: int) -> None:
         """Raise Overloaded when the account's last batch found no room, and would find none: the next is not read."""
         if self._window.is_full(unconfirmed=self._load(), account_id=account_id):
+            self.shed += 1
             raise Overloaded(retry_after_s=self._window.confirm_s)
 
     def _load(self) -> int:
@@ -131,9 +160,10 @@ class Publisher:
             if not connection.is_lost:
                 self._window.note(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
             elif not self._closed and Outcome.UNKNOWN in outcomes:
-                return await self._republish_unknown(ids, payloads, shards, outcomes, deadline, headers)
+                outcomes = await self._republish_unknown(ids, payloads, shards, outcomes, deadline, headers)
         finally:
             self._window.give_back(load, account_id)
+        self._count(outcomes)
         return outcomes
 
     async def _republish_unknown(
@@ -173,6 +203,7 @@ class Publisher:
         """The connection for a new batch. Raises when none may take it, or there is no room."""
         connection = self._choose_connection()
         if not self._window.has_room(load, unconfirmed=self._load(), account_id=account_id):
+            self.shed += 1
             raise Overloaded(retry_after_s=self._window.confirm_s)
         return connection
 
@@ -222,9 +253,11 @@ class Publisher:
             except Exception as error:  # whatever the library raises, this loop must go on
                 log.warning("cannot connect to the broker at %s:%s: %s", node.host, node.port, reason(error))
                 attempt += 1
+                self.connect_failures += 1
             else:
                 log.info("connected to the broker at %s:%s", node.host, node.port)
                 attempt = 0
+                self.connected += 1
                 self.was_connected = True
                 self._unusable_since = None
                 self._connections.append(connection)
@@ -238,6 +271,7 @@ class Publisher:
                 if on_probation and not connection.is_blocked and not self._closed:
                     self._see_out(connection)
                 else:
+                    self._blocked_s += connection.blocked_s
                     await connection.close()
             await asyncio.sleep(reconnect_delay_s(attempt))
 
@@ -280,7 +314,15 @@ class Publisher:
                     break
         finally:
             self._leaving.discard(connection)
+            self._blocked_s += connection.blocked_s
             await connection.close()
+
+    def _count(self, outcomes: bytes) -> None:
+        acked = outcomes.count(Outcome.ACKED)
+        self.outcomes[Outcome.ACKED] += acked
+        if acked < len(outcomes):
+            for outcome in (Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN):
+                self.outcomes[outcome] += outcomes.count(outcome)
 
     def _count_late(self, count: int) -> None:
         self.late_confirms += count

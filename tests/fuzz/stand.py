@@ -106,7 +106,7 @@ class Stand:
         """How many it has open."""
         return int(self._psutil.num_fds())
 
-    def take(self, message: AbstractIncomingMessage) -> None:
+    async def take(self, message: AbstractIncomingMessage) -> None:
         """One SMS out of the queue: it must be the documented JSON also for somebody else's parser."""
         try:
             payload: dict[str, Any] = json.loads(message.body, parse_constant=_refuse)

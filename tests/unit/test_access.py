@@ -7,11 +7,12 @@ import pytest
 
 from gateway import access
 from gateway.access import MOST_LINES_A_SECOND, AccessLog, Record
+from gateway.measurements import Measurements
 from gateway.wire import Answer, ErrorRow
 
 
 def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queued: int = 1) -> Record:
-    record = Record()
+    record = Record(Measurements())
     record.authenticated(42)
     record.read(100)
     record.validated(queued + len(errors))

@@ -14,22 +14,37 @@ LAYERS = [
     ["server"],
     ["app", "listeners", "unix_sockets", "workers"],
     ["documents"],
-    ["api", "health", "status", "tail"],
+    ["api", "health", "metrics", "status", "tail"],
     ["runtime"],
     ["admin", "id_supply", "idempotency", "tracing", "watching"],
-    ["auth"],
-    ["store", "amqp.publisher", "batch", "admission"],
-    ["grouped", "database", "amqp.connection", "access"],
+    ["access", "auth"],
+    ["store", "amqp.publisher", "batch", "admission", "measurements"],
+    ["grouped", "database", "amqp.connection"],
     ["amqp.confirms", "amqp.frames", "amqp.window", "envelopes", "wire", "message_ids", "tls"],
     ["errors", "config", "log"],
 ]
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 
 KNOWN_ONLY_TO = {
-    "aiohttp": {"server", "app", "listeners", "workers", "documents", "api", "health", "status", "tail", "runtime"},
+    "aiohttp": {
+        *[
+            "server",
+            "app",
+            "listeners",
+            "workers",
+            "documents",
+            "api",
+            "health",
+            "metrics",
+            "status",
+            "tail",
+            "runtime",
+        ],
+    },
     "asyncpg": {"database", "admin", "status"},
     "aio_pika": {"amqp.connection", "status"},
     "aiormq": {"amqp.connection", "status"},
+    "prometheus_client": {"metrics"},
     "uvloop": {"server"},
     "opentelemetry": {"tracing"},
 }

@@ -8,6 +8,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from gateway.access import Record
 from gateway.config import Settings
+from gateway.measurements import Measurements
 from gateway.tracing import Tracing
 
 SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
@@ -27,7 +28,7 @@ class Kept(SpanExporter):
 async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[dict[str, str], int]:
     """The AMQP headers of a request that came with these HTTP headers, and how many spans were recorded."""
     kept = Kept()
-    tracing, record = Tracing(SETTINGS, kept, sampler), Record()
+    tracing, record = Tracing(SETTINGS, kept, sampler), Record(Measurements())
     tracing.begin(record, "POST", "/api/v2/send/bulk", sent)
     record.built(1)
     headers = tracing.begin_publish(record)

@@ -1,0 +1,106 @@
+"""What is counted and timed on a request's way: plain numbers, which metrics.py shows to Prometheus.
+
+Plain, because Prometheus' own client would cost a request with nine observations six times as much, and keeps its
+numbers in one global place (scripts/bench stages, rows "metrics" and "prometheus-client").
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from time import perf_counter
+
+from gateway.wire import Answer
+
+STAGES = ("authenticate", "read", "validate", "own", "build", "publish")
+AUTHENTICATE, READ, VALIDATE, OWN, BUILD, PUBLISH = range(len(STAGES))
+
+SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+QUEUED, REPLAYED = "queued", "replayed"  # what can be told of a message, beside the codes of errors.py
+OK = "ok"  # the code of a request that was not refused
+CANCELLED = 499, "cancelled"  # what nobody is told: the process ended before the request did
+
+
+class Histogram:
+    """How often a value fell between which bounds; each bound belongs to the bucket below it."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class Measurements:
+    """All that the requests of one process have added up to."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[int, str]] = Counter()  # (status, code)
+        self.messages: Counter[str] = Counter()  # by what their caller was told
+        self.messages_in_flight = 0
+        self.body_octets = 0
+        self.request_messages = Histogram(MESSAGES)
+        self.answered_s, self.refused_s = Histogram(SECONDS), Histogram(SECONDS)
+        self.stages_s = tuple(Histogram(SECONDS) for _ in STAGES)
+        self.loop_lag_s = Histogram(LAG_SECONDS)
+
+    def refuse_unread(self, status: int, code: str) -> None:
+        """A request was refused before it had become one: what the HTTP parser does not take."""
+        self.requests[status, code] += 1
+
+
+class Stopwatch:
+    """One request's time, stage by stage, and what has become known of it."""
+
+    __slots__ = ("_all", "_lapped_at", "messages", "started_at")
+
+    def __init__(self, measurements: Measurements) -> None:
+        self._all = measurements
+        self.started_at = self._lapped_at = perf_counter()
+        self.messages = 0
+
+    def lap(self, stage: int) -> float:
+        """A stage has been passed, at the moment that is returned; one that is refused in the middle leaves no time."""
+        now = perf_counter()
+        seconds = now - self._lapped_at
+        self._lapped_at = now
+        self._all.stages_s[stage].observe(seconds)
+        return now
+
+    def has_read(self, octets: int) -> None:
+        """The whole body is here."""
+        self._all.body_octets += octets
+
+    def has_decoded(self, messages: int) -> None:
+        """The body holds so many messages, good and bad; they are in flight until the request is answered."""
+        self.messages = messages
+        self._all.messages_in_flight += messages
+        self._all.request_messages.observe(messages)
+
+    def has_sent(self, answer: Answer) -> None:
+        """What its caller is told of each message."""
+        told = self._all.messages
+        told[QUEUED] += answer.queued_count
+        if answer.errors:
+            told.update([row.code for row in answer.errors])
+
+    def has_replayed(self) -> None:
+        """The answer is that of another request: its messages were counted then."""
+        self._all.messages[REPLAYED] += self.messages
+
+    def finish(self, status: int, code: str) -> float:
+        """The request has been answered, at the moment that is returned; `code` is OK, or that of its refusal."""
+        now = perf_counter()
+        self._all.requests[status, code] += 1
+        (self._all.answered_s if code == OK else self._all.refused_s).observe(now - self.started_at)
+        if self.messages:
+            self._all.messages_in_flight -= self.messages
+            if code != OK:
+                self._all.messages[code] += self.messages  # refused together
+        return now
