@@ -1,7 +1,7 @@
 """What is counted and timed on a request's way: plain numbers, which metrics.py shows to Prometheus.
 
-Plain, because Prometheus' own client would cost a request with nine observations six times as much, and keeps its
-numbers in one global place (scripts/bench stages, rows "metrics" and "prometheus-client").
+Plain, because Prometheus' own client costs three times as much, 12 µs a request for 4 (scripts/bench stages, rows
+"metrics" and "prometheus-client"), and an integer needs no registry to belong to.
 """
 
 from bisect import bisect_left

@@ -248,7 +248,7 @@ def _plot(lines: Sequence[Series], unit: str, width: float, tall: float, span: f
                 for at, value in stretch
             )
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        room = 22 + 6.2 * len(line.name)
+        room = 22 + 7 * len(line.name)
         if x + room > right:
             x, y = left, y + 13
         parts.append(f'<rect x="{x:.0f}" y="{y - 8:.0f}" width="9" height="9" fill="{colour}"/>')
