@@ -181,7 +181,7 @@ async def open_stand(environment: Mapping[str, str]) -> AsyncIterator[Stand]:
             channel = await connection.channel()
             await channel.set_qos(prefetch_count=1000)
             queue = await channel.get_queue(queue_name, ensure=False)
-            await queue.consume(stand.take, no_ack=True)  # type: ignore[arg-type]  # it takes plain callables too
+            await queue.consume(stand.take, no_ack=True)
             stand.calling = asyncio.create_task(stand.neighbour.call())
             try:
                 yield stand
