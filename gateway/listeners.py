@@ -77,9 +77,9 @@ class Noise:
 
     INTERVAL_S = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self._more: Counter[str] = Counter()
-        self._since = 0.0
+        self._since = now
 
     def heard(self, kind: str) -> None:
         """Note one of a kind; kinds are few, and none is made of what a caller sent."""
@@ -139,7 +139,7 @@ class _Server(web.Server):
         super().__init__(*arguments, **options)
         self.limits = fit_descriptors(limits)
         self.on_refused = on_refused
-        self.noise = Noise()
+        self.noise = Noise(self._loop.time())
         self._spared: deque[_Connection] = deque()
         self._none_to_spare = False
         self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)

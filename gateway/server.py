@@ -23,6 +23,7 @@ from gateway.workers import supervise
 
 logger = logging.getLogger(__name__)
 
+LISTEN_BACKLOG = 1024  # connections that wait to be accepted; beyond, callers try again only after a second
 OPS_CONNECTIONS = 64  # probes and an operator or two
 OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes, scrapes and tails; callers have theirs behind them by then
 
@@ -168,7 +169,9 @@ async def listen(
     """
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port, reuse_port=shared or None, ssl_context=context).start()
+        await web.TCPSite(
+            runner, host, port, backlog=LISTEN_BACKLOG, reuse_port=shared or None, ssl_context=context
+        ).start()
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
     bound_port: int = runner.addresses[0][1]

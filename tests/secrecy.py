@@ -22,7 +22,7 @@ PASSWORD = RabbitMQ.password  # of the session's servers, PostgreSQL included: l
 SECRETS = {
     "an API key": re.compile(r"trk_[0-9A-Za-z]{32}"),
     "a whole phone number": re.compile(r"\+[1-9][0-9]{6,14}|\b1?4155551234\b|\b447911123412\b"),
-    "a password in a URL": re.compile(r"://[^\s/:@]*:(?!\*\*\*@)[^\s/@]+@"),
+    "a password in a URL": re.compile(r"://[^\s/:@]*:(?!\*+@)[^\s/@]+@"),
     "a password": re.compile(PASSWORD),
     "the text of a message": re.compile(re.escape(BODY)),
 }

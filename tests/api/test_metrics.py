@@ -76,7 +76,7 @@ async def test_known_traffic_gives_exact_counts(gateway: GatewayUnderTest) -> No
     assert await counted(gateway, "gateway_idempotent_requests_total") == {"first": 1, "replayed": 1, "conflict": 1}
     found = samples_of(await scrape(gateway))
     stages = {labels[0][1]: count for labels, count in found["gateway_stage_duration_seconds_count"].items()}
-    assert stages == {"authenticate": 6, "read": 6, "decode": 5, "own": 3, "build": 3, "publish": 3}
+    assert stages == {"authenticate": 6, "read": 6, "validate": 5, "own": 3, "build": 3, "publish": 3}
     results = {labels[0][1]: count for labels, count in found["gateway_request_duration_seconds_count"].items()}
     assert results == {"answered": 4, "refused": 3}  # what is no HTTP has no duration
     assert found["gateway_request_messages_sum"][()] == 10 + 6 + 5 + 5 + 1

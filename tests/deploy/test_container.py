@@ -33,8 +33,9 @@ def test_the_image_exposes_the_ports_that_the_manifests_use() -> None:
 
 
 def test_the_base_image_can_be_pinned_and_is_what_the_bill_of_materials_assumes() -> None:
-    (argument,) = instructions("ARG")
-    assert argument == f"PYTHON_IMAGE=python:{IMAGE['python_version']}-slim"
+    base, requirements = instructions("ARG")
+    assert base == f"PYTHON_IMAGE=python:{IMAGE['python_version']}-slim"
+    assert requirements == "REQUIREMENTS=requirements.txt"
     assert [source.partition(" AS ")[0] for source in instructions("FROM")] == ["${PYTHON_IMAGE}"] * 2
 
 
@@ -44,7 +45,9 @@ def test_packages_are_installed_by_hash_and_never_built() -> None:
 
 
 def test_the_build_is_handed_what_it_copies_and_nothing_else() -> None:
-    copied = {line.split()[0] for line in instructions("COPY") if not line.startswith("--from")}
+    first = {line.split()[0] for line in instructions("COPY") if not line.startswith("--from")}
+    # What REQUIREMENTS may name.
+    copied = first - {"${REQUIREMENTS}"} | {"requirements.txt", "requirements-traces.txt"}
     handed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     assert copied == handed
     assert all((ROOT / name).exists() for name in copied)

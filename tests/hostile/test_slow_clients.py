@@ -159,7 +159,7 @@ async def test_slow_heads_and_slow_bodies_cost_the_others_nothing(
             await neighbour.stop()
             assert stand.memory_mb() < memory_mb + 150
             assert stand.alarms() == []
-            assert len(stand.log_lines()) < 30
+            assert len([line for line in stand.log_lines() if line["logger"] != "gateway.access"]) < 30
             assert await stand.queue.depth() == neighbour.counted
 
 
