@@ -170,9 +170,7 @@ class _Server(web.Server):
                     return True
             waiting = [connection for connection in self._connections if connection.is_waiting]
             self._spared.extend(nsmallest(1 + len(waiting) // SPARED_SHARE, waiting, key=_Connection.worth))
-            self._none_to_spare = (
-                not waiting
-            )  # and not again until the next sweep, for looking at all of them is not cheap
+            self._none_to_spare = not waiting  # until the next sweep: looking at all of them is not cheap
         return False
 
 
@@ -192,6 +190,7 @@ class _Connection(RequestHandler):
             self._server.noise.heard("connection refused: every other is in a request")
             self._force_close = True
             refusal = errors.Overloaded("Too many connections are open. Nothing was queued; send it again")
+            self._server.on_refused(refusal.status, refusal.code)
             transport.write(_octets(refusal))  # type: ignore[attr-defined]
             transport.close()
             return
@@ -268,6 +267,7 @@ class _Connection(RequestHandler):
     def _turn_away(self, refusal: errors.GatewayError) -> None:
         """Answer half a head. Who has not sent an octet is not answered: it would take that for its next request's."""
         if self._head_octets and self.transport is not None:
+            self._server.on_refused(refusal.status, refusal.code)
             self.transport.write(_octets(refusal))
         self.head_due = NEVER
         self.force_close()

@@ -84,9 +84,9 @@ def _of_requests(runtime: Runtime) -> Iterator[Metric]:
     )
     yield _histogram(
         "gateway_stage_duration_seconds",
-        "Time of a request in each stage it has passed: authenticate (the key's query), read (the body), decode (and "
-        "validate), own (message ids, the lists' query, the Idempotency-Key), build (payloads), publish (until the "
-        "broker has confirmed, or the deadline). A stage that refuses the request is not counted.",
+        "Time of a request in each stage it has passed: authenticate (the key's query), read (the body), validate "
+        "(decoding included), own (message ids, the lists' query, the Idempotency-Key), build (payloads), publish "
+        "(until the broker has confirmed, or the deadline). A stage that refuses the request is not counted.",
         ("stage",),
         {(stage,): seconds for stage, seconds in zip(STAGES, seen.stages_s, strict=True)},
     )

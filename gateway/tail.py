@@ -223,9 +223,8 @@ class Tail:
                     for address in [address for address, task in watching.items() if task in done]:
                         watching.pop(address).result()  # raises what ended it; else it is asked again
         except BrokenPipeError:
-            os.dup2(
-                os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-            )  # or Python complains when it flushes at exit
+            # Or Python complains when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
             stopped.cancel()
             for task in watching.values():

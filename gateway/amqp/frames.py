@@ -60,9 +60,8 @@ class PublishFramer:
         # Everything of a publish before its payload has one length, as long as ids have 8 characters.
         header = pamqp.frame.marshal(self._header("00000000", 0), channel)
         size_at = _frame_start.size + _method.size  # behind class id and weight
-        before_id, after_id = header[size_at + _body_size.size :].rsplit(
-            b"00000000", 1
-        )  # a trace's id may look like it
+        # The last of them: a trace's id, before it, may look the same.
+        before_id, after_id = header[size_at + _body_size.size :].rsplit(b"00000000", 1)
         self._before_size = END + self._publish + header[:size_at]
         self._before_id = before_id
         self._after_id = after_id + struct.pack(">BH", _BODY, channel)
