@@ -14,6 +14,7 @@ from benchmarks import compare as comparing
 from benchmarks import limit as limits
 from benchmarks import load as loading
 from benchmarks import memory as memories
+from benchmarks import observing as watching
 from benchmarks import report, tables, traffic
 from benchmarks import stages as staging
 from benchmarks.runs import FASTAPI, GATEWAY, LIMIT
@@ -63,6 +64,14 @@ def stages(*, json_file: JsonFile = None, report_file: ReportFile = None) -> Non
     measured = staging.measure()
     tables.show_stages(measured)
     write(json_file, measured, report_file, report.of_stages)
+
+
+@app.command()
+def observing(*, json_file: JsonFile = None, report_file: ReportFile = None) -> None:
+    """What a request's record, its line in the log and its spans cost."""
+    measured = watching.measure()
+    tables.show_observing(measured)
+    write(json_file, measured, report_file, report.of_observing)
 
 
 @app.command()

@@ -1,19 +1,23 @@
 """What does it cost to be watched? The record, the log line and the spans of one request, in CPU time.
 
-    python -m benchmarks.observing
-
 CPU time of the event loop's thread in microseconds a request, the lowest of several samples, as in stages.py; the
-threads that write lines and encode spans come on top, in the column "process". Lines go to /dev/null, spans nowhere.
+threads that write lines and encode spans come on top, in the process. Lines go to /dev/null, spans nowhere.
 """
 
+import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import msgspec
 from opentelemetry.sdk.trace import ReadableSpan, sampling
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from benchmarks import machine
+from benchmarks.figures import Figure
+from benchmarks.machine import Machine
 from gateway import log
 from gateway.access import AccessLog, Record
 from gateway.amqp.frames import PublishFramer
@@ -23,8 +27,10 @@ from gateway.tracing import Tracing
 from gateway.wire import Answer
 
 REQUESTS, SAMPLES = 2_000, 9
+SHARES = (0.0, 0.01, 1.0)
 ANSWER = Answer(1_000, 0, [])
 SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
+MEASUREMENTS = Measurements()
 FRAMER = PublishFramer(channel=1, exchange="sms", routing_key="sms", message_type="sms.v1", frame_max=131_072)
 
 
@@ -35,9 +41,9 @@ class Nowhere(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def request(access_log: AccessLog | None, tracing: Tracing | None) -> None:
+def _request(access_log: AccessLog | None, tracing: Tracing | None) -> None:
     """All calls that a request makes to record, log and tracing."""
-    record = Record(Measurements())
+    record = Record(MEASUREMENTS)
     if tracing:
         tracing.begin(record, "POST", "/api/v2/send/bulk", {})
     record.authenticated(42)
@@ -55,38 +61,61 @@ def request(access_log: AccessLog | None, tracing: Tracing | None) -> None:
         access_log.write(record, trace_id)
 
 
-def cost_us(work: Callable[[], None]) -> tuple[float, float]:
-    """Of one call: of this thread, and of the process."""
-    costs = []
+class Watcher(msgspec.Struct):
+    """One way to be watched: CPU microseconds a request, whatever its size."""
+
+    name: str
+    loop_us: Figure  # of the event loop's thread, which everything else waits for
+    process_us: Figure  # the threads beside it included
+
+
+class Observing(msgspec.Struct):
+    """Everything `--json` writes."""
+
+    watchers: list[Watcher]
+    machine: Machine
+
+
+def measure() -> Observing:
+    """The record alone, the access log and traces, each at several samples."""
+    watchers = [_watched("record alone", None, None)]
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a full queue is no surprise at this pace
+    with _lines_to_nowhere():
+        watchers.extend(_watched(f"log, sample {share:g}", AccessLog(share), None) for share in SHARES)
+    for share in SHARES:
+        tracing = Tracing(SETTINGS, Nowhere(), sampling.ParentBased(sampling.TraceIdRatioBased(share)))
+        watchers.append(_watched(f"traces, {share:.0%} recorded", None, tracing))
+        asyncio.run(tracing.close())
+    return Observing(watchers, machine.describe())
+
+
+@contextmanager
+def _lines_to_nowhere() -> Iterator[None]:
+    """The access log as the gateway writes it, form and thread included."""
+    logger, nowhere = logging.getLogger("gateway.access"), os.open(os.devnull, os.O_WRONLY)
+    handler = log.WriterThread(nowhere)
+    handler.setFormatter(log.JsonLines())
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+        handler.close()
+        os.close(nowhere)
+
+
+def _watched(name: str, access_log: AccessLog | None, tracing: Tracing | None) -> Watcher:
+    loop_us, process_us = [], []
     for _ in range(SAMPLES):
         thread, process = time.thread_time(), time.process_time()
         for _ in range(REQUESTS):
-            work()
-        costs.append((time.thread_time() - thread, time.process_time() - process))
+            _request(access_log, tracing)
+        loop_us.append((time.thread_time() - thread) / REQUESTS * 1e6)
         time.sleep(0.1)  # for the other threads to catch up
-    return min(costs)[0] / REQUESTS * 1e6, min(whole for _, whole in costs) / REQUESTS * 1e6
-
-
-def main() -> None:
-    """Print the table."""
-    handler = log.WriterThread(os.open(os.devnull, os.O_WRONLY))
-    handler.setFormatter(log.JsonLines())
-    logging.basicConfig(handlers=[handler], level="INFO", force=True)
-    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a full queue is no surprise at this pace
-    rows: list[tuple[str, AccessLog | None, Tracing | None]] = [
-        ("record only", None, None),
-        ("log, sample 0", AccessLog(0), None),
-        ("log, sample 0.01", AccessLog(0.01), None),
-        ("log, sample 1", AccessLog(1), None),
-    ]
-    for rate in (0.0, 0.01, 1.0):
-        sampler = sampling.ParentBased(sampling.TraceIdRatioBased(rate))
-        rows.append((f"traces, {rate:.0%} sampled", None, Tracing(SETTINGS, Nowhere(), sampler)))
-    print("us a request             loop  process")
-    for name, access_log, tracing in rows:
-        thread, process = cost_us(lambda access_log=access_log, tracing=tracing: request(access_log, tracing))  # type: ignore[misc]
-        print(f"{name:<22} {thread:6.1f} {process:8.1f}")
-
-
-if __name__ == "__main__":
-    main()
+        process_us.append((time.process_time() - process) / REQUESTS * 1e6)
+    return Watcher(name, Figure.of(loop_us), Figure.of(process_us))

@@ -11,6 +11,7 @@ from benchmarks.limit import Limits
 from benchmarks.load import Outcome
 from benchmarks.machine import Machine
 from benchmarks.memory import Memory
+from benchmarks.observing import Observing
 from benchmarks.runs import Run
 from benchmarks.stages import Stages
 
@@ -70,6 +71,19 @@ def of_stages(stages: Stages) -> str:
         _section(
             "A batch refused as a whole ÷ a clean one, up to the publish", _table(["flaw", "ratio", "bar"], refusing)
         ),
+    )
+
+
+def of_observing(observing: Observing) -> str:
+    rows = [[escape(one.name), _cell(one.loop_us), _cell(one.process_us)] for one in observing.watchers]
+    return page(
+        "What it costs to be watched",
+        observing.machine,
+        _section(
+            "CPU µs a request, of any size: median, lowest-highest",
+            _table(["watched by", "event loop", "process"], rows),
+        ),
+        _section("Of the event loop", plots.bars({"": {one.name: one.loop_us for one in observing.watchers}}, "µs")),
     )
 
 

@@ -139,7 +139,6 @@ def serving(system: str, stand: Stand, names: Names, setup: Setup) -> Iterator[S
         own = {
             "GATEWAY_DRAIN_DELAY_S": "0",
             "GATEWAY_AMQP_CONNECTIONS": str(setup.amqp_connections),
-            "GATEWAY_LOG_LEVEL": "WARNING",
         }
         if setup.shards > 1:
             own["GATEWAY_QUEUE_SHARDS"] = str(setup.shards)

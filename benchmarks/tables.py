@@ -13,6 +13,7 @@ from benchmarks.limit import Limits
 from benchmarks.load import Moment, Outcome
 from benchmarks.machine import Machine
 from benchmarks.memory import Memory
+from benchmarks.observing import Observing
 from benchmarks.runs import Run
 from benchmarks.stages import Stages
 
@@ -65,6 +66,17 @@ def show_stages(stages: Stages) -> None:
             f"{one.ratio.shown(short)} (bar ≤ 3)",
             highlight=False,
         )
+
+
+def show_observing(observing: Observing) -> None:
+    table = Table(title="CPU µs a request, of any size: lowest of several samples")
+    table.add_column("watched by")
+    for name in ("event loop", "process"):
+        table.add_column(name, justify="right")
+    for one in observing.watchers:
+        table.add_row(one.name, short(one.loop_us.lowest), short(one.process_us.lowest))
+    show_machine(observing.machine)
+    console.print(table)
 
 
 def show_limits(limits: Limits) -> None:

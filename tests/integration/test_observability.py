@@ -6,14 +6,17 @@ import re
 import sys
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import msgspec
 import pytest
+from aio_pika.abc import AbstractIncomingMessage
 from aiohttp import web
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from gateway.admin import Admin
 from scripts.servers import Gateway, Servers
@@ -47,6 +50,16 @@ class Collector:
 
 def attributes(span: Span) -> dict[str, Any]:
     return {one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in span.attributes}
+
+
+def span_as_documented(message: AbstractIncomingMessage) -> ReadableSpan:
+    """A consumer's span, by the very lines of docs/observability.md."""
+    text = (Path(__file__).parents[2] / "docs/observability.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
+    names: dict[str, Any] = {"message": message, "tracer": TracerProvider().get_tracer("consumer")}
+    exec(code, names)  # noqa: S102
+    span: ReadableSpan = names["span"]
+    return span
 
 
 @pytest.fixture
@@ -144,6 +157,12 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
     assert queued.headers["traceparent"] == f"00-{CALLERS_TRACE}-{publish.span_id.hex()}-01"
     assert queued.headers["tracestate"] == "vendor=1"
     assert msgspec.json.decode(queued.body)["request_id"] == "follow-me"
+    consumers = span_as_documented(queued)
+    assert consumers.parent is not None
+    assert (consumers.context.trace_id, consumers.parent.span_id) == (
+        int(CALLERS_TRACE, 16),
+        int.from_bytes(publish.span_id, "big"),
+    )
 
     others = {span.name: span for span in spans.spans if span.trace_id.hex() != CALLERS_TRACE}
     assert set(others) == {"POST /api/v2/send/bulk", "GET", *STEPS}
