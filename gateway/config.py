@@ -74,7 +74,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # Open at a time. One that waits costs some 7 kB; beyond, what waits longest makes room (gateway/listeners.py).
     max_connections: Positive = 8_192
-    header_timeout_s: Seconds = 10.0  # for the head of a request to arrive, and for a new connection to send one
+    header_timeout_s: Seconds = 10.0  # for a TLS handshake, for the head of a request, for a new connection to send one
     body_timeout_s: Seconds = 10.0
     answer_timeout_s: Seconds = 30.0  # for a caller to read its answer; then the connection is cut
     keepalive_timeout_s: Seconds = 75.0  # above the 60 s at which load balancers drop an idle connection

@@ -132,6 +132,30 @@ class JsonRunner(web.AppRunner):
         await super()._cleanup_server()
 
 
+class Site(web.TCPSite):
+    """A TCPSite that waits no longer for a TLS handshake than it is told; aiohttp's takes the event loop's 60 s.
+
+    A connection is no connection of the server's before, and so is not in its bounds.
+    """
+
+    def __init__(self, *arguments: Any, handshake_timeout_s: float, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._handshake_timeout_s = handshake_timeout_s
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        assert self._runner.server is not None  # noqa: S101  # setup() has been called
+        self._server = await asyncio.get_running_loop().create_server(
+            self._runner.server,
+            self._host,
+            self._port,
+            ssl=self._ssl_context,
+            ssl_handshake_timeout=self._handshake_timeout_s if self._ssl_context else None,
+            backlog=self._backlog,
+            reuse_port=self._reuse_port,
+        )
+
+
 class _Server(web.Server):
     _connections: "dict[_Connection, asyncio.Transport]"  # type: ignore[assignment]  # of our own making, all of them
 

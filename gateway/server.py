@@ -16,7 +16,7 @@ from aiohttp import web
 from gateway import __version__, config, log, tls, tracing
 from gateway.app import make_app, make_ops_app
 from gateway.config import ConfigurationError, Settings
-from gateway.listeners import JsonRunner, Limits
+from gateway.listeners import JsonRunner, Limits, Site
 from gateway.runtime import Runtime, open_runtime
 from gateway.unix_sockets import is_served, locked
 from gateway.workers import supervise
@@ -91,7 +91,12 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
                 if context is not None:
                     loop.add_signal_handler(signal.SIGHUP, _renew_certificate, context, settings)
                 port = await listen(
-                    callers, settings.api_host, settings.api_port, shared=ops_socket is not None, context=context
+                    callers,
+                    settings.api_host,
+                    settings.api_port,
+                    shared=ops_socket is not None,
+                    context=context,
+                    handshake_timeout_s=settings.header_timeout_s,
                 )
                 api_address = f"{port} (TLS)" if context else str(port)
             logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
@@ -160,17 +165,29 @@ async def listen_on_own_socket(runner: web.AppRunner, path: str) -> str:
 
 
 async def listen(
-    runner: web.AppRunner, host: str, port: int, *, shared: bool = False, context: ssl.SSLContext | None = None
+    runner: web.AppRunner,
+    host: str,
+    port: int,
+    *,
+    shared: bool = False,
+    context: ssl.SSLContext | None = None,
+    handshake_timeout_s: float = 10.0,
 ) -> int:
     """Start to accept connections; returns the port, which the system chose if `port` is 0.
 
     Raises ConfigurationError when host and port cannot be had. `shared`: with other processes that listen on the same
-    port; the kernel spreads connections over them. `context`: speak TLS.
+    port; the kernel spreads connections over them. `context`: speak TLS, with who is through the handshake in time.
     """
     await runner.setup()
     try:
-        await web.TCPSite(
-            runner, host, port, backlog=LISTEN_BACKLOG, reuse_port=shared or None, ssl_context=context
+        await Site(
+            runner,
+            host,
+            port,
+            backlog=LISTEN_BACKLOG,
+            reuse_port=shared or None,
+            ssl_context=context,
+            handshake_timeout_s=handshake_timeout_s,
         ).start()
     except OSError as error:
         raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None

@@ -15,6 +15,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
@@ -46,6 +47,7 @@ from tests.outbound_queue import OutboundQueue
 
 ROLE, PASSWORD = "gateway_service", "s3cret"
 QUEUE = "sms.outbound"
+HANDSHAKE_S = 3.0  # and for a head
 ROOT = Path(__file__).parents[2]
 KEY_USAGES = (
     *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
@@ -237,7 +239,8 @@ class StrictGateway(Gateway):
 def process(stand: Stand) -> Iterator[StrictGateway]:
     _, cert, key = stand.authority.issue("127.0.0.1")
     files = {"GATEWAY_API_TLS_CERT_FILE": str(cert), "GATEWAY_API_TLS_KEY_FILE": str(key)}
-    gateway = StrictGateway(stand.environment | files | {"GATEWAY_DRAIN_DELAY_S": "0"})
+    own = {"GATEWAY_DRAIN_DELAY_S": "0", "GATEWAY_HEADER_TIMEOUT_S": str(HANDSHAKE_S)}
+    gateway = StrictGateway(stand.environment | files | own)
     gateway.is_confined = may_confine()
     try:
         gateway.start()
@@ -330,6 +333,20 @@ async def test_callers_are_served_tls_1_2_or_newer_and_nothing_in_plain(
     writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     assert b"HTTP/1" not in await reader.read()
     writer.close()
+    assert (await caller.send(1))[0] == 200
+
+
+async def test_who_is_not_through_the_handshake_in_time_is_cut_off(process: StrictGateway, caller: Caller) -> None:
+    """A connection before its handshake is in no bound but the descriptors'."""
+    said_nothing, writer = await asyncio.open_connection("127.0.0.1", process.port.number)
+    said_half, other = await asyncio.open_connection("127.0.0.1", process.port.number)
+    other.write(b"\x16\x03\x01")  # the beginning of a ClientHello
+    async with asyncio.timeout(10 * HANDSHAKE_S):  # the event loop's own patience would be 60 s
+        for reader in (said_nothing, said_half):
+            with suppress(ConnectionResetError):
+                assert b"HTTP/1" not in await reader.read()
+    for each in (writer, other):
+        each.close()
     assert (await caller.send(1))[0] == 200
 
 
