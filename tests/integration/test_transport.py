@@ -386,6 +386,31 @@ async def test_a_renewed_certificate_is_served_after_sighup_and_a_broken_one_nev
     assert (await caller.send(1))[0] == 200
 
 
+class TwoWorkers(Gateway):
+    """Behind a supervisor."""
+
+    def _command(self) -> list[str]:
+        return [*super()._command(), "--workers", "2"]
+
+
+async def test_a_sighup_to_the_supervisor_reaches_every_worker(stand: Stand, tmp_path: Path) -> None:
+    issued = stand.authority.issue("127.0.0.1")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    cert.write_bytes(issued.cert.read_bytes())
+    key.write_bytes(issued.key.read_bytes())
+    files = {"GATEWAY_API_TLS_CERT_FILE": str(cert), "GATEWAY_API_TLS_KEY_FILE": str(key)}
+    gateway = TwoWorkers(stand.environment | files | {"GATEWAY_DRAIN_DELAY_S": "0"})
+    try:
+        await asyncio.to_thread(gateway.start)
+        supervisor = next(pid for pid in gateway.processes if psutil.Process(pid).cmdline()[-2:] == ["--workers", "2"])
+        before = {child.pid for child in psutil.Process(supervisor).children()}
+        os.kill(supervisor, signal.SIGHUP)
+        await eventually(lambda: gateway.log.read_text().count("new connections get the certificate") == 2)
+        assert {child.pid for child in psutil.Process(supervisor).children()} == before
+    finally:
+        await asyncio.to_thread(gateway.close)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
