@@ -23,17 +23,11 @@ from benchmarks import machine, traffic
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
 from gateway import batch, wire
+from gateway.access import Record
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import IncomingFrames, PublishFramer, Settled
 from gateway.envelopes import Layout
-from gateway.measurements import (
-    MESSAGES,
-    OK,
-    SECONDS,
-    STAGES,
-    Measurements,
-    Stopwatch,
-)
+from gateway.measurements import MESSAGES, OK, SECONDS, STAGES, Measurements
 from gateway.message_ids import ALPHABET, BASE, LeasedIds
 from gateway.wire import Answer, Payload
 
@@ -278,13 +272,15 @@ def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractE
 
 def _measure(measurements: Measurements, size: int, answer: Answer) -> None:
     """All that one request is measured by, as api.py does."""
-    watch = Stopwatch(measurements)
-    watch.has_read(100 * size)
-    watch.has_decoded(size)
-    for stage in range(len(STAGES)):
-        watch.lap(stage)
-    watch.has_sent(answer)
-    watch.finish(200, OK)
+    record = Record(measurements)
+    record.authenticated(42)
+    record.read(100 * size)
+    record.validated(size)
+    record.owned()
+    record.built(answer.queued_count)
+    record.published()
+    record.counted(answer)
+    record.end(REQUEST_ID, 200, "")
 
 
 def _measure_by_prometheus_client(size: int) -> Work:

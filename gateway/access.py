@@ -1,4 +1,4 @@
-"""What is known of one request when it ends, and the access log's line about it.
+"""What is known of one request, counted as it becomes known, and the access log's line about it.
 
 Answers in which everything was queued are sampled. What is unknown or failed is always logged, for somebody will ask.
 Everything else (refusals, error rows) is, up to MOST_LINES_A_SECOND of a kind: a flood of them must not cost more than
@@ -8,7 +8,7 @@ the requests did. How many were left out stands in the next line of the kind.
 import logging
 import random
 from collections import Counter
-from time import monotonic
+from time import monotonic, perf_counter
 
 from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
 from gateway.log import FIELDS
@@ -19,11 +19,12 @@ from gateway.measurements import (
     OK,
     OWN,
     PUBLISH,
+    QUEUED,
     READ,
+    REPLAYED,
     STAGES,
     VALIDATE,
     Measurements,
-    Stopwatch,
 )
 from gateway.wire import Answer
 
@@ -33,10 +34,10 @@ MOST_LINES_A_SECOND = 100
 
 
 class Record:
-    """One request's way through the steps, each with the moment at which it was done."""
+    """One request's way through the steps, each with the moment at which it was done; counted as it becomes known."""
 
     __slots__ = (
-        "_watch",
+        "_all",
         "account_id",
         "began",
         "code",
@@ -56,15 +57,16 @@ class Record:
     )
 
     def __init__(self, measurements: Measurements) -> None:
-        self._watch = Stopwatch(measurements)
-        self.began = self.ended = self._watch.started_at
-        self.steps: list[tuple[str, float]] = []  # in order; a step lasts from the end of the one before it
+        self._all = measurements
+        self.began = self.ended = perf_counter()
+        # In order; a step lasts from the end of the one before it, and one that refuses leaves no time.
+        self.steps: list[tuple[str, float]] = []
         self.request_id = ""
         self.status = 0  # 0: never answered, because the process was ending
         self.code = ""  # of a request that was refused as a whole
         self.account_id: int | None = None
         self.octets: int | None = None  # of the body
-        self.messages: int | None = None
+        self.messages: int | None = None  # good and bad; they are in flight until the request is answered
         self.payloads: int | None = None
         self.queued: int | None = None
         self.errors: dict[str, int] = {}  # error rows by code
@@ -79,12 +81,13 @@ class Record:
 
     def read(self, octets: int) -> None:
         self.octets = octets
-        self._watch.has_read(octets)
+        self._all.body_octets += octets
         self._did(READ)
 
     def validated(self, messages: int) -> None:
         self.messages = messages
-        self._watch.has_decoded(messages)
+        self._all.messages_in_flight += messages
+        self._all.request_messages.observe(messages)
         self._did(VALIDATE)
 
     def owned(self) -> None:
@@ -98,19 +101,29 @@ class Record:
         self._did(PUBLISH)
 
     def replayed(self) -> None:
+        """The answer is that of another request: its messages were counted then."""
         self.is_replayed = True
-        self._watch.has_replayed()
+        self._all.messages[REPLAYED] += self.messages or 0
 
     def counted(self, answer: Answer) -> None:
-        self._watch.has_sent(answer)
+        """What the caller is told of each message."""
         self.queued = answer.queued_count
+        self._all.messages[QUEUED] += answer.queued_count
         if answer.errors:
             self.errors = dict(Counter([row.code for row in answer.errors]))
+            self._all.messages.update(self.errors)
 
     def end(self, request_id: str, status: int, code: str) -> None:
         """What the caller was told; 0 for nothing."""
         self.request_id, self.status, self.code = request_id, status, code
-        self.ended = self._watch.finish(*((status, code or OK) if status else CANCELLED))
+        self.ended = perf_counter()
+        self._all.requests[(status, code or OK) if status else CANCELLED] += 1
+        was_refused = bool(code) or not status
+        (self._all.refused_s if was_refused else self._all.answered_s).observe(self.ended - self.began)
+        if self.messages:
+            self._all.messages_in_flight -= self.messages
+            if was_refused:
+                self._all.messages[code or CANCELLED[1]] += self.messages  # together
 
     @property
     def outcome(self) -> str:
@@ -138,7 +151,9 @@ class Record:
         return taken
 
     def _did(self, stage: int) -> None:
-        self.steps.append((STAGES[stage], self._watch.lap(stage)))
+        now = perf_counter()
+        self._all.stages_s[stage].observe(now - (self.steps[-1][1] if self.steps else self.began))
+        self.steps.append((STAGES[stage], now))
 
 
 class AccessLog:

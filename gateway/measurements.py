@@ -6,9 +6,6 @@ Plain, because Prometheus' own client costs three times as much, 12 µs a reques
 
 from bisect import bisect_left
 from collections import Counter
-from time import perf_counter
-
-from gateway.wire import Answer
 
 STAGES = ("authenticate", "read", "validate", "own", "build", "publish")
 AUTHENTICATE, READ, VALIDATE, OWN, BUILD, PUBLISH = range(len(STAGES))
@@ -53,54 +50,3 @@ class Measurements:
     def refuse_unread(self, status: int, code: str) -> None:
         """A request was refused before it had become one: what the HTTP parser does not take."""
         self.requests[status, code] += 1
-
-
-class Stopwatch:
-    """One request's time, stage by stage, and what has become known of it."""
-
-    __slots__ = ("_all", "_lapped_at", "messages", "started_at")
-
-    def __init__(self, measurements: Measurements) -> None:
-        self._all = measurements
-        self.started_at = self._lapped_at = perf_counter()
-        self.messages = 0
-
-    def lap(self, stage: int) -> float:
-        """A stage has been passed, at the moment that is returned; one that is refused in the middle leaves no time."""
-        now = perf_counter()
-        seconds = now - self._lapped_at
-        self._lapped_at = now
-        self._all.stages_s[stage].observe(seconds)
-        return now
-
-    def has_read(self, octets: int) -> None:
-        """The whole body is here."""
-        self._all.body_octets += octets
-
-    def has_decoded(self, messages: int) -> None:
-        """The body holds so many messages, good and bad; they are in flight until the request is answered."""
-        self.messages = messages
-        self._all.messages_in_flight += messages
-        self._all.request_messages.observe(messages)
-
-    def has_sent(self, answer: Answer) -> None:
-        """What its caller is told of each message."""
-        told = self._all.messages
-        told[QUEUED] += answer.queued_count
-        if answer.errors:
-            told.update([row.code for row in answer.errors])
-
-    def has_replayed(self) -> None:
-        """The answer is that of another request: its messages were counted then."""
-        self._all.messages[REPLAYED] += self.messages
-
-    def finish(self, status: int, code: str) -> float:
-        """The request has been answered, at the moment that is returned; `code` is OK, or that of its refusal."""
-        now = perf_counter()
-        self._all.requests[status, code] += 1
-        (self._all.answered_s if code == OK else self._all.refused_s).observe(now - self.started_at)
-        if self.messages:
-            self._all.messages_in_flight -= self.messages
-            if code != OK:
-                self._all.messages[code] += self.messages  # refused together
-        return now
