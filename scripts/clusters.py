@@ -23,12 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Self
 
 import psutil
 
 from scripts import servers
-from scripts.servers import POLL_S, Port, Postgres, RabbitMQ, Server, ServerError
+from scripts.servers import POLL_S, Port, Postgres, RabbitMQ, Server, ServerError, Started
 
 NET_TICK_S = 8  # a paused node is given up after 6 to 10 s; the default, 60, would make every such test a minute long
 JOIN_TIMEOUT_S = 60
@@ -44,7 +43,7 @@ def _at_once(actions: Iterable[Callable[[], object]]) -> None:
         done.result()
 
 
-class RabbitMQCluster:
+class RabbitMQCluster(Started):
     """Several RabbitMQ nodes that know each other, from the system's `rabbitmq-server`."""
 
     def __init__(self, count: int = 3) -> None:
@@ -128,17 +127,6 @@ class RabbitMQCluster:
         _at_once(node.close for node in self.nodes)
         self._epmd.close()
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
 
 def _await_online(node: RabbitMQ, count: int, timeout_s: int) -> None:
     """Wait until `node` sees so many running nodes, itself included."""
@@ -208,7 +196,7 @@ class _Node(RabbitMQ):
         }
 
 
-class PostgresPair:
+class PostgresPair(Started):
     """A primary and its streaming standby."""
 
     def __init__(self, *, fsync: bool = True, synchronous: bool = False) -> None:
@@ -262,17 +250,6 @@ class PostgresPair:
         """Kill both and remove their data."""
         self.standby.close()
         self.primary.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _Member(Postgres):

@@ -89,7 +89,30 @@ class Certificates(NamedTuple):
     key: Path
 
 
-class Server(ABC):
+class Started(ABC):
+    """What a `with` starts, and closes: at its end, and also when only a part of it could be started."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Return when it serves."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Whatever of it is there."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Server(Started):
     """What the two have in common: a folder, a supervised process, and ways to hurt it."""
 
     name: str
@@ -106,7 +129,7 @@ class Server(ABC):
     def url(self) -> str:
         """Where clients find it; the same for its whole life."""
 
-    def _prepare(self) -> None:  # noqa: B027 - there may be nothing to lay out
+    def _prepare(self) -> None:
         """Lay out the empty folder, once."""
 
     @abstractmethod
@@ -242,17 +265,6 @@ class Server(ABC):
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
         self.port.release()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Postgres(Server):
@@ -643,7 +655,7 @@ class Gateway(Server):
         self.ops_port.release()
 
 
-class Servers:
+class Servers(Started):
     """Both servers, started at the same time.
 
     One that GATEWAY_DATABASE_URL or GATEWAY_AMQP_URL names is used as it is, and left to its owner.
@@ -674,17 +686,6 @@ class Servers:
         """Kill those that are ours and remove their data."""
         for server in self._own:
             server.close()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def main() -> None:

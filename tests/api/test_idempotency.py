@@ -197,16 +197,24 @@ async def test_after_a_503_nothing_is_remembered(start_gateway: StartGateway, ma
         assert (await gateway.post(batch(gateway, 2), Idempotency_Key="k"))[0] == 200
 
 
+async def leave_a_batch_unknown(
+    broker: ScriptedBroker, start_gateway: StartGateway, make_settings: MakeSettings
+) -> tuple[GatewayUnderTest, GatewayUnderTest]:
+    """The gateway that did so, under the key `k`, and another one with the same callers."""
+    settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
+    gateway, other = await start_gateway(settings), await start_gateway(settings)
+    await call_as(other, gateway)
+    broker.mode = "silent"
+    assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
+    return gateway, other
+
+
 async def test_what_a_second_run_refuses_may_still_be_queued_by_the_first(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     """Were it said to be certainly not queued, the caller would send it again under a new key, with new ids."""
     async with ScriptedBroker() as broker:
-        settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
-        gateway, other = await start_gateway(settings), await start_gateway(settings)
-        await call_as(other, gateway)
-        broker.mode = "silent"
-        assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
+        gateway, other = await leave_a_batch_unknown(broker, start_gateway, make_settings)
 
         def ack_one_nack_one_return_one(session: Session, published: Published) -> None:
             if published.delivery_tag == 3:
@@ -228,11 +236,7 @@ async def test_a_refused_second_run_keeps_the_ids_and_does_not_say_that_nothing_
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:
-        settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
-        gateway, other = await start_gateway(settings), await start_gateway(settings)
-        await call_as(other, gateway)
-        broker.mode = "silent"
-        assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
+        gateway, other = await leave_a_batch_unknown(broker, start_gateway, make_settings)
         broker.on_publish = lambda session, published: session.nack(published.delivery_tag)
         status, answer, _ = await other.post(batch(gateway), Idempotency_Key="k")
         assert (status, answer["code"]) == (504, "outcome_unknown")
