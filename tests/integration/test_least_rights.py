@@ -34,7 +34,7 @@ class Role(NamedTuple):
 
 @pytest.fixture(scope="module")
 def role(servers: Servers) -> Iterator[Role]:
-    """A database role to serve as, made and given its rights as the README says."""
+    """A database role to serve as, made and given its rights as README and docs/operations.md say."""
     if servers.postgres is None:
         pytest.skip("makes and drops a database role: needs a PostgreSQL of its own")
     name = f"service {uuid.uuid4().hex[:8]}"  # no name that could go unquoted

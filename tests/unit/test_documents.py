@@ -12,7 +12,8 @@ from gateway.__main__ import app
 from gateway.config import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs/settings.md").read_text()
+API = (ROOT / "docs/api.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 REFUSALS = {value.code for value in vars(errors).values() if isinstance(value, errors.Refusal)}
@@ -23,7 +24,19 @@ REQUEST_ERRORS = {
 }
 
 
+FOLDERS = ("docs", "benchmarks", "deploy", "examples")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 COMMANDS = re.findall(r"^python -m gateway (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_no_longer_than_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -37,13 +50,13 @@ def test_the_commands_for_operators_are_commands(line: str) -> None:
 
 
 @pytest.mark.parametrize("name", Settings.__struct_fields__)
-def test_the_readme_lists_every_setting(name: str) -> None:
-    assert f"`{PREFIX}{name.upper()}`" in README
+def test_every_setting_is_documented(name: str) -> None:
+    assert f"`{PREFIX}{name.upper()}`" in SETTINGS
 
 
 @pytest.mark.parametrize("code", sorted(REFUSALS | REQUEST_ERRORS))
-def test_the_readme_lists_every_code(code: str) -> None:
-    assert f"`{code}`" in README
+def test_every_code_is_documented(code: str) -> None:
+    assert f"`{code}`" in API
 
 
 @pytest.mark.parametrize("code", sorted(REQUEST_ERRORS))
