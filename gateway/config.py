@@ -7,7 +7,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_type_hints
-from urllib.parse import parse_qs, urlencode, urlsplit
+from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
 
 import msgspec
 from msgspec import Meta
@@ -169,13 +169,20 @@ def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
     return with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
 
 
+def split_url(url: str) -> SplitResult:
+    """urlsplit, also for several hosts: since 2024 Python's own refuses `//one,[::1]/name`. Raises ValueError."""
+    scheme, slashes, rest = url.partition("://")
+    end = min(at for at in (*map(rest.find, "/?#"), len(rest)) if at >= 0)
+    return urlsplit(f"{scheme}{slashes}{rest[end:]}")._replace(netloc=rest[:end])
+
+
 def with_tls(url: str, **files: str) -> str:
     """A postgres URL with sslmode and the files of sslrootcert, sslcert and sslkey; what it says itself, it keeps.
 
     Without a word from anybody, a server on this machine is spoken to in plain, and any other is to prove by the
     system's authorities that it is the one in the URL. libpq's own default would fall back to a plain connection.
     """
-    parts = urlsplit(url)
+    parts = split_url(url)
     said = parse_qs(parts.query)
     missing = {parameter: file for parameter, file in files.items() if file and parameter not in said}
     if "sslmode" not in said:
@@ -188,7 +195,7 @@ def with_tls(url: str, **files: str) -> str:
 
 def is_local(url: str) -> bool:
     """Whether all hosts of a URL are this machine: a loopback address, or the folder of a unix socket."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     hosts = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", []))
     return all(map(_is_local_host, hosts.split(",")))
 
@@ -222,7 +229,7 @@ def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
     for url in urls:
         # The library's own words are left out: they would tell the password.
         try:
-            parts = urlsplit(url)
+            parts = split_url(url)
             behind_host = url.partition(parts.netloc)[2] if parts.netloc else url
             # What stands for a port and is none may be a password: `//user:password/name`, the host forgotten.
             ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
@@ -245,7 +252,7 @@ def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
 
 
 def _without_password(url: str) -> str:
-    parts = urlsplit(url)
+    parts = split_url(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")
     return parts._replace(netloc=user + (colon and ":***") + at + hosts, query="", fragment="").geturl()

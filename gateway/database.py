@@ -10,12 +10,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import asyncpg
 
 from gateway import tls
-from gateway.config import Settings
+from gateway.config import Settings, split_url
 from gateway.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
@@ -198,7 +197,7 @@ def _let_go(late: "asyncio.Task[asyncpg.Connection]") -> None:
 
 def urls_of_hosts(url: str) -> list[str]:
     """One URL for each host of a URL with several: `//user@one:5432,two:5432/name`, as libpq writes them."""
-    parts = urlsplit(url)
+    parts = split_url(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     return [parts._replace(netloc=credentials + at + host).geturl() for host in hosts.split(",")]
 

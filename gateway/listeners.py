@@ -317,19 +317,37 @@ class _Connection(RequestHandler):
             self._cut = None
 
     def _make_error_handler(self, err_info: _ErrInfo) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
-        """Answer, and drain: were it closed with octets unread, a reset would overtake the answer."""
+        """Answer, and drain."""
 
         async def answer_and_drain(request: web.BaseRequest) -> web.StreamResponse:
             response = self.handle_error(request, err_info.status, err_info.exc, err_info.message)
-            rest = self._payload_parser = _Rest()  # nothing is looked at any more
-            await response.prepare(request)
-            await response.write_eof()
-            if self.transport is not None and self.transport.can_write_eof():
-                self.transport.write_eof()
-            await rest.drain()
+            with suppress(ConnectionError):  # the caller has hung up: aiohttp finds out by itself
+                await response.prepare(request)
+                await response.write_eof()
+                await self._linger()
             return response
 
         return answer_and_drain
+
+    async def _handle_request(self, request: web.BaseRequest, *rest: Any) -> tuple[web.StreamResponse, bool]:
+        response, is_lost = await super()._handle_request(request, *rest)
+        if (
+            request.keep_alive
+            and not response.keep_alive  # its caller may have sent more, and hears only now that we close
+            and request.content.is_eof()  # else aiohttp drains
+            and not (is_lost or self._force_close or self._payload_parser)
+        ):
+            await self._linger()
+        return response, is_lost
+
+    async def _linger(self) -> None:
+        """Drain before closing: with octets unread the kernel would send a reset, which overtakes the answers."""
+        rest = self._payload_parser = _Rest()  # nothing is looked at any more
+        if self._buffer_paused:
+            self._resume_reading_for_buffer()
+        if self.transport is not None and self.transport.can_write_eof():
+            self.transport.write_eof()
+        await rest.drain()
 
     def handle_error(
         self,

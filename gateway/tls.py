@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import parse_qs, urlsplit
 
-from gateway.config import PREFIX, ConfigurationError, Settings, is_local, with_tls
+from gateway.config import PREFIX, ConfigurationError, Settings, is_local, split_url, with_tls
 
 POSTGRES_ALPN = "postgresql"  # PostgreSQL 17 asks for it where TLS is spoken from the first octet
 
@@ -61,7 +61,7 @@ def database_context(url: str) -> ssl.SSLContext | Literal[False]:
 
 
 def _words_of(url: str) -> dict[str, str]:
-    return {parameter: values[-1] for parameter, values in parse_qs(urlsplit(with_tls(url)).query).items()}
+    return {parameter: values[-1] for parameter, values in parse_qs(split_url(with_tls(url)).query).items()}
 
 
 def _client_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLContext:

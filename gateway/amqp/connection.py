@@ -8,7 +8,7 @@ the transport, and a tap in front of aiormq's reader takes the confirms of the p
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import groupby
 from typing import Any
 
@@ -357,7 +357,8 @@ class _TappedTransport(TransportFactory):
 
     def abort(self) -> None:
         if self._transport is not None:
-            self._transport.abort()
+            with suppress(AttributeError):  # asyncio's, up to Python 3.11.3, where TLS has ended already
+                self._transport.abort()
 
 
 @asynccontextmanager

@@ -5,7 +5,11 @@ request of the neighbour's that goes wrong.
 """
 
 import asyncio
+import socket
+import struct
+import time
 from collections.abc import AsyncIterator, Callable
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -183,6 +187,38 @@ async def test_a_trailer_is_nobodys_header(house: House, trailer: bytes) -> None
         assert b"\r\nConnection: close\r\n" in answer.raw, "so that it is not used again"
         await conversation.send(house.fill_in(table.post()))
         assert await conversation.is_closed()
+
+
+async def test_what_is_sent_behind_a_last_answer_does_not_take_it_away(house: House) -> None:
+    """Closed with octets unread, the kernel sends a reset, and a caller who reads late finds nothing."""
+    octets = house.fill_in(table.chunked(table.ONE) + table.post(table.padded(10_000)) * 200)
+    address = urlsplit(house.stand.url)
+
+    def send_and_read_late() -> bytes:
+        with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
+            caller.send(octets)  # as much as there is room for
+            time.sleep(0.5)
+            return b"".join(iter(lambda: caller.recv(65_536), b""))
+
+    for _ in range(5):
+        answer = RawAnswer(await asyncio.to_thread(send_and_read_late))
+        assert house.read(answer) == "200 1"
+        assert b"\r\nConnection: close\r\n" in answer.raw
+        assert answer.raw.count(b"HTTP/1.1 ") == 1
+
+
+async def test_who_hangs_up_before_hearing_that_it_is_malformed_leaves_no_traceback(house: House) -> None:
+    address = urlsplit(house.stand.url)
+
+    def send_and_reset() -> None:
+        with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
+            caller.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            caller.send(b"no HTTP at all\r\n\r\n")
+
+    for _ in range(150):
+        await asyncio.to_thread(send_and_reset)
+    assert (await exchange(house.stand.url, request=NEXT)).status == 404
+    assert house.stand.alarms() == []
 
 
 @pytest.mark.parametrize("cut", [lambda size: 40, lambda size: size - 300, lambda size: size - 1])
