@@ -115,7 +115,7 @@ def _round_ticks(low: float, high: float) -> Ticks:
     """About five marks at round numbers; the last one at or above `high`."""
     rough = (high - low) / 5 or 1
     power = 10 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     first, last = math.floor(low / step), math.ceil(high / step)
     places = [number * step for number in range(first, last + 1)]
     return Ticks(places, [f"{place:,.{max(0, -math.floor(math.log10(step)))}f}" for place in places])
