@@ -127,8 +127,11 @@ class Record:
 
     @property
     def outcome(self) -> str:
-        """queued: all of it · partial · refused: nothing was queued · unknown · replayed · failed · cancelled."""
+        """read: a document, no messages · queued: all of it · partial · refused: nothing was queued · unknown ·
+        replayed · failed · cancelled."""
         if self.status == 200:
+            if self.messages is None:
+                return "read"
             if self.is_replayed:
                 return "replayed"
             if OUTCOME_UNKNOWN.code in self.errors:
@@ -172,7 +175,7 @@ class AccessLog:
         if not log.isEnabledFor(level):
             return
         unlogged = 0
-        if outcome in ("queued", "replayed"):
+        if outcome in ("queued", "replayed", "read"):
             if self._sample < 1 and random.random() >= self._sample:  # noqa: S311 - a sample, no secret
                 return
         elif level == logging.INFO:

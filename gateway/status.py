@@ -163,7 +163,8 @@ async def _ask_gateway(url: URL, *, must_run: bool) -> GatewayState:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            return GatewayState(str(url), "not ready", (await response.text())[:200])
+            why = (await response.text())[:200] or f"it answered {response.status}"
+            return GatewayState(str(url), "not ready", why)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
         return GatewayState(str(url), "not running", "" if is_absent else _reason(error))

@@ -15,7 +15,7 @@ from gateway.config import Settings
 from tests.deploy.manifests import KUBERNETES, Object, containers, environment_of, gateway_of, only, render
 from tests.deploy.operators import SPECIFICATIONS
 
-FOLDERS = ["base", "migrate", "rabbitmq", "example", "sidecar-example"]
+FOLDERS = ["base", "migrate", "migrate-example", "rabbitmq", "example", "sidecar-example"]
 KUBERNETES_VERSIONS = ["1.29", "1.37"]  # the oldest with sidecars, and the newest that the schemas know
 RABBITMQ = "rabbitmq.com/v1beta1"
 EXIT_MARGIN_S = 2  # from the end of the drain to the end of the process: connections are closed, Python ends
@@ -198,7 +198,13 @@ def test_the_migrations_network_leads_to_the_database_alone() -> None:
     assert outgoing(policy) == {(53, "UDP"), (53, "TCP"), (5432, "TCP")}
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert "ingress" not in policy["spec"]
-    assert gateway_of(job)["args"] == ["migrate"]
+    assert gateway_of(job)["args"] == ["migrate", "--grant-to", "gateway_service"]
+
+
+def test_the_migration_to_copy_has_the_examples_image_and_namespace() -> None:
+    job, deployment = only(render("migrate-example"), "Job"), only(render("example"), "Deployment")
+    assert gateway_of(job)["image"] == gateway_of(deployment)["image"]
+    assert job["metadata"]["namespace"] == deployment["metadata"]["namespace"]
 
 
 def test_the_example_names_every_node_of_the_cluster_by_its_own_address() -> None:

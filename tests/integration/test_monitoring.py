@@ -112,6 +112,17 @@ def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should() -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_promtool_takes_the_configuration_and_its_job_is_the_one_that_the_rules_name() -> None:
+    config = RULES.parent / "prometheus.yml"
+    promtool = shutil.which("promtool")
+    assert promtool, "scripts/setup installs it, with Debian's prometheus"
+    command = [promtool, "check", "config", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stdout + done.stderr
+    (job,) = yaml.safe_load(config.read_text())["scrape_configs"]
+    assert f'job="{job["job_name"]}"' in RULES.read_text()
+
+
 def test_the_dashboard_can_be_imported() -> None:
     panels = DASHBOARD["panels"]
     ids = [panel["id"] for panel in panels]

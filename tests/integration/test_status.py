@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 import aio_pika
 import msgspec
 import pytest
+from aiohttp import web
+from yarl import URL
 
 from gateway import __version__, status
 from scripts.servers import Port, Servers
@@ -99,6 +101,23 @@ async def test_everything_down_is_told_at_once_and_by_name(gateway: GatewayUnder
             assert f"{hung} no answer within 3 s" in found["problems"]
         assert "secret" not in output
     nowhere.release()
+
+
+@pytest.mark.parametrize(("text", "problem"), [("draining", "draining"), ("", "it answered 404")])
+async def test_a_named_gateway_that_is_not_ready_is_a_problem_whatever_it_says(text: str, problem: str) -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(status=404, text=text)
+
+    app = web.Application()
+    app.router.add_get("/readyz", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = URL(f"http://127.0.0.1:{runner.addresses[0][1]}")
+        assert await status._ask_gateway(url, must_run=True) == status.GatewayState(str(url), "not ready", problem)
+    finally:
+        await runner.cleanup()
 
 
 async def test_a_missing_queue_is_a_problem_and_is_not_made(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:

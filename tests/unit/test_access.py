@@ -22,6 +22,12 @@ def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queue
     return record
 
 
+def read_a_document() -> Record:
+    record = Record(Measurements())
+    record.end("id-1", 200, "")
+    return record
+
+
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     return [vars(record)["fields"] for record in caplog.records]
 
@@ -30,6 +36,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     ("record", "outcome"),
     [
         (ended(), "queued"),
+        (read_a_document(), "read"),
         (ended(errors=("invalid_phone",)), "partial"),
         (ended(errors=("invalid_phone",), queued=0), "refused"),
         (ended(errors=("outcome_unknown",)), "unknown"),
