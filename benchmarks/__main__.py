@@ -20,7 +20,7 @@ from benchmarks import stages as staging
 from benchmarks.runs import FASTAPI, GATEWAY, LIMIT
 from benchmarks.stand import QUEUE_TYPES
 from benchmarks.workers import WorkerError
-from scripts.servers import ServerError
+from testbed.servers import ServerError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 

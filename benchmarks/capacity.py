@@ -76,7 +76,7 @@ def calculate(costs: Costs, wanted: Wanted) -> Capacity:
     rate, usable = wanted.messages_per_s, 1 - wanted.headroom
     gateway_cores = rate * costs.gateway_cpu_us / 1e6
     broker_cores = rate * costs.broker_cpu_us * wanted.copies / 1e6
-    amqp_gbit = rate * _amqp_octets(costs.sms_per_message) * 8 / 1e9
+    amqp_gbit = rate * _amqp_bytes(costs.sms_per_message) * 8 / 1e9
     return Capacity(
         costs=costs,
         wanted=wanted,
@@ -86,19 +86,19 @@ def calculate(costs: Costs, wanted: Wanted) -> Capacity:
         broker_nodes=max(wanted.copies, math.ceil(broker_cores / usable / wanted.cores_per_broker_node)),
         queues=math.ceil(rate / usable / costs.queue_messages_per_s),
         database_cores=rate * costs.database_cpu_us / 1e6,
-        network_in_gbit=rate * _http_octets() * 8 / 1e9,
+        network_in_gbit=rate * _http_bytes() * 8 / 1e9,
         network_amqp_gbit=amqp_gbit,
         network_copies_gbit=amqp_gbit * (wanted.copies - 1),
     )
 
 
-def _http_octets() -> float:
+def _http_bytes() -> float:
     """Of a request body, per message."""
     ((body, _),) = traffic.request_bodies(1, FULL_BATCH, ["+18005551000"])
     return len(body) / FULL_BATCH
 
 
-def _amqp_octets(sms_per_message: int) -> float:
+def _amqp_bytes(sms_per_message: int) -> float:
     """Of the frames, per message."""
     plan = publisher.Plan("", "sms.outbound", [], FULL_BATCH, sms_per_message)
     return len(publisher.encode_batch(plan, "sms.outbound", FRAME_MAX)[0]) / FULL_BATCH

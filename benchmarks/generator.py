@@ -74,15 +74,15 @@ _answer = msgspec.json.Decoder(Answer)
 class _Request:
     """One of the prepared requests."""
 
-    __slots__ = ("good", "octets")
+    __slots__ = ("content", "good")
 
     def __init__(self, head: str, body: bytes, good: int) -> None:
-        self.octets = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+        self.content = f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
         self.good = good
 
 
 def prepare(plan: Plan) -> list[_Request]:
-    """The requests, octet for octet."""
+    """The requests, byte for byte."""
     url = urlsplit(plan.url)
     head = (
         f"POST {url.path.rstrip('/') or PATH} HTTP/1.1\r\nHost: {url.netloc}\r\n"
@@ -122,7 +122,7 @@ class _Connection(asyncio.Protocol):
         """`since`: when the request was due."""
         assert self._transport is not None  # noqa: S101 - only made connections are asked to send
         self._request, self._since = request, since
-        self._transport.write(request.octets)
+        self._transport.write(request.content)
 
     def abort(self) -> None:
         if self._transport is not None:

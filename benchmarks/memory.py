@@ -17,7 +17,7 @@ from benchmarks.processes import ServerProcesses
 from benchmarks.runs import GATEWAY, Setup
 from benchmarks.stand import Names, Stand, open_stand
 from benchmarks.workers import crew
-from gateway.wire import MAX_BODY_BYTES
+from gateway.ingest.wire import MAX_BODY_BYTES
 
 MESSAGES = 1_000
 BODY_LENGTH = MAX_BODY_BYTES // MESSAGES - 80  # 80: the JSON around each text. Just below 5 MB together

@@ -18,19 +18,17 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from benchmarks import machine
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
-from gateway import log
-from gateway.access import AccessLog, Record
 from gateway.amqp.frames import PublishFramer
 from gateway.config import Settings
-from gateway.measurements import Measurements
-from gateway.tracing import Tracing
-from gateway.wire import Answer
+from gateway.telemetry import log
+from gateway.telemetry.counters import AUTHENTICATE, BUILD, PUBLISH, READ, RESOLVE_LISTS, VALIDATE, Counters
+from gateway.telemetry.requests import RequestLog, RequestRecord
+from gateway.telemetry.tracing import Tracing
 
 REQUESTS, SAMPLES = 2_000, 9
 SHARES = (0.0, 0.01, 1.0)
-ANSWER = Answer(1_000, 0, [])
 SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
-MEASUREMENTS = Measurements()
+COUNTERS = Counters()
 FRAMER = PublishFramer(channel=1, exchange="sms", routing_key="sms", message_type="sms.v1", frame_max=131_072)
 
 
@@ -41,20 +39,24 @@ class Nowhere(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-def _request(access_log: AccessLog | None, tracing: Tracing | None) -> None:
+def _request(access_log: RequestLog | None, tracing: Tracing | None) -> None:
     """All calls that a request makes to record, log and tracing."""
-    record = Record(MEASUREMENTS)
+    record = RequestRecord(COUNTERS)
     if tracing:
         tracing.begin(record, "POST", "/api/v2/send/bulk", {})
-    record.authenticated(42)
-    record.read(100_000)
-    record.validated(1_000)
-    record.owned()
-    record.built(1_000)
+    record.account_id = 42
+    record.mark(AUTHENTICATE)
+    record.body_bytes = 100_000
+    record.mark(READ)
+    record.hold(1_000)
+    record.mark(VALIDATE)
+    record.mark(RESOLVE_LISTS)
+    record.payloads = 1_000
+    record.mark(BUILD)
     if tracing:
         FRAMER.carrying(tracing.begin_publish(record))
-    record.published()
-    record.counted(ANSWER)
+    record.mark(PUBLISH)
+    record.queued = 1_000
     record.end("0123456789abcdef-1f", 200, "")
     trace_id = tracing.end(record) if tracing else ""
     if access_log:
@@ -81,7 +83,7 @@ def measure() -> Observing:
     watchers = [_watched("record alone", None, None)]
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # a full queue is no surprise at this pace
     with _lines_to_nowhere():
-        watchers.extend(_watched(f"log, sample {share:g}", AccessLog(share), None) for share in SHARES)
+        watchers.extend(_watched(f"log, sample {share:g}", RequestLog(share), None) for share in SHARES)
     for share in SHARES:
         tracing = Tracing(SETTINGS, Nowhere(), sampling.ParentBased(sampling.TraceIdRatioBased(share)))
         watchers.append(_watched(f"traces, {share:.0%} recorded", None, tracing))
@@ -92,7 +94,7 @@ def measure() -> Observing:
 @contextmanager
 def _lines_to_nowhere() -> Iterator[None]:
     """The access log as the gateway writes it, form and thread included."""
-    logger, nowhere = logging.getLogger("gateway.access"), os.open(os.devnull, os.O_WRONLY)
+    logger, nowhere = logging.getLogger("gateway.requests"), os.open(os.devnull, os.O_WRONLY)
     handler = log.WriterThread(nowhere)
     handler.setFormatter(log.JsonLines())
     before = logger.level, logger.propagate
@@ -109,7 +111,7 @@ def _lines_to_nowhere() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _watched(name: str, access_log: AccessLog | None, tracing: Tracing | None) -> Watcher:
+def _watched(name: str, access_log: RequestLog | None, tracing: Tracing | None) -> Watcher:
     loop_us, process_us = [], []
     for _ in range(SAMPLES):
         thread, process = time.thread_time(), time.process_time()

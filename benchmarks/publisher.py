@@ -2,7 +2,7 @@
 
 A minimal AMQP client on plain asyncio: batches are encoded before the clock starts, each goes out in one write, and is
 done when the broker has confirmed all of it. It shares no code with the gateway's publisher, so that neither hides the
-other's mistakes; only the payloads are the gateway's own, octet for octet (traffic.py).
+other's mistakes; only the payloads are the gateway's own, byte for byte (traffic.py).
 """
 
 import asyncio
@@ -99,7 +99,7 @@ class Handshake:
 
 
 def encode_batch(plan: Plan, routing_key: str, frame_max: int) -> tuple[bytes, int]:
-    """The octets of one batch, and how many AMQP messages it is."""
+    """The bytes of one batch, and how many AMQP messages it is."""
     contents = traffic.envelopes(traffic.payloads(plan.batch, body_length=plan.body_length), plan.sms_per_message)
     publish = commands.Basic.Publish(exchange=plan.exchange, routing_key=routing_key, mandatory=True)
     frames: list[pamqp.base.Frame | ContentHeader | ContentBody] = []

@@ -20,11 +20,11 @@ from benchmarks import generator, latency, publisher, traffic
 from benchmarks.processes import ServerProcesses, busy_s
 from benchmarks.stand import Names, Stand
 from benchmarks.workers import REPOSITORY, Crew, Result, Start, Tick, crew
-from scripts.servers import Gateway, Server
+from testbed.servers import Gateway, Server
 
 LIMIT, GATEWAY, FASTAPI = "limit", "gateway", "fastapi"
-STREAM_SEGMENT_OCTETS = 500_000_000  # RabbitMQ's default
-MOST_OCTETS_OF_AN_SMS = 500  # of ours, in a stream
+STREAM_SEGMENT_BYTES = 500_000_000  # RabbitMQ's default
+MOST_BYTES_OF_AN_SMS = 500  # of ours, in a stream
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -251,7 +251,7 @@ def _most_snapshots(messages: int) -> int:
 
     (rabbitmq/osiris, osiris_log: evaluate_tracking_snapshot. A stream tells its offsets, not how many messages it has.)
     """
-    return messages * MOST_OCTETS_OF_AN_SMS // STREAM_SEGMENT_OCTETS + 1
+    return messages * MOST_BYTES_OF_AN_SMS // STREAM_SEGMENT_BYTES + 1
 
 
 def rates(ticks: Iterable[Tick]) -> list[tuple[float, float]]:

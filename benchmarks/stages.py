@@ -22,14 +22,26 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from benchmarks import machine, traffic
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
-from gateway import batch, wire
-from gateway.access import Record
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import IncomingFrames, PublishFramer, Settled
-from gateway.envelopes import Layout
-from gateway.measurements import MESSAGES, OK, SECONDS, STAGES, Measurements
-from gateway.message_ids import ALPHABET, BASE, LeasedIds
-from gateway.wire import Answer, Payload
+from gateway.ingest import batch, wire
+from gateway.ingest.envelopes import Layout
+from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
+from gateway.ingest.wire import Answer, Payload
+from gateway.telemetry.counters import (
+    AUTHENTICATE,
+    BUILD,
+    MESSAGES,
+    OK,
+    PUBLISH,
+    READ,
+    RESOLVE_LISTS,
+    SECONDS,
+    STAGES,
+    VALIDATE,
+    Counters,
+)
+from gateway.telemetry.requests import RequestRecord
 
 SIZES = (1, 10, 100, 1_000)
 SAMPLE_S = 0.01
@@ -43,7 +55,7 @@ CHANNEL = 1
 NAME = "sms.outbound"
 MULTIPLIER = 134_956_987_654_321  # any that shares no factor with 62
 FORMAT, TYPE = traffic.WRONG_FORMAT, traffic.WRONG_TYPE
-ACK_OCTETS = 21
+ACK_BYTES = 21
 ENVELOPE = 100
 ACKS_PER_MESSAGE = 0.012  # measured: quorum queues coalesce, about 12 acks per 1,000 messages
 
@@ -125,9 +137,9 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     yield "answer, clean", False, partial(wire.encode, Answer(size, 0, []))
     yield "answer, all bad", False, partial(wire.encode, Answer(0, size, rows))
 
-    measurements = Measurements()
-    yield "metrics", False, partial(_measure, measurements, size, Answer(size, 0, []))
-    yield "metrics, all bad", False, partial(_measure, measurements, size, Answer(0, size, rows))
+    counters = Counters()
+    yield "metrics", False, partial(_measure, counters, size, Answer(size, 0, []))
+    yield "metrics, all bad", False, partial(_measure, counters, size, Answer(0, size, rows))
     yield "prometheus-client", True, _measure_by_prometheus_client(size)
 
 
@@ -258,10 +270,10 @@ def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractE
     for chunk in chunks:
         at = 0
         while at < len(chunk):
-            octets, _, frame = pamqp.frame.unmarshal(chunk[at : at + ACK_OCTETS])
+            size, _, frame = pamqp.frame.unmarshal(chunk[at : at + ACK_BYTES])
             if not isinstance(frame, commands.Basic.Ack):
                 raise AssertionError(f"{frame!r} is no ack")
-            at += octets
+            at += size
             tags = range(settled_to + 1, frame.delivery_tag + 1) if frame.multiple else (frame.delivery_tag,)
             for tag in tags:
                 futures.pop(tag).set_result(None)
@@ -270,16 +282,20 @@ def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractE
         raise AssertionError("the acks do not cover the batch")
 
 
-def _measure(measurements: Measurements, size: int, answer: Answer) -> None:
+def _measure(counters: Counters, size: int, answer: Answer) -> None:
     """All that one request is measured by, as api.py does."""
-    record = Record(measurements)
-    record.authenticated(42)
-    record.read(100 * size)
-    record.validated(size)
-    record.owned()
-    record.built(answer.queued_count)
-    record.published()
-    record.counted(answer)
+    record = RequestRecord(counters)
+    record.account_id = 42
+    record.mark(AUTHENTICATE)
+    record.body_bytes = 100 * size
+    record.mark(READ)
+    record.hold(size)
+    record.mark(VALIDATE)
+    record.mark(RESOLVE_LISTS)
+    record.payloads = answer.queued_count
+    record.mark(BUILD)
+    record.mark(PUBLISH)
+    record.queued = answer.queued_count
     record.end(REQUEST_ID, 200, "")
 
 
@@ -290,7 +306,7 @@ def _measure_by_prometheus_client(size: int) -> Work:
     stages = [durations.labels(stage) for stage in STAGES]
     whole = Histogram("request_seconds", "Of requests.", buckets=SECONDS, registry=registry)
     messages = Histogram("request_messages", "In a request.", buckets=MESSAGES, registry=registry)
-    octets = Counter("body_bytes", "Read.", registry=registry)
+    body_bytes = Counter("body_bytes", "Read.", registry=registry)
     requests = Counter("requests", "By status and code.", ["status", "code"], registry=registry)
     queued = Counter("messages", "By outcome.", ["outcome"], registry=registry).labels("queued")
 
@@ -300,7 +316,7 @@ def _measure_by_prometheus_client(size: int) -> Work:
             now = time.perf_counter()
             stage.observe(now - at)
             at = now
-        octets.inc(100 * size)
+        body_bytes.inc(100 * size)
         messages.observe(size)
         queued.inc(size)
         whole.observe(time.perf_counter() - begin)

@@ -13,8 +13,8 @@ import aio_pika
 import msgspec
 
 from benchmarks.workers import REPOSITORY
-from gateway.admin import open_admin
-from scripts.servers import ServerError, Servers
+from gateway.cli.admin import open_admin
+from testbed.servers import ServerError, Servers
 
 QUEUE_TYPES = ("quorum", "classic", "stream")
 DEPTH_TIMEOUT_S = 15.0  # a quorum queue counts a message a moment after confirming it, when busy several

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from gateway import batch, wire
+from gateway.ingest import batch, wire
 
 SEED = 20261123
-# 50 characters of text make 111 octets of JSON a message, and an AMQP payload of 270.
+# 50 characters of text make 111 bytes of JSON a message, and an AMQP payload of 270.
 BODY_LENGTH = 50
 _REFERENCE = " Ref: {{messageId}}"
 
@@ -67,7 +67,7 @@ def request_bodies(
 
 
 def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
-    """What the gateway would publish for `count` good messages: the bare publisher sends the very same octets."""
+    """What the gateway would publish for `count` good messages: the bare publisher sends the very same bytes."""
     number = "+18005551000"
     body = msgspec.json.encode({"messages": messages(count, [number], body_length=body_length)})
     return batch.build(

@@ -1,11 +1,6 @@
 """Bulk-SMS ingestion: one HTTP call of up to 1,000 messages becomes one confirmed RabbitMQ batch.
 
-One request's path, each step a module of the same name:
-
-    admit → authenticate → decode → validate → own → build → publish → answer
-    api     auth           wire     batch      store  batch   amqp      api
-
-What counts as queued has been confirmed by the broker; what could not be confirmed is said to be unknown.
+ARCHITECTURE.md has the map of the packages and the way of a request through them.
 """
 
 __version__ = "0.1.0"

@@ -3,29 +3,26 @@
 Every variable is the field's name in upper case behind `GATEWAY_`. A bad value is refused with the variable's name.
 """
 
-import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_type_hints
-from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit
+from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Meta
 
+from gateway import urls
+
 PREFIX = "GATEWAY_"
+ESCAPE = ", with the special characters of the password percent-encoded"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0 asks the system for a free one
 Positive = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 SecondsOrNone = Annotated[float, Meta(ge=0, le=3600)]
-# Others have libpq's "prefer" and "allow" too, which take whatever is offered: whoever stands between offers no TLS.
-SSL_MODES = ("disable", "require", "verify-ca", "verify-full")
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}  # of aiormq's URLs
 Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
-TailToken = Annotated[str, Meta(pattern=r"^[\x21-\x7e]{16,255}$")]
-
-SECRETS = {"tail_token"}  # shown to nobody; the URLs are, without their passwords
 
 
 class ConfigurationError(Exception):
@@ -45,7 +42,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_key_file: str = ""  # "" when it stands in the same file, here and below
     ops_host: str = "127.0.0.1"  # probes from outside need 0.0.0.0: a deliberate step
     ops_port: Port = 9090
-    tail_token: TailToken = ""  # who sends it may watch whole texts and numbers; "": nobody may
 
     # How the server is verified and who we are; "": by the system's authorities, and nobody. Read at each connect.
     database_ca_file: str = ""
@@ -72,7 +68,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_unconfirmed_messages: Annotated[int, Meta(ge=1_000)] = 100_000  # less would refuse a full batch for ever
     max_unconfirmed_bytes: Positive = 128 * 1024 * 1024
 
-    # Open at a time. One that waits costs some 7 kB; beyond, what waits longest makes room (gateway/listeners.py).
+    # An idle one costs some 7 kB. At the limit the oldest waiting connection is closed (web/connections.py).
     max_connections: Positive = 8_192
     header_timeout_s: Seconds = 10.0  # for a TLS handshake, for the head of a request, for a new connection to send one
     body_timeout_s: Seconds = 10.0
@@ -87,7 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_timeout_s: Seconds = 20.0  # then, for the requests in flight; the sum stays under Kubernetes' 30 s
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     log_format: Literal["json", "console"] = "json"  # the same everywhere: a form that hangs on a terminal surprises
-    access_log_sample: Share = 1.0  # of the requests with everything queued
+    request_log_sample: Share = 1.0  # of the requests with everything queued
     traces: Literal["on", "off"] = "off"
 
     def __repr__(self) -> str:
@@ -97,9 +93,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def masked(self) -> dict[str, object]:
         """All settings by name, with the passwords in URLs replaced by ***."""
         values = msgspec.structs.asdict(self)
-        values["database_url"] = _without_password(self.database_url)
-        values["amqp_url"] = ",".join(map(_without_password, self.amqp_nodes()))
-        return values | {name: "***" for name in SECRETS if values[name]}
+        values["database_url"] = urls.without_password(self.database_url)
+        values["amqp_url"] = ",".join(map(urls.without_password, self.amqp_nodes()))
+        return values
 
     def queues(self) -> list[str]:
         """The outbound queues, one per shard; each is bound by its own name."""
@@ -109,7 +105,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def database_url_with_tls(self) -> str:
         """The database's URL with everything about TLS spelt out in libpq's words."""
-        return with_tls(
+        return urls.with_tls(
             self.database_url,
             sslrootcert=self.database_ca_file,
             sslcert=self.database_cert_file,
@@ -118,28 +114,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def amqp_nodes(self) -> list[str]:
         """The broker's nodes, one URL each, in the order given."""
-        return [url.strip() for url in self.amqp_url.split(",") if url.strip()]
+        return urls.split_nodes(self.amqp_url)
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises ConfigurationError, naming the variable and what it takes."""
     values = _read(get_type_hints(Settings, include_extras=True), environ)
     load_database_url(environ)
-    _check_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), ("amqp", "amqps"))
+    _check_amqp_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")))
     return msgspec.convert(values, Settings)
-
-
-class Operations(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of the settings that leads to a gateway's operations listener."""
-
-    ops_host: str = "127.0.0.1"
-    ops_port: Port = 9090
-    tail_token: TailToken = ""
-
-
-def load_operations(environ: Mapping[str, str] = os.environ) -> Operations:
-    """All that `tail` needs: it may run where no server can be reached but the gateway. Raises ConfigurationError."""
-    return Operations(**_read(get_type_hints(Operations, include_extras=True), environ))
 
 
 def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -153,8 +136,7 @@ def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any
         try:
             values[name] = msgspec.convert(raw, kind, strict=False)
         except msgspec.ValidationError as error:
-            shown = "***" if name in SECRETS else repr(raw)
-            raise ConfigurationError(f"{variable}={shown} cannot be used: {error}") from None
+            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
     return values
 
 
@@ -162,52 +144,11 @@ def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
     """The database's URL with TLS spelt out: all that migrations and administration need. Raises ConfigurationError."""
     variable = PREFIX + "DATABASE_URL"
     url = environ.get(variable, "").strip()
-    _check_urls(variable, url, ("postgres", "postgresql"))
+    _check_database_url(variable, url)
     ca_file, cert_file, key_file = (
         environ.get(f"{PREFIX}DATABASE_{name}", "").strip() for name in ("CA_FILE", "CERT_FILE", "KEY_FILE")
     )
-    return with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
-
-
-def split_url(url: str) -> SplitResult:
-    """urlsplit, also for several hosts: since 2024 Python's own refuses `//one,[::1]/name`. Raises ValueError."""
-    scheme, slashes, rest = url.partition("://")
-    end = min(at for at in (*map(rest.find, "/?#"), len(rest)) if at >= 0)
-    return urlsplit(f"{scheme}{slashes}{rest[end:]}")._replace(netloc=rest[:end])
-
-
-def with_tls(url: str, **files: str) -> str:
-    """A postgres URL with sslmode and the files of sslrootcert, sslcert and sslkey; what it says itself, it keeps.
-
-    Without a word from anybody, a server on this machine is spoken to in plain, and any other is to prove by the
-    system's authorities that it is the one in the URL. libpq's own default would fall back to a plain connection.
-    """
-    parts = split_url(url)
-    said = parse_qs(parts.query)
-    missing = {parameter: file for parameter, file in files.items() if file and parameter not in said}
-    if "sslmode" not in said:
-        is_plain = is_local(url) and not {"sslrootcert"} & (said.keys() | missing.keys())
-        missing["sslmode"] = "disable" if is_plain else "verify-full"
-        if not is_plain and not {"sslrootcert"} & (said.keys() | missing.keys()):
-            missing["sslrootcert"] = "system"
-    return f"{url}{'&' if parts.query else '?'}{urlencode(missing)}" if missing else url
-
-
-def is_local(url: str) -> bool:
-    """Whether all hosts of a URL are this machine: a loopback address, or the folder of a unix socket."""
-    parts = split_url(url)
-    hosts = parts.netloc.rpartition("@")[2] or ",".join(parse_qs(parts.query).get("host", []))
-    return all(map(_is_local_host, hosts.split(",")))
-
-
-def _is_local_host(host: str) -> bool:
-    if host.startswith(("/", "%2F", "%2f")):
-        return True
-    name = urlsplit(f"//{host}").hostname or ""
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
+    return urls.with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -219,40 +160,27 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
 
-def _check_urls(variable: str, value: str, schemes: tuple[str, ...]) -> None:
-    mend = f"Set {variable} to a URL such as {schemes[0]}://user:password@host/name"
-    # A comma separates whole URLs for the broker, and hosts inside one URL for PostgreSQL.
-    is_amqp = "amqp" in schemes
-    urls = [url.strip() for url in (value.split(",") if is_amqp else [value]) if url.strip()]
-    if not urls:
-        raise ConfigurationError(f"{variable} is not set. {mend}")
-    for url in urls:
-        # The library's own words are left out: they would tell the password.
-        try:
-            parts = split_url(url)
-            behind_host = url.partition(parts.netloc)[2] if parts.netloc else url
-            # What stands for a port and is none may be a password: `//user:password/name`, the host forgotten.
-            ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
-            is_whole = "@" not in behind_host and (not is_amqp or bool(parts.hostname and len(ports) == 1))
-        except ValueError:
-            is_whole = False
-        if not is_whole or parts.scheme not in schemes:
-            raise ConfigurationError(
-                f"{variable} is no {schemes[0]} URL. {mend}, with the special characters of the password "
-                "percent-encoded"
-            )
-        said = parse_qs(parts.query)
-        if is_amqp and (ignored := AMQP_TLS_PARAMETERS & said.keys()):
+def _check_database_url(variable: str, url: str) -> None:
+    hint = f"Set {variable} to a URL such as postgres://user:password@host/name"
+    if not url:
+        raise ConfigurationError(f"{variable} is not set. {hint}")
+    if not urls.is_complete(url, urls.POSTGRES):
+        raise ConfigurationError(f"{variable} is no postgres URL. {hint}{ESCAPE}")
+    mode = parse_qs(urls.split_url(url).query).get("sslmode", ["verify-full"])[-1]
+    if mode not in urls.SSL_MODES:
+        raise ConfigurationError(f"{variable} has sslmode={mode}: choose one of {', '.join(urls.SSL_MODES)}")
+
+
+def _check_amqp_urls(variable: str, value: str) -> None:
+    hint = f"Set {variable} to a URL such as amqp://user:password@host/name"
+    nodes = urls.split_nodes(value)
+    if not nodes:
+        raise ConfigurationError(f"{variable} is not set. {hint}")
+    for url in nodes:
+        if not urls.is_complete(url, urls.AMQP):
+            raise ConfigurationError(f"{variable} is no amqp URL. {hint}{ESCAPE}")
+        if ignored := AMQP_TLS_PARAMETERS & parse_qs(urls.split_url(url).query).keys():
             raise ConfigurationError(
                 f"{variable} has {', '.join(sorted(ignored))}, which is not looked at. Set {PREFIX}AMQP_CA_FILE, "
                 f"{PREFIX}AMQP_CERT_FILE and {PREFIX}AMQP_KEY_FILE instead"
             )
-        if not is_amqp and (mode := said.get("sslmode", ["verify-full"])[-1]) not in SSL_MODES:
-            raise ConfigurationError(f"{variable} has sslmode={mode}: choose one of {', '.join(SSL_MODES)}")
-
-
-def _without_password(url: str) -> str:
-    parts = split_url(url)
-    credentials, at, hosts = parts.netloc.rpartition("@")
-    user, colon, _ = credentials.partition(":")
-    return parts._replace(netloc=user + (colon and ":***") + at + hosts, query="", fragment="").geturl()

@@ -4,23 +4,22 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
-from gateway.access import AccessLog
-from gateway.admission import Admission
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
-from gateway.database import Database
-from gateway.envelopes import Layout
 from gateway.errors import DatabaseUnavailable
-from gateway.id_supply import IdSupply
-from gateway.idempotency import Idempotency
-from gateway.measurements import Histogram, Measurements
-from gateway.store import Store
-from gateway.tracing import Tracing
-from gateway.watching import Watchers
+from gateway.ingest.admission import Admission
+from gateway.ingest.envelopes import Layout
+from gateway.ingest.id_supply import IdSupply
+from gateway.ingest.idempotency import Idempotency
+from gateway.postgres.pool import Database
+from gateway.postgres.queries import Store
+from gateway.telemetry.counters import Counters, Histogram
+from gateway.telemetry.requests import RequestLog
+from gateway.telemetry.tracing import Tracing
 
 LAG_INTERVAL_S = 0.25
 
@@ -37,10 +36,9 @@ class Runtime:
     publisher: Publisher
     admission: Admission
     layout: Layout
-    access_log: AccessLog
-    measurements: Measurements
+    request_log: RequestLog
+    counters: Counters
     tracing: Tracing | None = None
-    watchers: Watchers = field(default_factory=Watchers)
     database_was_reached: bool = False
     draining: bool = False
 
@@ -67,18 +65,18 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         stack.push_async_callback(publisher.close)
         idempotency = Idempotency(store, longest_run_s=settings.confirm_timeout_s)
         stack.push_async_callback(idempotency.close)
-        admission = Admission(max_requests=settings.max_requests_in_flight, max_octets=settings.max_bytes_in_flight)
+        admission = Admission(max_requests=settings.max_requests_in_flight, max_bytes=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
-        access_log = AccessLog(settings.access_log_sample)
+        request_log = RequestLog(settings.request_log_sample)
         runtime = Runtime(
-            *(settings, database, store, ids, idempotency, publisher, admission, layout, access_log, Measurements()),
+            *(settings, database, store, ids, idempotency, publisher, admission, layout, request_log, Counters()),
             tracing=tracing,
         )
         reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
         stack.push_async_callback(_stop, reaching)
         sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")
         stack.push_async_callback(_stop, sweeping)
-        lagging = asyncio.create_task(_watch_event_loop(runtime.measurements.loop_lag_s), name="watch the event loop")
+        lagging = asyncio.create_task(_watch_event_loop(runtime.counters.loop_lag_s), name="watch the event loop")
         stack.push_async_callback(_stop, lagging)
         yield runtime
 

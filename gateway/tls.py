@@ -7,11 +7,12 @@ import ssl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
-from gateway.config import PREFIX, ConfigurationError, Settings, is_local, split_url, with_tls
+from gateway.config import PREFIX, ConfigurationError, Settings
+from gateway.urls import is_local, tls_parameters
 
-POSTGRES_ALPN = "postgresql"  # PostgreSQL 17 asks for it where TLS is spoken from the first octet
+POSTGRES_ALPN = "postgresql"  # PostgreSQL 17 asks for it where TLS is spoken from the first byte
 
 # OpenSSL's X509_V_ERR_*: what it has against a certificate.
 NOT_YET_VALID, HAS_EXPIRED, HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH = 9, 10, 62, 64
@@ -42,12 +43,12 @@ def broker_context(settings: Settings) -> ssl.SSLContext:
 
 def is_wanted(url: str) -> bool:
     """Whether a database's URL asks for TLS; reads no file."""
-    return _words_of(url)["sslmode"] != "disable"
+    return tls_parameters(url)["sslmode"] != "disable"
 
 
 def database_context(url: str) -> ssl.SSLContext | Literal[False]:
-    """What a URL asks for in libpq's words (config.with_tls); False: plain. Reads files. Raises OSError."""
-    said = _words_of(url)
+    """What a URL asks for in libpq's words (urls.with_tls); False: plain. Reads files. Raises OSError."""
+    said = tls_parameters(url)
     mode, ca_file = said["sslmode"], said.get("sslrootcert", "system")
     if mode == "disable":
         return False
@@ -58,10 +59,6 @@ def database_context(url: str) -> ssl.SSLContext | Literal[False]:
     if mode == "require" and "sslrootcert" not in said:  # with a root, libpq takes it for verify-ca
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _words_of(url: str) -> dict[str, str]:
-    return {parameter: values[-1] for parameter, values in parse_qs(split_url(with_tls(url)).query).items()}
 
 
 def _client_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLContext:
@@ -125,7 +122,7 @@ def weaknesses(settings: Settings) -> list[str]:
         for parts in map(urlsplit, settings.amqp_nodes())
         if parts.scheme == "amqp" and not is_local(parts.geturl())
     ]
-    mode = _words_of(settings.database_url)["sslmode"]
+    mode = tls_parameters(settings.database_url)["sslmode"]
     if mode != "verify-full" and not is_local(settings.database_url):
         meaning = "sends all in the clear" if mode == "disable" else "takes another server for the database"
         found.append(f"{PREFIX}DATABASE_URL: sslmode={mode} {meaning}; sslmode=verify-full does not")

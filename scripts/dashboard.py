@@ -23,7 +23,7 @@ import aiohttp
 import msgspec
 
 from benchmarks.stand import BROKER_MEMORY, Stand, open_stand
-from scripts.servers import Gateway, Port, Server
+from testbed.servers import Gateway, Port, Server
 
 ROOT = Path(__file__).parents[1]
 DASHBOARD = ROOT / "deploy/grafana/gateway.json"

@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from scripts.servers import Port, Servers
+from testbed.servers import Port, Servers
 
 ROOT = Path(__file__).parents[1]
 BASE, IMAGE = "localhost/python-stand-in", "localhost/sms-gateway"

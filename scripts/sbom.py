@@ -5,7 +5,7 @@
     python -m scripts.sbom --licenses      # prints every package's licence
 
 Versions come from requirements.txt, which holds the hashes of their files; licences and dependencies from the installed
-packages' own metadata. The same lock gives the same octets. A licence that is not known to be permissive is refused.
+packages' own metadata. The same lock gives the same bytes. A licence that is not known to be permissive is refused.
 """
 
 import argparse

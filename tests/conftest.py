@@ -15,14 +15,14 @@ import msgspec
 import pytest
 from multidict import CIMultiDictProxy
 
-from gateway import server
-from gateway.admin import Admin, open_admin
+from gateway.cli.admin import Admin, open_admin
 from gateway.config import Settings
 from gateway.runtime import Runtime, open_runtime
-from scripts.servers import Servers
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
-from tests.secrecy import BODY, PASSWORD, LogWatch
+from gateway.server import process as server
+from testbed.servers import Servers
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.secrecy import BODY, PASSWORD, LogWatch
 
 watch = LogWatch()
 

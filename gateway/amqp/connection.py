@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 CLOSE_TIMEOUT_S = 2.0
-STATES = ("open", "probation", "blocked", "overdue", "lost")
+STATES = ("open", "half_open", "blocked", "overdue", "lost")
 STALLED_S = 1.0  # so much younger batches elsewhere are confirmed already: something is wrong with this connection
 
 
@@ -57,11 +57,11 @@ class PublishConnection:
     """One connection with one channel in confirm mode, from its opening to its loss; never used again after."""
 
     def __init__(
-        self, settings: Settings, node: URL, count_late: Callable[[int], None], *, on_probation: bool = False
+        self, settings: Settings, node: URL, count_late: Callable[[int], None], *, half_open: bool = False
     ) -> None:
-        """`on_probation`: one batch at a time until the first is confirmed, because its predecessor's were not."""
+        """`half_open`: one batch at a time until the first is confirmed, because its predecessor's were not."""
         self.node = node
-        self._on_probation = on_probation
+        self._half_open = half_open
         self.confirmed_written_at = float("-inf")  # when the youngest batch was written that has been confirmed
         self._settings = settings
         self._count_late = count_late
@@ -145,7 +145,7 @@ class PublishConnection:
             or self.is_blocked
             or self._transports.is_closing
             or self.is_overdue()
-            or (self._on_probation and self._pending)
+            or (self._half_open and self._pending)
         )
 
     @property
@@ -162,7 +162,7 @@ class PublishConnection:
             return "blocked"
         if self.is_overdue():
             return "overdue"
-        return "probation" if self._on_probation else "open"
+        return "half_open" if self._half_open else "open"
 
     def is_overdue(self) -> bool:
         """Whether a batch has passed its deadline unconfirmed, on a connection that is not lost."""
@@ -257,7 +257,7 @@ class PublishConnection:
             self.unconfirmed_bytes -= pending.size
             if not self.is_lost:
                 self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
-                self._on_probation = False
+                self._half_open = False
             if not pending.settled.done():
                 _finish(pending.settled)
             elif not self.is_lost:

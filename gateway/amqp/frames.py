@@ -1,6 +1,6 @@
 """A batch of payloads → one buffer of AMQP 0-9-1 frames; bytes from the broker → what a publisher must know. No IO.
 
-Frame: type (1), channel (2), size (4), payload, end octet 0xCE. A publish is a method frame, a header frame, and
+Frame: type (1), channel (2), size (4), payload, end byte 0xCE. A publish is a method frame, a header frame, and
 body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 4.2.)
 """
 
@@ -17,7 +17,7 @@ from pamqp.common import FieldTable
 from pamqp.header import ContentHeader
 
 END = b"\xce"
-FRAME_OVERHEAD = 8  # octets of a frame beside its payload: 7 before, 1 behind
+FRAME_OVERHEAD = 8  # bytes of a frame beside its payload: 7 before, 1 behind
 HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00" + END
 PERSISTENT = 2
 DEFAULT_FRAME_MAX = 131_072  # RabbitMQ's
@@ -38,7 +38,7 @@ class PublishFramer:
     """Packs publishes to one exchange and routing key on one channel: persistent, mandatory, JSON."""
 
     def __init__(self, *, channel: int, exchange: str, routing_key: str, message_type: str, frame_max: int) -> None:
-        """`frame_max` is the negotiated size of a whole frame in octets; 0 means that the broker sets none."""
+        """`frame_max` is the negotiated size of a whole frame in bytes; 0 means that the broker sets none."""
         self._channel = channel
         self._message_type = message_type
         self._headers: FieldTable = {}
@@ -72,7 +72,7 @@ class PublishFramer:
     def pack(self, ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
         """All frames of a batch in one buffer, in order. `ids` are of 8 ASCII characters.
 
-        A publish without its payload is packed in one call, and opens with the end octet of the frame before it, so
+        A publish without its payload is packed in one call, and opens with the end byte of the frame before it, so
         that heads and payloads take turns in one join: in a large batch half of what bytes formatting takes, and a
         fiftieth of a marshaller's objects (scripts/bench stages, row "frames").
         """
@@ -140,14 +140,14 @@ Event = Settled | Returned | ChannelClosed | Blocked
 
 
 class _NotAFrame(Exception):
-    """Here ends what can be told from the broker's octets."""
+    """Here ends what can be told from the broker's bytes."""
 
 
 class IncomingFrames:
     """Splits the broker's bytes: confirms and returns of one channel become events, the rest is passed on.
 
     A confirm costs a few struct calls here, where a stream reader, a marshaller, two queues and a task stood before
-    (scripts/bench stages, row "confirms", leaves out those queues and tasks). From the first octets on that are no
+    (scripts/bench stages, row "confirms", leaves out those queues and tasks). From the first bytes on that are no
     frame (the broker's protocol header, or garbage) everything is passed on, for the library to judge: what is out of
     step must never be read as an ack.
     """
@@ -157,7 +157,7 @@ class IncomingFrames:
         self._rest = b""
         self._out_of_step = False
         self._returned_id: str | None = None
-        self._returned_octets = 0  # of the returned message's content that are still to come; below 0 until its header
+        self._returned_bytes = 0  # of the returned message's content that are still to come; below 0 until its header
         self._return_begun = False
 
     def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
@@ -210,27 +210,27 @@ class IncomingFrames:
             if method == _CHANNEL_CLOSE:
                 events.append(ChannelClosed())
             self._return_begun = method == _RETURN
-            self._returned_octets = -1
+            self._returned_bytes = -1
             return self._return_begun
         if not self._return_begun or channel == 0 or kind not in (_HEADER, _BODY):
             return False
         if kind == _HEADER:
-            self._returned_id, self._returned_octets = _read_header(buffer[at : end - len(END)])
+            self._returned_id, self._returned_bytes = _read_header(buffer[at : end - len(END)])
         else:
-            self._returned_octets -= size
-            if self._returned_octets < 0:
+            self._returned_bytes -= size
+            if self._returned_bytes < 0:
                 raise _NotAFrame
-        if self._returned_octets == 0:
+        if self._returned_bytes == 0:
             events.append(Returned(self._returned_id or ""))
             self._return_begun = False
         return True
 
 
-def _read_header(octets: bytes) -> tuple[str | None, int]:
+def _read_header(data: bytes) -> tuple[str | None, int]:
     """The message id and the size of the body. Raises _NotAFrame."""
     header = ContentHeader()
     try:
-        header.unmarshal(octets)
+        header.unmarshal(data)
     except (struct.error, ValueError, LookupError, TypeError, ArithmeticError) as error:  # pamqp, of garbage
         raise _NotAFrame from error
     return header.properties.message_id, header.body_size

@@ -38,10 +38,10 @@ class Publisher:
         """`first_node` is where the first connection goes; None draws one, so that replicas spread over the nodes."""
         self._settings = settings
         self._connections: list[PublishConnection] = []  # those that may be given batches
-        self._leaving: set[PublishConnection] = set()  # those that only wait for their last confirms
+        self._draining: set[PublishConnection] = set()  # those that only wait for their last confirms
         self._window = ConfirmWindow(
             most_messages=settings.max_unconfirmed_messages,
-            most_octets=settings.max_unconfirmed_bytes,
+            most_bytes=settings.max_unconfirmed_bytes,
             # Beyond this a longer queue at the broker adds waiting, not goodput (scripts/faults --scenario overload:
             # with twice as much, the median at ten times the load was 71 % of the peak, with this 85 %).
             target_s=settings.confirm_timeout_s / 16,
@@ -85,21 +85,21 @@ class Publisher:
 
     @property
     def unconfirmed_messages(self) -> int:
-        return sum(connection.unconfirmed_messages for connection in [*self._connections, *self._leaving])
+        return sum(connection.unconfirmed_messages for connection in [*self._connections, *self._draining])
 
     @property
     def unconfirmed_bytes(self) -> int:
-        return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._leaving])
+        return sum(connection.unconfirmed_bytes for connection in [*self._connections, *self._draining])
 
     @property
     def oldest_age_s(self) -> float:
         """How long the oldest unconfirmed batch has been waiting; 0.0 when there is none."""
-        return max((connection.oldest_age_s() for connection in [*self._connections, *self._leaving]), default=0.0)
+        return max((connection.oldest_age_s() for connection in [*self._connections, *self._draining]), default=0.0)
 
     @property
     def blocked_s(self) -> float:
         """How long broker alarms have blocked connections, added up over all that there have been."""
-        return self._blocked_s + sum(connection.blocked_s for connection in [*self._connections, *self._leaving])
+        return self._blocked_s + sum(connection.blocked_s for connection in [*self._connections, *self._draining])
 
     @property
     def window(self) -> ConfirmWindow:
@@ -109,7 +109,7 @@ class Publisher:
     def connection_states(self) -> Counter[str]:
         """How many connections are in which state: those of STATES, `leaving`, and `connecting` for the missing."""
         states = Counter(connection.state for connection in self._connections)
-        states["leaving"] = len(self._leaving)
+        states["draining"] = len(self._draining)
         states["connecting"] = self._settings.amqp_connections - len(self._connections)
         return states
 
@@ -243,10 +243,10 @@ class Publisher:
         nodes = self._settings.amqp_nodes()
         number += self._first_node
         attempt = 0
-        on_probation = False
+        half_open = False
         while not self._closed:
             node = URL(nodes[(number + attempt) % len(nodes)])
-            connection = PublishConnection(self._settings, node, self._count_late, on_probation=on_probation)
+            connection = PublishConnection(self._settings, node, self._count_late, half_open=half_open)
             try:
                 async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                     await connection.open()
@@ -267,8 +267,8 @@ class Publisher:
                 number += 1  # the next node first: this one has just failed us
             finally:
                 self._connections = [other for other in self._connections if other is not connection]
-                on_probation = connection.is_overdue()  # the next one has to show that there are confirms again
-                if on_probation and not connection.is_blocked and not self._closed:
+                half_open = connection.is_overdue()  # the next one has to show that there are confirms again
+                if half_open and not connection.is_blocked and not self._closed:
                     self._see_out(connection)
                 else:
                     self._blocked_s += connection.blocked_s
@@ -301,8 +301,8 @@ class Publisher:
 
     def _see_out(self, connection: PublishConnection) -> None:
         """Let a connection that is too slow wait for its last confirms beside the one that takes its place."""
-        self._leaving.add(connection)
-        task = asyncio.create_task(self._wait_for_the_last(connection), name="amqp-leaving")
+        self._draining.add(connection)
+        task = asyncio.create_task(self._wait_for_the_last(connection), name="amqp-draining")
         task.add_done_callback(_log_if_ended)
         task.add_done_callback(self._tasks.discard)
         self._tasks.add(task)
@@ -313,7 +313,7 @@ class Publisher:
                 if await connection.wait_lost(timeout=WATCH_INTERVAL_S):
                     break
         finally:
-            self._leaving.discard(connection)
+            self._draining.discard(connection)
             self._blocked_s += connection.blocked_s
             await connection.close()
 

@@ -7,7 +7,7 @@ confirmed in time, while it is made use of (RFC 7661), and shrinks once for all 
 
 One account may take three times what is free, and so leaves room for others (admission.py has the theory).
 
-Loads are counted in messages; large ones weigh more (`weigh`), so that one window bounds messages and octets.
+Loads are counted in messages; large ones weigh more (`weigh`), so that one window bounds messages and bytes.
 """
 
 from collections import Counter
@@ -23,9 +23,9 @@ MOST_REFUSED = 10_000  # accounts remembered as refused; beyond, all are forgott
 class ConfirmWindow:
     """The most that may be unconfirmed; times are in seconds on one monotonic clock."""
 
-    def __init__(self, *, most_messages: int, most_octets: int, target_s: float) -> None:
+    def __init__(self, *, most_messages: int, most_bytes: int, target_s: float) -> None:
         self._most = most_messages
-        self._messages_per_octet = most_messages / most_octets
+        self._messages_per_byte = most_messages / most_bytes
         self._target_s = target_s
         self._shrunk_at = float("-inf")
         self._refused: dict[int, int] = {}  # account → the load that had no room
@@ -33,9 +33,9 @@ class ConfirmWindow:
         self.messages = min(START_MESSAGES, most_messages)
         self.confirm_s = 0.0  # what a batch waits for its confirms, smoothed
 
-    def weigh(self, messages: int, octets: int) -> int:
-        """The load of so many messages with so many octets."""
-        return max(messages, int(octets * self._messages_per_octet))
+    def weigh(self, messages: int, size: int) -> int:
+        """The load of so many messages with so many bytes."""
+        return max(messages, int(size * self._messages_per_byte))
 
     def has_room(self, load: int, *, unconfirmed: int, account_id: int) -> bool:
         """Whether a batch may be written; one alone always may, and an account's only one where there is room."""

@@ -9,15 +9,15 @@ import asyncpg
 import msgspec
 import pytest
 
-from gateway.admin import Admin
-from gateway.message_ids import ids_at
-from gateway.store import HeldKey, KnownKey
+from gateway.cli.admin import Admin
+from gateway.ingest.message_ids import ids_at
+from gateway.postgres.queries import HeldKey, KnownKey
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
-from tests.raw_http import exchange
-from tests.scripted_broker import Published, ScriptedBroker, Session
-from tests.secrecy import BODY
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.raw_http import exchange
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.secrecy import BODY
 
 HOLD_FOR_A_MINUTE = 60.0
 
@@ -26,10 +26,10 @@ def batch(gateway: GatewayUnderTest, count: int = 3, **changes: Any) -> bytes:
     return msgspec.json.encode({"messages": [gateway.message(**changes)] * count})
 
 
-async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.Record]:
+async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.RequestRecord]:
     connection = await asyncpg.connect(gateway.runtime.settings.database_url)
     try:
-        rows: Sequence[asyncpg.Record] = await connection.fetch(
+        rows: Sequence[asyncpg.RequestRecord] = await connection.fetch(
             "SELECT * FROM idempotency_keys WHERE account_id = $1 ORDER BY key", gateway.account_id
         )
         return rows

@@ -6,10 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.admin import Admin
+from gateway.cli.admin import Admin
 from tests.conftest import MakeSettings, StartGateway, new_number
-from tests.outbound_queue import OutboundQueue
-from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 
 @pytest.mark.parametrize("queue_type", ["quorum", "classic"])

@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.admin import Admin
+from gateway.cli.admin import Admin
 from tests.conftest import GatewayUnderTest, new_number
-from tests.outbound_queue import OutboundQueue
+from tests.support.outbound_queue import OutboundQueue
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("to absent", {"to": ...}, "missing_to"),

@@ -11,9 +11,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.raw_http import exchange
-from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.eventually import eventually
+from tests.support.raw_http import exchange
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 MOST_SERIES = 500  # of one process: 15 kB, some milliseconds; Prometheus' own advice is to stay under thousands
 
@@ -76,14 +76,14 @@ async def test_known_traffic_gives_exact_counts(gateway: GatewayUnderTest) -> No
     assert await counted(gateway, "gateway_idempotent_requests_total") == {"first": 1, "replayed": 1, "conflict": 1}
     found = samples_of(await scrape(gateway))
     stages = {labels[0][1]: count for labels, count in found["gateway_stage_duration_seconds_count"].items()}
-    assert stages == {"authenticate": 6, "read": 6, "validate": 5, "own": 3, "build": 3, "publish": 3}
+    assert stages == {"authenticate": 6, "read": 6, "validate": 5, "resolve_lists": 3, "build": 3, "publish": 3}
     results = {labels[0][1]: count for labels, count in found["gateway_request_duration_seconds_count"].items()}
     assert results == {"answered": 4, "refused": 3}  # what is no HTTP has no duration
     assert found["gateway_request_messages_sum"][()] == 10 + 6 + 5 + 5 + 1
     for name in ("requests_in_flight", "messages_in_flight", "body_bytes_in_flight", "unconfirmed_messages"):
         assert found[f"gateway_{name}"][()] == 0
     assert found["gateway_message_id_leases_total"][()] >= 1
-    assert found["gateway_database_away"][()] == 0
+    assert found["gateway_database_up"][()] == 1
     assert found["gateway_ready"][()] == 1
 
 
@@ -143,7 +143,7 @@ async def test_what_is_shed_says_why(start_gateway: StartGateway, make_settings:
     with gateway.runtime.admission.admit():
         status, _ = await gateway.send([gateway.message()])
     assert status == 503
-    assert await counted(gateway, "gateway_shed_total") == {"places": 1}
+    assert await counted(gateway, "gateway_shed_total") == {"slots": 1}
     assert await counted(gateway, "gateway_requests_total") == {"overloaded/503": 1}
 
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from gateway.admin import Admin
-from gateway.wire import MAX_BODY_BYTES
+from gateway.cli.admin import Admin
+from gateway.ingest.wire import MAX_BODY_BYTES
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.openapi_document import REQUEST, RESPONSES, example_of, faults_of
-from tests.raw_http import RawAnswer, exchange
-from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.eventually import eventually
+from tests.support.openapi_document import REQUEST, RESPONSES, example_of, faults_of
+from tests.support.raw_http import RawAnswer, exchange
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 FILE = Path(__file__).parents[2] / "gateway" / "openapi.json"
 ANSWERS = RESPONSES["200"]["content"]["application/json"]["examples"]

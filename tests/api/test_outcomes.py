@@ -3,8 +3,8 @@
 import msgspec
 
 from tests.conftest import MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.eventually import eventually
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 
 async def test_what_is_refused_or_unanswered_is_a_row_and_the_rest_is_counted(

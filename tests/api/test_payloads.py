@@ -8,7 +8,7 @@ import pytest
 from aio_pika import DeliveryMode
 
 from tests.conftest import GatewayUnderTest
-from tests.outbound_queue import OutboundQueue
+from tests.support.outbound_queue import OutboundQueue
 
 
 async def test_the_payload_is_exactly_the_documented_one(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:

@@ -9,11 +9,11 @@ import asyncpg
 import msgspec
 import pytest
 
-from gateway.admin import Admin
+from gateway.cli.admin import Admin
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
-from tests.raw_http import exchange
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.raw_http import exchange
 
 
 async def assert_refused(outcome: tuple[int, Any, Any], status: int, code: str) -> str:
@@ -183,14 +183,14 @@ async def test_a_thousand_messages_are_taken_and_one_more_is_not(
     assert await queue.depth() == 1000
 
 
-def padded(gateway: GatewayUnderTest, octets: int) -> bytes:
-    """A good request of exactly so many octets."""
+def padded(gateway: GatewayUnderTest, size: int) -> bytes:
+    """A good request of exactly so many bytes."""
     body = msgspec.json.encode({"messages": [gateway.message()], "padding": ""})
-    return body[:-2] + b" " * (octets - len(body)) + body[-2:]
+    return body[:-2] + b" " * (size - len(body)) + body[-2:]
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_five_megabytes_are_taken_and_one_octet_more_is_not(
+async def test_five_megabytes_are_taken_and_one_byte_more_is_not(
     gateway: GatewayUnderTest, queue: OutboundQueue, *, chunked: bool
 ) -> None:
     async def in_chunks(body: bytes) -> Any:
@@ -368,7 +368,7 @@ async def test_more_requests_than_places_are_refused_before_they_cost_anything(
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 
-async def test_more_octets_than_room_are_refused(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+async def test_more_bytes_than_room_are_refused(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
     await assert_refused(await gateway.post(b" " * 1001), 503, "overloaded")
     assert (await gateway.send([gateway.message()]))[0] == 200

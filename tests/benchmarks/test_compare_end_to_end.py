@@ -7,7 +7,7 @@ import pytest
 from benchmarks import runs
 from benchmarks.runs import FASTAPI, GATEWAY, LIMIT, Setup
 from benchmarks.stand import QUEUE_TYPES, Names, Stand, become_someone
-from scripts.servers import Servers
+from testbed.servers import Servers
 
 
 @pytest.fixture(scope="module")

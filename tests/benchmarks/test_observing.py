@@ -10,13 +10,16 @@ from typer.testing import CliRunner
 from benchmarks import observing
 from benchmarks.__main__ import app
 from benchmarks.observing import Observing
-from gateway.access import AccessLog
+from gateway.telemetry.requests import RequestLog
 
 
 def test_every_way_to_be_watched_is_measured_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(observing, "REQUESTS", 20)
     monkeypatch.setattr(observing, "SAMPLES", 2)
-    access, before = logging.getLogger("gateway.access"), list(logging.getLogger("gateway.access").handlers)
+    access, before = (
+        logging.getLogger("gateway.requests"),
+        list(logging.getLogger("gateway.requests").handlers),
+    )
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     done = CliRunner().invoke(app, ["observing", "--json", str(figures), "--report", str(page)])
     assert done.exit_code == 0, done.output
@@ -41,8 +44,8 @@ def test_a_request_is_logged_and_traced_as_the_gateway_does(
     monkeypatch.setattr(observing, "REQUESTS", 1)
     monkeypatch.setattr(observing, "SAMPLES", 1)
     with caplog.at_level(logging.INFO):
-        observing._request(AccessLog(1), None)
+        observing._request(RequestLog(1), None)
     assert [record.getMessage() for record in caplog.records] == ["request"]
     observing.measure()
-    steps = {"authenticate", "read", "validate", "own", "build", "publish sms.outbound"}
+    steps = {"authenticate", "read", "validate", "resolve_lists", "build", "publish sms.outbound"}
     assert {span.name for span in exported} >= steps

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import stages
-from gateway.measurements import OK, Measurements
-from gateway.wire import Answer
+from gateway.ingest.wire import Answer
+from gateway.telemetry.counters import OK, Counters
 
 
 def test_every_stage_is_measured_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,10 +18,10 @@ def test_every_stage_is_measured_at_every_size(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_row_metrics_is_a_whole_request() -> None:
     """As many observations as a request through api.py leaves, so that the row cannot flatter."""
-    measurements = Measurements()
-    stages._measure(measurements, 100, Answer(100, 0, []))
-    assert measurements.requests == {(200, OK): 1}
-    assert measurements.messages == {"queued": 100}
-    assert [sum(stage.counts) for stage in measurements.stages_s] == [1] * 6
-    assert sum(measurements.answered_s.counts) == sum(measurements.request_messages.counts) == 1
-    assert measurements.messages_in_flight == 0
+    counters = Counters()
+    stages._measure(counters, 100, Answer(100, 0, []))
+    assert counters.requests == {(200, OK): 1}
+    assert counters.messages == {"queued": 100}
+    assert [sum(stage.counts) for stage in counters.stages_s] == [1] * 6
+    assert sum(counters.answered_s.counts) == sum(counters.request_messages.counts) == 1
+    assert counters.messages_in_flight == 0

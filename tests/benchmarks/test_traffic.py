@@ -1,10 +1,10 @@
-"""What is sent is what was asked for: shares of bad messages, sizes, and the same octets every time."""
+"""What is sent is what was asked for: shares of bad messages, sizes, and the same bytes every time."""
 
 import msgspec
 import pytest
 
 from benchmarks import traffic
-from gateway import batch, wire
+from gateway.ingest import batch, wire
 
 LISTS = ["+18005551000", "+18005552000"]
 

@@ -13,13 +13,13 @@ import aio_pika
 import aiohttp
 import pytest
 
-from gateway.admin import Admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import MakeSettings, StartGateway
 from tests.deploy.manifests import environment_of, gateway_of, only, render
-from tests.eventually import eventually
 from tests.integration.test_process import Caller, gateway_pid
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 OUTBOUND = "sms.outbound"
 

@@ -15,7 +15,7 @@ LOCK = (ROOT / "requirements.txt").read_text()
 
 
 def test_the_bill_of_materials_follows_the_lock() -> None:
-    """Written anew it is the same, octet by octet; if not: scripts/sbom."""
+    """Written anew it is the same, byte by byte; if not: scripts/sbom."""
     assert sbom.SBOM.read_text() == sbom.text()
 
 

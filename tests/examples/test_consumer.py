@@ -23,9 +23,9 @@ from examples.consumer.consumer import UnsupportedQueue
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
 from examples.consumer.settings import ConfigurationError, load
-from scripts.servers import Servers
-from tests.eventually import eventually
-from tests.tcp_proxy import TcpProxy
+from testbed.servers import Servers
+from tests.support.eventually import eventually
+from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
 

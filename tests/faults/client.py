@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, Self
 import aiohttp
 import msgspec
 
-from tests.eventually import eventually
 from tests.faults.ledger import NO_ANSWER, Attempt
+from tests.support.eventually import eventually
 
 PATH = "/api/v2/send/bulk"
 CONNECT_TIMEOUT_S = 2.0

@@ -11,7 +11,7 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
-from scripts.servers import Gateway
+from testbed.servers import Gateway
 
 VARIABLE = "CLOCK_OFFSET_FILE"
 
@@ -58,6 +58,6 @@ def _install(offset_file: Path) -> None:
 
 if __name__ == "__main__":
     _install(Path(os.environ[VARIABLE]))
-    from gateway.__main__ import run  # only now: modules keep what they import
+    from gateway.cli.commands import run  # only now: modules keep what they import
 
     run()

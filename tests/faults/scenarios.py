@@ -13,14 +13,14 @@ from typing import Literal
 
 import asyncpg
 
-from scripts.clusters import NET_TICK_S
-from scripts.servers import Gateway, RabbitMQ, Server
-from tests.eventually import eventually
+from testbed.clusters import NET_TICK_S
+from testbed.servers import Gateway, RabbitMQ, Server
 from tests.faults.client import Load
 from tests.faults.jumping_clock import JumpingClockGateway
 from tests.faults.reader import Reader
 from tests.faults.stand import QUICK, Stand, at_once
-from tests.tcp_proxy import TcpProxy
+from tests.support.eventually import eventually
+from tests.support.tcp_proxy import TcpProxy
 
 PROMISES = {
     1: "a counted message is in the queue, whatever dies right after",

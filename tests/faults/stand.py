@@ -17,12 +17,12 @@ from urllib.parse import urlsplit
 import aio_pika
 import psutil
 
-from gateway.admin import open_admin
-from scripts.clusters import HaProxy, PostgresPair, RabbitMQCluster
-from scripts.servers import Gateway, RabbitMQ, Server, ServerError
+from gateway.cli.admin import open_admin
+from testbed.clusters import HaProxy, PostgresPair, RabbitMQCluster
+from testbed.servers import Gateway, RabbitMQ, Server, ServerError
 from tests.conftest import new_number, run_gateway
 from tests.faults.client import Sender
-from tests.tcp_proxy import TcpProxy
+from tests.support.tcp_proxy import TcpProxy
 
 # Everything that waits, waits shorter, so that a scenario takes seconds. The deadlines stay in their order.
 QUICK = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.soak import TOO_SHORT, Nemesis, Sample, leaks
+from tests.faults.soak import TOO_SHORT, Nemesis, Sample, leaks
 
 
 def test_the_same_seed_draws_the_same_faults_and_another_seed_others() -> None:

@@ -1,4 +1,4 @@
-"""A strict reader of HTTP answers, as octets of a connection: what a careless client would forgive is an error here."""
+"""A strict reader of HTTP answers, as bytes of a connection: what a careless client would forgive is an error here."""
 
 import re
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class AnswerReader:
         self.rest = b""
 
     def feed(self, data: bytes) -> list[Answer]:
-        """Take octets; return the answers that are whole. Raises NotHttp."""
+        """Take bytes; return the answers that are whole. Raises NotHttp."""
         self.rest += data
         answers = []
         while answer := self._take():

@@ -16,7 +16,7 @@ from tests.fuzz.stand import Stand, open_stand
 ROOT = Path(__file__).parents[2]
 CORPUS = Path(__file__).parent / "corpus"
 WARM_UP = 0.1  # of the time: caches, pools and the heap find their size
-GROWTH_MB = 32.0  # beyond what it held after that: what a leak of a few octets a request would exceed in a long run
+GROWTH_MB = 32.0  # beyond what it held after that: what a leak of a few bytes a request would exceed in a long run
 GROWTH_DESCRIPTORS = 40  # the fuzzer's own connections, some of them on their way out
 # A bad message costs a row of a 200, not the request: so a body that the schema forbids may be answered well. And a
 # good one may be refused, where its Idempotency-Key had come with another.

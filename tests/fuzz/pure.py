@@ -20,9 +20,9 @@ from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
 with atheris.instrument_imports(include=["gateway"], enable_loader_override=False):
-    from gateway import batch, wire
     from gateway.amqp import frames
     from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
+    from gateway.ingest import batch, wire
 
 from tests.fuzz.requests import Requests
 from tests.unit.test_batch import OWNED, assert_as_the_model_says
@@ -71,9 +71,9 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-def try_frames(octets: bytes) -> None:
-    """However the broker's octets are cut, the same is passed on and the same is reported, and a slow reader agrees."""
-    cut, stream = (octets[0], octets[1:]) if octets else (0, b"")
+def try_frames(data: bytes) -> None:
+    """However the broker's bytes are cut, the same is passed on and the same is reported, and a slow reader agrees."""
+    cut, stream = (data[0], data[1:]) if data else (0, b"")
     whole = frames.IncomingFrames()
     whole.channel = CHANNEL
     passed_on, events = whole.feed(stream)
@@ -103,8 +103,8 @@ def read_slowly(stream: bytes) -> tuple[list[frames.Event], bytes]:
             return events, passed_on + stream
         if len(stream) < size + 8:
             break
-        frame, payload, end_octet = stream[: size + 8], stream[7 : size + 7], stream[size + 7]
-        if end_octet != 0xCE or (kind == 1 and channel in (0, CHANNEL) and size < 4):
+        frame, payload, end_byte = stream[: size + 8], stream[7 : size + 7], stream[size + 7]
+        if end_byte != 0xCE or (kind == 1 and channel in (0, CHANNEL) and size < 4):
             return events, passed_on + stream
         method = (int.from_bytes(payload[:2]), int.from_bytes(payload[2:4])) if kind == 1 else None
         if channel == CHANNEL and method in ((60, 80), (60, 120)):

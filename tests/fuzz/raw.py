@@ -1,4 +1,4 @@
-"""The target `http`: conversations over raw sockets. Pipelined, split anywhere, damaged octet by octet, cut off.
+"""The target `http`: conversations over raw sockets. Pipelined, split anywhere, damaged byte by byte, cut off.
 
 Three kinds: all requests whole (each must be answered, in order, as the document says); a damaged one at the end (what
 is answered must be HTTP and as the document says, whatever the parser made of it); and cut off at any moment.
@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from tests.fuzz.answers import Answer, AnswerReader, NotHttp
 from tests.fuzz.requests import Request, Requests
 from tests.fuzz.stand import Caller, Stand
-from tests.openapi_document import faults_of
+from tests.support.openapi_document import faults_of
 
 CONVERSATIONS_AT_ONCE = 24
 PIPELINED = (1, 2, 4, 8, 16, 32)
@@ -64,16 +64,16 @@ class HttpFuzzer:
             requests = [self._whole.whole() for _ in range(count)]
             await self.converse_whole(requests)
         elif kind < 0.92:
-            before = [self._damaged.whole().octets for _ in range(self._random.choice((0, 0, 1, 3)))]
+            before = [self._damaged.whole().data for _ in range(self._random.choice((0, 0, 1, 3)))]
             await self.converse_damaged(before, self._damaged.mutant())
         else:
-            octets = b"".join(self._damaged.whole().octets for _ in range(count))
+            data = b"".join(self._damaged.whole().data for _ in range(count))
             self.tally.requests += count
-            await self.hang_up(octets[: self._random.randrange(len(octets))])
+            await self.hang_up(data[: self._random.randrange(len(data))])
 
     async def converse_whole(self, requests: Sequence[Request]) -> None:
         """Each is answered, in order; the connection may be closed after an answer that says so."""
-        sent = b"".join(request.octets for request in requests)
+        sent = b"".join(request.data for request in requests)
         self.tally.requests += len(requests)
         answers: list[Answer] = []
         try:
@@ -106,12 +106,12 @@ class HttpFuzzer:
             return
         self._count(self._stand.damaged, answers, sent)
 
-    async def hang_up(self, octets: bytes) -> None:
+    async def hang_up(self, data: bytes) -> None:
         """Send, wait for a moment or not at all, and go."""
         _, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
         try:
             with suppress(ConnectionError):
-                await self._send(writer, octets)
+                await self._send(writer, data)
                 await asyncio.sleep(self._random.choice((0, 0, 0.001, 0.01)))
         finally:
             if self._random.random() < 0.5:
@@ -144,11 +144,11 @@ class HttpFuzzer:
                 await sending
             writer.transport.abort()
 
-    async def _send(self, writer: asyncio.StreamWriter, octets: bytes) -> None:
+    async def _send(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         pieces = self._random.choice((1, 1, 1, 2, 5))
-        cuts = sorted(self._random.randrange(len(octets) + 1) for _ in range(pieces - 1))
-        for start, end in zip([0, *cuts], [*cuts, len(octets)], strict=True):
-            writer.write(octets[start:end])
+        cuts = sorted(self._random.randrange(len(data) + 1) for _ in range(pieces - 1))
+        for start, end in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            writer.write(data[start:end])
             await writer.drain()
             if pieces > 1:
                 await asyncio.sleep(0)

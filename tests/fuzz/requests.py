@@ -1,4 +1,4 @@
-"""Requests by the million, from a seed: most of them nearly right, some damaged octet by octet.
+"""Requests by the million, from a seed: most of them nearly right, some damaged byte by byte.
 
 Everything is put together from encoded pieces: a request takes some 20 µs, so that the gateway is what is waited for.
 """
@@ -94,7 +94,7 @@ BULK = b"/api/v2/send/bulk"
 class Request(NamedTuple):
     """A well-formed HTTP request, whatever its body says."""
 
-    octets: bytes
+    data: bytes
     request_id: str
 
 
@@ -151,8 +151,8 @@ class Requests:
         return Request(b"".join(lines), request_id)
 
     def mutant(self) -> bytes:
-        """A request with its octets damaged anywhere."""
-        return self._damaged(self.whole().octets, self._random.randint(1, 4))
+        """A request with its bytes damaged anywhere."""
+        return self._damaged(self.whole().data, self._random.randint(1, 4))
 
     def body(self, seed: int | None = None) -> bytes:
         """A body: JSON, mostly. With a seed, the one that belongs to it."""
@@ -188,29 +188,27 @@ class Requests:
             self._random.shuffle(fields)
         return b"{" + b",".join([b'"%s":%s' % field for field in fields]) + b"}"
 
-    def _damaged(self, octets: bytes, times: int) -> bytes:
+    def _damaged(self, data: bytes, times: int) -> bytes:
         between = self._random.randrange
         for _ in range(times):
-            at = between(len(octets) + 1)
+            at = between(len(data) + 1)
             match between(6):
                 case 0:
-                    octets = octets[:at] + bytes([between(256)]) + octets[at + 1 :]
+                    data = data[:at] + bytes([between(256)]) + data[at + 1 :]
                 case 1:
-                    octets = octets[:at] + octets[at + between(1, 20) :]
+                    data = data[:at] + data[at + between(1, 20) :]
                 case 2:
-                    octets = octets[:at] + self._random.choice(TOKENS) + octets[at:]
+                    data = data[:at] + self._random.choice(TOKENS) + data[at:]
                 case 3:
-                    octets = octets[:at] + octets[max(0, at - between(1, 60)) :]
+                    data = data[:at] + data[max(0, at - between(1, 60)) :]
                 case 4:
-                    octets = (
-                        octets[:at] + bytes([octets[at] ^ (1 << between(8))]) + octets[at + 1 :]
-                        if at < len(octets)
-                        else octets
+                    data = (
+                        data[:at] + bytes([data[at] ^ (1 << between(8))]) + data[at + 1 :] if at < len(data) else data
                     )
                 case _:
                     token = self._random.choice(TOKENS)
-                    octets = octets[:at] + token + octets[at + len(token) :]
-        return octets
+                    data = data[:at] + token + data[at + len(token) :]
+        return data
 
     def _in_chunks(self, body: bytes) -> bytes:
         parts, at = [], 0

@@ -14,10 +14,10 @@ import msgspec
 import psutil
 from aio_pika.abc import AbstractIncomingMessage
 
-from gateway.admin import Admin, open_admin
-from scripts.servers import Gateway
+from gateway.cli.admin import Admin, open_admin
+from testbed.servers import Gateway
 from tests.conftest import new_number
-from tests.eventually import eventually
+from tests.support.eventually import eventually
 
 NEIGHBOUR_PAUSE_S = 0.05
 NEIGHBOUR_MESSAGES = 5

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.servers import Servers
+from testbed.servers import Servers
 from tests.fuzz.campaigns import CORPUS
 from tests.fuzz.raw import HttpFuzzer
 from tests.fuzz.stand import open_stand
@@ -18,11 +18,11 @@ async def test_nothing_that_was_found_over_http_is_found_again(servers: Servers)
         fuzzer = HttpFuzzer(stand, 1)
         caller = stand.damaged
         for path in HTTP:
-            octets = path.read_bytes().replace(b"KEY", caller.key.encode())
-            octets = octets.replace(b"LIST", caller.list_number.encode())
-            await fuzzer.converse_damaged([], octets)
+            data = path.read_bytes().replace(b"KEY", caller.key.encode())
+            data = data.replace(b"LIST", caller.list_number.encode())
+            await fuzzer.converse_damaged([], data)
             for _ in range(20):
-                await fuzzer.hang_up(octets)
+                await fuzzer.hang_up(data)
         await stand.settle()
         assert fuzzer.tally.findings == []
         assert stand.faults() == []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.servers import Servers
+from testbed.servers import Servers
 from tests.fuzz import campaigns
 
 SEED = 2026

@@ -13,10 +13,10 @@ import aiohttp
 import msgspec
 import psutil
 
-from gateway.admin import Admin, open_admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import Admin, open_admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import new_number
-from tests.outbound_queue import OutboundQueue
+from tests.support.outbound_queue import OutboundQueue
 
 PATH = "/api/v2/send/bulk"
 

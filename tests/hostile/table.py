@@ -1,6 +1,6 @@
 """What strangers and bad clients send, and the exact answer to each: to be read from top to bottom.
 
-A request here is octets as they go over the wire. KEY and LIST stand for a good key and a list of its account, of the
+A request here is bytes as they go over the wire. KEY and LIST stand for a good key and a list of its account, of the
 same length as the real ones. What becomes of the connection:
 
     KEPT     another request over it is answered; never behind a chunked one, see "a trailer is nobody's header"
@@ -76,9 +76,9 @@ def first_line(line: bytes) -> bytes:
     return post(first=line)
 
 
-def padded(octets: int) -> bytes:
-    """A good body of so many octets."""
-    return ONE[:-1] + b" " * (octets - len(ONE)) + ONE[-1:]
+def padded(size: int) -> bytes:
+    """A good body of so many bytes."""
+    return ONE[:-1] + b" " * (size - len(ONE)) + ONE[-1:]
 
 
 MALFORMED = ("400 malformed_http", CLOSED)
@@ -92,7 +92,7 @@ KEYS = [
     Row("last character wrong", post(key=KEY[:-1] + b"!"), "401 invalid_api_key"),
     Row("one character more", post(key=KEY + b"K"), "401 invalid_api_key"),
     Row("another case", post(key=KEY.upper()), "401 invalid_api_key"),
-    Row("octets ff fe e9", post(key=b"\xff\xfe\xe9"), "401 invalid_api_key"),
+    Row("bytes ff fe e9", post(key=b"\xff\xfe\xe9"), "401 invalid_api_key"),
     Row("two headers", post(ONE, b"X-Api-Key: " + KEY), "401 invalid_api_key"),
     Row("two headers, the first empty", post(ONE, b"X-Api-Key: " + KEY, key=b""), "401 invalid_api_key"),
     Row("two keys in one header", post(key=KEY + b", " + KEY), "401 invalid_api_key"),
@@ -131,13 +131,13 @@ LINES = [
     Row("a letter percent-encoded is the same path", first_line(b"POST /api/v2/send/%62ulk HTTP/1.1"), "200 1"),
     Row("a query is ignored", first_line(b"POST " + PATH + b"?a=1&b[]=%00 HTTP/1.1"), "200 1"),
     Row("UTF-8 in the path", first_line("POST /schöne/grüße HTTP/1.1".encode()), *MALFORMED),
-    Row("octets over 127 in the path", first_line(b"POST /\xff\xfe HTTP/1.1"), *MALFORMED),
+    Row("bytes over 127 in the path", first_line(b"POST /\xff\xfe HTTP/1.1"), *MALFORMED),
     Row("NUL in the path", first_line(b"POST " + PATH + b"\x00 HTTP/1.1"), *MALFORMED),
     Row("a space in the path", first_line(b"POST /api v2 HTTP/1.1"), *MALFORMED),
-    Row("a path of 8,000 octets", first_line(b"POST /" + b"a" * 8_000 + b" HTTP/1.1"), "404 not_found"),
-    Row("a path of 9,000 octets", first_line(b"POST /" + b"a" * 9_000 + b" HTTP/1.1"), *MALFORMED),
+    Row("a path of 8,000 bytes", first_line(b"POST /" + b"a" * 8_000 + b" HTTP/1.1"), "404 not_found"),
+    Row("a path of 9,000 bytes", first_line(b"POST /" + b"a" * 9_000 + b" HTTP/1.1"), *MALFORMED),
     Row("a path of 1 MB", first_line(b"POST /" + b"a" * 1_000_000 + b" HTTP/1.1"), *MALFORMED),
-    Row("a query of 9,000 octets", first_line(b"POST " + PATH + b"?" + b"a" * 9_000 + b" HTTP/1.1"), *MALFORMED),
+    Row("a query of 9,000 bytes", first_line(b"POST " + PATH + b"?" + b"a" * 9_000 + b" HTTP/1.1"), *MALFORMED),
     Row("absolute-form", first_line(b"POST http://gateway" + PATH + b" HTTP/1.1"), "200 1"),
     Row("absolute-form, another host", first_line(b"POST http://evil.example" + PATH + b" HTTP/1.1"), "200 1"),
     Row("absolute-form without a host", first_line(b"POST http:// HTTP/1.1"), *MALFORMED),
@@ -168,8 +168,8 @@ HEADERS = [
     Row("NUL in a value", post(ONE, b"X-A: a\x00b"), *MALFORMED),
     Row("NUL in a name", post(ONE, b"X-\x00A: a"), *MALFORMED),
     Row("a control character in a value", post(ONE, b"X-A: a\x01b"), *MALFORMED),
-    Row("octets over 127 in a value", post(ONE, b"X-A: \xff\xfe"), "200 1"),
-    Row("octets over 127 in a name", post(ONE, b"X-\xff: a"), *MALFORMED),
+    Row("bytes over 127 in a value", post(ONE, b"X-A: \xff\xfe"), "200 1"),
+    Row("bytes over 127 in a name", post(ONE, b"X-\xff: a"), *MALFORMED),
     Row("a space in a name", post(ONE, b"X A: a"), *MALFORMED),
     Row("a space before the colon", post(ONE, b"X-A : a"), *MALFORMED),
     Row("an empty name", post(ONE, b": a"), *MALFORMED),
@@ -177,9 +177,9 @@ HEADERS = [
     Row("100 headers", post(ONE, *(b"X-%d: a" % n for n in range(100))), "200 1"),
     Row("129 headers", post(ONE, *(b"X-%d: a" % n for n in range(129))), *MALFORMED),
     Row("100,000 headers", post(ONE, *[b"X-A: a"] * 100_000), *MALFORMED),
-    Row("a value of 8,000 octets", post(ONE, b"X-A: " + b"a" * 8_000), "200 1"),
-    Row("a value of 9,000 octets", post(ONE, b"X-A: " + b"a" * 9_000), *MALFORMED),
-    Row("a name of 9,000 octets", post(ONE, b"A" * 9_000 + b": a"), *MALFORMED),
+    Row("a value of 8,000 bytes", post(ONE, b"X-A: " + b"a" * 8_000), "200 1"),
+    Row("a value of 9,000 bytes", post(ONE, b"X-A: " + b"a" * 9_000), *MALFORMED),
+    Row("a name of 9,000 bytes", post(ONE, b"A" * 9_000 + b": a"), *MALFORMED),
     Row("a value of 10 MB", post(ONE, b"X-A: " + b"a" * 10_000_000), *MALFORMED),
     Row("a head of 800 kB", post(ONE, *[b"X-A: " + b"a" * 8_000] * 100), *MALFORMED),
     Row("a request id that would forge a log line", post(ONE, b'X-Request-Id: a","level":"error'), "200 1"),
@@ -211,9 +211,9 @@ LENGTHS = [
     Row("10 GB announced", head(b"X-Api-Key: " + KEY, b"Content-Length: 10000000000"), "413 payload_too_large", UNREAD),
     Row("10 GB announced without a key", head(b"Content-Length: 10000000000"), "401 missing_api_key", UNREAD),
     Row("the largest body", post(padded(LARGEST)), "200 1"),
-    Row("an octet more", post(padded(LARGEST + 1)), "413 payload_too_large"),
+    Row("an byte more", post(padded(LARGEST + 1)), "413 payload_too_large"),
     Row("the largest body, chunked", chunked(padded(LARGEST)), "200 1", CLOSED),
-    Row("an octet more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
+    Row("an byte more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
     Row("length and chunks", chunked(ONE, lines=(b"Content-Length: 5",)), *MALFORMED),
     Row("chunks and length", head(b"Content-Length: 5", b"X-Api-Key: " + KEY, b"Transfer-Encoding: chunked") + b"0\r\n\r\n", *MALFORMED),
     Row("two transfer codings", chunked(ONE, lines=(b"Transfer-Encoding: chunked",)), *MALFORMED),
@@ -223,7 +223,7 @@ LENGTHS = [
         for coding in (b" identity", b" chunked,", b" chunked, identity", b" identity, chunked, gzip", b" xchunked", b" chunkedx", b'"chunked"', b" \x0bchunked", b" chunked;q=1", b"", b" chunked, chunked")
     ),
     Row("Transfer-Encoding with a space before the colon", head(b"X-Api-Key: " + KEY, b"Transfer-Encoding : chunked") + b"0\r\n\r\n", *MALFORMED),
-    Row("200,000 chunks of one octet", chunked(ONE[:-1], *[b" "] * 200_000, ONE[-1:]), "200 1", CLOSED),
+    Row("200,000 chunks of one byte", chunked(ONE[:-1], *[b" "] * 200_000, ONE[-1:]), "200 1", CLOSED),
     Row("a chunk of size 0x2", chunked(end=b"0x2\r\n{}\r\n0\r\n\r\n"), *MALFORMED),
     Row("a chunk of size -2", chunked(end=b"-2\r\n{}\r\n0\r\n\r\n"), *MALFORMED),
     Row("a chunk of size +2", chunked(end=b"+2\r\n{}\r\n0\r\n\r\n"), *MALFORMED),
@@ -353,7 +353,7 @@ IDEMPOTENCY = [
     Idempotency("the same key in another case is another", [keyed(b"case"), keyed(b"CASE")], ["200 1", "200 1"]),
     Idempotency("another body", [keyed(b"body"), keyed(b"body", body=TWO)], ["200 1", "422 idempotency_key_reused"]),
     Idempotency("a space more in the body", [keyed(b"space"), keyed(b"space", body=ONE + b" ")], ["200 1", "422 idempotency_key_reused"]),
-    Idempotency("another account's, with the same octets, is refused its list and learns nothing", [keyed(b"theirs"), keyed(b"theirs", key=FOREIGN_KEY)], ["200 1", "200 0"]),
+    Idempotency("another account's, with the same bytes, is refused its list and learns nothing", [keyed(b"theirs"), keyed(b"theirs", key=FOREIGN_KEY)], ["200 1", "200 0"]),
     Idempotency("under a revoked key", [keyed(b"revoked", key=REVOKED_KEY), keyed(b"revoked")], ["401 invalid_api_key", "200 1"]),
     Idempotency("after a refusal it is new", [keyed(b"new", body=b"{"), keyed(b"new")], ["400 invalid_json", "200 1"]),
 ]

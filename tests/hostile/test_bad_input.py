@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from scripts.servers import Servers
+from testbed.servers import Servers
 from tests.hostile import table
 from tests.hostile.stand import Caller, Neighbour, Stand, new_caller, open_stand
 from tests.hostile.table import CLOSED, KEPT, UNREAD, Idempotency, Message, Row
-from tests.raw_http import RawAnswer, connect, exchange
+from tests.support.raw_http import RawAnswer, connect, exchange
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -40,12 +40,12 @@ class House:
         self.memory_before_mb = 0.0
         self._names = {placeholder: name.encode() for placeholder, name in names.items()}
 
-    def fill_in(self, octets: bytes) -> bytes:
-        """The same octets with the real keys and list numbers."""
+    def fill_in(self, data: bytes) -> bytes:
+        """The same bytes with the real keys and list numbers."""
         for placeholder, name in self._names.items():
             assert len(placeholder) == len(name)
-            octets = octets.replace(placeholder, name)
-        return octets
+            data = data.replace(placeholder, name)
+        return data
 
     def read(self, answer: RawAnswer) -> str:
         """An answer as the table writes it; all that holds for every answer is checked."""
@@ -190,13 +190,13 @@ async def test_a_trailer_is_nobodys_header(house: House, trailer: bytes) -> None
 
 
 async def test_what_is_sent_behind_a_last_answer_does_not_take_it_away(house: House) -> None:
-    """Closed with octets unread, the kernel sends a reset, and a caller who reads late finds nothing."""
-    octets = house.fill_in(table.chunked(table.ONE) + table.post(table.padded(10_000)) * 200)
+    """Closed with bytes unread, the kernel sends a reset, and a caller who reads late finds nothing."""
+    data = house.fill_in(table.chunked(table.ONE) + table.post(table.padded(10_000)) * 200)
     address = urlsplit(house.stand.url)
 
     def send_and_read_late() -> bytes:
         with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
-            caller.send(octets)  # as much as there is room for
+            caller.send(data)  # as much as there is room for
             time.sleep(0.5)
             return b"".join(iter(lambda: caller.recv(65_536), b""))
 

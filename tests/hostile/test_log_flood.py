@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from gateway.access import MOST_LINES_A_SECOND
-from gateway.listeners import Noise
-from scripts.servers import Servers
+from gateway.telemetry.requests import MAX_LINES_A_SECOND
+from gateway.web.connections import Noise
+from testbed.servers import Servers
 from tests.hostile import table
 from tests.hostile.stand import new_caller, open_stand
-from tests.raw_http import exchange
+from tests.support.raw_http import exchange
 
 TIMES = 500
 RUBBISH = {
@@ -36,10 +36,10 @@ async def test_thousands_of_malformed_requests_are_a_handful_of_lines(servers: S
                 assert {answer.status for answer in answers} <= {400, 401}
         took_s = time.monotonic() - began
         lines = stand.log_lines()[before:]
-        of_requests = [line for line in lines if line["logger"] == "gateway.access"]  # they came as far as a handler
+        of_requests = [line for line in lines if line["logger"] == "gateway.requests"]  # they came as far as a handler
         assert 0 < len(lines) - len(of_requests) <= 4 * len(RUBBISH), f"of {TIMES * len(RUBBISH):,} requests"
         codes = {line["code"] for line in of_requests}
-        assert len(of_requests) <= MOST_LINES_A_SECOND * (took_s + 1) * len(codes)
+        assert len(of_requests) <= MAX_LINES_A_SECOND * (took_s + 1) * len(codes)
         assert max(len(str(line)) for line in lines) < 300
         assert stand.alarms() == []
 

@@ -11,16 +11,16 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from scripts.servers import Servers
-from tests.eventually import eventually
+from testbed.servers import Servers
 from tests.hostile import table
 from tests.hostile.stand import Caller, Neighbour, Stand, new_caller, open_stand
-from tests.raw_http import connect, exchange
+from tests.support.eventually import eventually
+from tests.support.raw_http import connect, exchange
 
 SLOW_HEADS, SLOW_BODIES = 5_000, 500
 A_SLOW_BODIES, A_CALLERS = 400, 10
 LEAST_AT_ONCE = 1_000  # all of them on an idle machine; on a busy one the first end before the last have connected
-SILENT = 500  # of the heads: connections that never send an octet
+SILENT = 500  # of the heads: connections that never send an byte
 TIMEOUT_S = 5.0
 SWEEP_S = 1.0
 PEAK_OF_ONE_MB = 30.0  # a request takes some five times its body
@@ -37,7 +37,7 @@ def send_one(caller: Caller) -> bytes:
 
 
 class SlowClients:
-    """Raw sockets, each of which drips its octets: one in every round."""
+    """Raw sockets, each of which drips its bytes: one in every round."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -74,14 +74,14 @@ class SlowClients:
             self._selector.register(opened, selectors.EVENT_READ)
 
     def drip(self) -> None:
-        """One octet over each connection."""
-        for slow, (octets, at) in list(self._dripping.items()):
+        """One byte over each connection."""
+        for slow, (data, at) in list(self._dripping.items()):
             try:
-                slow.send(octets[at : at + 1])
+                slow.send(data[at : at + 1])
             except OSError:  # closed; what it was told is read below
                 del self._dripping[slow]
             else:
-                self._dripping[slow] = (octets, (at + 1) % len(octets))
+                self._dripping[slow] = (data, (at + 1) % len(data))
 
     def listen(self, seconds: float) -> None:
         """Note who has been answered, and who has been closed."""
@@ -104,7 +104,7 @@ class SlowClients:
                     slow.close()
 
     def drip_until_closed(self, at_most_s: float) -> None:
-        """Go on, an octet every half second, until the server has closed them all."""
+        """Go on, an byte every half second, until the server has closed them all."""
         deadline = time.monotonic() + at_most_s
         while self.open and time.monotonic() < deadline:
             self.drip()
@@ -159,7 +159,7 @@ async def test_slow_heads_and_slow_bodies_cost_the_others_nothing(
             await neighbour.stop()
             assert stand.memory_mb() < memory_mb + 150
             assert stand.alarms() == []
-            assert len([line for line in stand.log_lines() if line["logger"] != "gateway.access"]) < 30
+            assert len([line for line in stand.log_lines() if line["logger"] != "gateway.requests"]) < 30
             assert await stand.queue.depth() == neighbour.counted
 
 
@@ -246,12 +246,12 @@ async def test_what_is_sent_ahead_of_unread_answers_is_not_hoarded(servers: Serv
         assert stand.alarms() == []
 
 
-async def send_until_stuck(sender: socket.socket, octets: bytes) -> None:
+async def send_until_stuck(sender: socket.socket, data: bytes) -> None:
     """Send until nothing has been taken for a moment."""
     at, stuck_since = 0, time.monotonic()
-    while at < len(octets) and time.monotonic() < stuck_since + 0.2:
+    while at < len(data) and time.monotonic() < stuck_since + 0.2:
         try:
-            at += sender.send(octets[at : at + 65536])
+            at += sender.send(data[at : at + 65536])
             stuck_since = time.monotonic()
         except BlockingIOError:
             await asyncio.sleep(0.01)

@@ -24,11 +24,11 @@ import aiohttp
 import asyncpg
 import msgspec
 
-from gateway.admin import Admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import new_number, run_gateway
-from tests.outbound_queue import OutboundQueue
-from tests.secrecy import BODY
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.secrecy import BODY
 
 CALLERS = 4  # trials at a time, each with an account of its own
 KEYED = 0.25  # of the requests have an Idempotency-Key: their lists are found by another query

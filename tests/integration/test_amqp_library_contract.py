@@ -27,8 +27,8 @@ from pamqp.header import ContentHeader
 from yarl import URL
 
 from gateway.amqp.frames import HEARTBEAT_FRAME
-from tests.eventually import eventually
-from tests.scripted_broker import ScriptedBroker
+from tests.support.eventually import eventually
+from tests.support.scripted_broker import ScriptedBroker
 
 
 @pytest.fixture
@@ -239,7 +239,7 @@ def test_pamqp_marshals_a_header_as_the_framer_takes_it_apart() -> None:
     raw = pamqp.frame.marshal(header, 1)
     assert raw[:1] == b"\x02", "a header frame"
     assert raw[7:11] == b"\x00\x3c\x00\x00", "class 60 (basic) and weight 0 stand before the body size"
-    assert raw[11:19] == bytes(range(1, 9)), "the body size stands at octet 11, 8 octets long"
+    assert raw[11:19] == bytes(range(1, 9)), "the body size stands at byte 11, 8 bytes long"
     assert raw[19:].count(b"00000000") == 1, "the framer splits the header at the id"
     assert raw[-1:] == b"\xce"
 

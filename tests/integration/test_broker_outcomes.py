@@ -10,12 +10,12 @@ import msgspec
 import pytest
 from pamqp.common import FieldTable
 
-from gateway import store
 from gateway.amqp.confirms import ConfirmTracker
-from scripts.servers import Servers
+from gateway.postgres import queries as store
+from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 
 async def test_the_queue_holds_exactly_what_was_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:

@@ -14,9 +14,9 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from aiohttp import web
 
-from scripts.clusters import HaProxy, PostgresPair, RabbitMQCluster
-from scripts.servers import RabbitMQ
-from tests.eventually import eventually
+from testbed.clusters import HaProxy, PostgresPair, RabbitMQCluster
+from testbed.servers import RabbitMQ
+from tests.support.eventually import eventually
 
 
 @pytest.fixture(scope="module")

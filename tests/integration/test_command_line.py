@@ -7,9 +7,9 @@ import msgspec
 import pytest
 
 from gateway import __version__
-from scripts.servers import Servers
+from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest, new_number, run_gateway
-from tests.outbound_queue import OutboundQueue
+from tests.support.outbound_queue import OutboundQueue
 
 
 def run_json(servers: Servers, *arguments: str) -> Any:

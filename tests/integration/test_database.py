@@ -10,12 +10,13 @@ import asyncpg
 import pytest
 
 from gateway.config import Settings
-from gateway.database import Database, connect_to_primary, find_primary, urls_of_hosts
 from gateway.errors import DatabaseUnavailable
-from scripts.servers import Servers
+from gateway.postgres.pool import Database, connect_to_primary, find_primary
+from gateway.urls import urls_of_hosts
+from testbed.servers import Servers
 from tests.conftest import run_gateway
-from tests.eventually import eventually
-from tests.tcp_proxy import TcpProxy
+from tests.support.eventually import eventually
+from tests.support.tcp_proxy import TcpProxy
 
 
 def through(url: str, *ports: int) -> str:
@@ -66,7 +67,7 @@ async def test_a_host_that_hangs_or_refuses_does_not_hide_the_next(servers: Serv
         url = through(servers.database_url, bad.port, urlsplit(servers.database_url).port or 5432)
         async with opened(url, database_timeout_s=5.0) as database:
             assert await ask(database) == 1
-            assert not database.is_away
+            assert database.is_up
 
 
 async def test_when_two_agree_one_is_taken_and_the_other_let_go(servers: Servers) -> None:
@@ -93,14 +94,14 @@ async def test_while_nobody_answers_questions_are_refused_at_once_and_then_no_lo
         proxy.black_hole()
         with pytest.raises(DatabaseUnavailable):
             await ask(db)
-        assert db.is_away
+        assert not db.is_up
         started = time.monotonic()
         for _ in range(100):
             with pytest.raises(DatabaseUnavailable):
                 await ask(db)
         assert time.monotonic() - started < 0.9, "a hundred waits in vain would take a hundred timeouts"
         proxy.pass_through()
-        await eventually(lambda: not db.is_away)
+        await eventually(lambda: db.is_up)
         assert await ask(db) == 1
 
 
@@ -111,7 +112,7 @@ async def test_one_lost_connection_is_no_outage(servers: Servers) -> None:
         with pytest.raises(DatabaseUnavailable):
             async with db.connection() as connection:
                 await connection.fetchval("SELECT pg_terminate_backend($1)", backend)
-        assert not db.is_away
+        assert db.is_up
         assert await ask(db) == 1
 
 
@@ -120,7 +121,7 @@ async def test_a_bad_query_is_no_outage(servers: Servers) -> None:
         with pytest.raises(DatabaseUnavailable):
             async with db.connection() as connection:
                 await connection.fetchval("SELECT 1 / 0")
-        assert not db.is_away
+        assert db.is_up
 
 
 async def test_it_closes_in_time_while_the_database_is_away(servers: Servers) -> None:
@@ -165,7 +166,7 @@ async def test_one_slow_question_among_others_that_are_answered_is_no_outage(ser
             await asyncio.sleep(0.07)
         with pytest.raises(DatabaseUnavailable):
             await waiting
-        assert not db.is_away
+        assert db.is_up
         assert await ask(db) == 1
 
 

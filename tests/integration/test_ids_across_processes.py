@@ -6,18 +6,18 @@ import sys
 from pathlib import Path
 
 from gateway.config import Settings
-from gateway.database import Database
-from gateway.id_supply import IdSupply
-from gateway.store import Store
-from scripts.servers import Servers
+from gateway.ingest.id_supply import IdSupply
+from gateway.postgres.pool import Database
+from gateway.postgres.queries import Store
+from testbed.servers import Servers
 
 # One gateway's life, as far as ids are concerned; its process ends with most of a lease unused, as after a crash.
 TAKE_IDS = """
 import asyncio, os, sys
 from gateway.config import Settings
-from gateway.database import Database
-from gateway.id_supply import IdSupply
-from gateway.store import Store
+from gateway.postgres.pool import Database
+from gateway.ingest.id_supply import IdSupply
+from gateway.postgres.queries import Store
 
 async def main():
     database = Database(Settings(database_url=os.environ["GATEWAY_DATABASE_URL"], amqp_url="amqp://unused"))

@@ -9,11 +9,11 @@ import aiohttp
 import msgspec
 import psutil
 
-from gateway.admin import open_admin
-from scripts.servers import Servers
+from gateway.cli.admin import open_admin
+from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
-from tests.eventually import eventually
-from tests.tcp_proxy import TcpProxy
+from tests.support.eventually import eventually
+from tests.support.tcp_proxy import TcpProxy
 
 ROUNDS = 8
 
@@ -33,7 +33,7 @@ async def serves(gateway: GatewayUnderTest) -> None:
 async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
     """What the gateway holds once it has come to rest; connections are those to these ports."""
     runtime = gateway.runtime
-    await eventually(lambda: runtime.publisher.unconfirmed_messages == 0 and not runtime.publisher._leaving)
+    await eventually(lambda: runtime.publisher.unconfirmed_messages == 0 and not runtime.publisher._draining)
     await eventually(lambda: len(runtime.publisher._connections) == runtime.settings.amqp_connections)
     await eventually(lambda: not runtime.idempotency._settling)
     tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
@@ -45,9 +45,9 @@ async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
             if connection.raddr and connection.raddr.port in ports
         ),
         "requests in flight": runtime.admission.requests,
-        "octets in flight": runtime.admission.octets,
+        "bytes in flight": runtime.admission.reserved_bytes,
         "accounts in flight": dict(runtime.admission.requests_of),
-        "unconfirmed octets": runtime.publisher.unconfirmed_bytes,
+        "unconfirmed bytes": runtime.publisher.unconfirmed_bytes,
     }
 
 

@@ -13,14 +13,15 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from yarl import URL
 
-from gateway import status, store
-from gateway.admin import SERVICE_RIGHTS, AdminError, open_admin
 from gateway.amqp.connection import declare_topology
-from gateway.database import connect_to_primary
-from scripts.servers import Servers
+from gateway.cli import status
+from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
+from gateway.postgres import queries as store
+from gateway.postgres.pool import connect_to_primary
+from testbed.servers import Servers
 from tests.conftest import MakeSettings, StartGateway, run_gateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 # All that the gateway ever says to the database, by name; and what `status` asks about migrations.
 STATEMENTS = {name: sql for name, sql in vars(store).items() if name.isupper() and isinstance(sql, str)}

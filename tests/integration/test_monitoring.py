@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from gateway import metrics
+from gateway.web import metrics
 from tests.conftest import GatewayUnderTest
 
 ROOT = Path(__file__).parents[2]

@@ -18,14 +18,14 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
-from gateway.admin import Admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import new_number
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 CALLERS_TRACE, CALLERS_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
-STEPS = ["authenticate", "read", "validate", "own", "build"]
+STEPS = ["authenticate", "read", "validate", "resolve_lists", "build"]
 
 
 class Collector:

@@ -8,12 +8,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.admin import open_admin
+from gateway.cli.admin import open_admin
 from gateway.config import Settings
-from scripts.servers import Postgres, RabbitMQ, Server
+from testbed.servers import Postgres, RabbitMQ, Server
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, run_gateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 ROOM_S = 2.0  # beyond the deadline under test: the promise is 0.5 s; a busy test machine gets more
 

@@ -15,12 +15,12 @@ import msgspec
 import psutil
 import pytest
 
-from gateway.admin import Admin
-from scripts.servers import Gateway, Port, Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Gateway, Port, Servers
 from tests.conftest import new_number
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
-from tests.secrecy import BODY, PASSWORD
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.secrecy import BODY, PASSWORD
 
 TEXT = f"the text of a message is {BODY}"
 

@@ -21,9 +21,9 @@ from gateway.amqp.connection import PublishConnection
 from gateway.amqp.publisher import Publisher, reconnect_delay_s
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
-from tests.eventually import eventually
-from tests.scripted_broker import Declare, Published, ScriptedBroker, Session
-from tests.tcp_proxy import TcpProxy
+from tests.support.eventually import eventually
+from tests.support.scripted_broker import Declare, Published, ScriptedBroker, Session
+from tests.support.tcp_proxy import TcpProxy
 
 ACKED, NACKED, RETURNED, UNKNOWN = Outcome.ACKED, Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN
 

@@ -1,7 +1,7 @@
 """Promise 7 in its short form, and whether the loop would notice a broken one. Long: CONTRIBUTING.md."""
 
-from gateway.store import Account, Store
-from scripts.servers import Servers
+from gateway.postgres.queries import Account, Store
+from testbed.servers import Servers
 from tests.conftest import MakeSettings, StartGateway
 from tests.integration.revocation import TAKINGS, Verdict, gateways, play
 

@@ -12,12 +12,12 @@ import msgspec
 import pytest
 
 from gateway.config import Settings
-from gateway.database import Database
 from gateway.errors import DatabaseUnavailable
-from scripts.servers import Gateway, ServerError, Servers
+from gateway.postgres.pool import Database
+from testbed.servers import Gateway, ServerError, Servers
 from tests.conftest import GatewayUnderTest, run_gateway
-from tests.eventually import eventually
-from tests.secrecy import BODY
+from tests.support.eventually import eventually
+from tests.support.secrecy import BODY
 
 TABLES = "SELECT quote_ident(table_name) FROM information_schema.tables WHERE table_schema = 'public'"
 

@@ -13,11 +13,12 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from gateway import __version__, status
-from scripts.servers import Port, Servers
+from gateway import __version__
+from gateway.cli import status
+from testbed.servers import Port, Servers
 from tests.conftest import GatewayUnderTest, MakeSettings
-from tests.outbound_queue import OutboundQueue
-from tests.tcp_proxy import TcpProxy
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.tcp_proxy import TcpProxy
 
 ROOT = Path(__file__).parents[2]
 

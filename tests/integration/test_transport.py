@@ -34,16 +34,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from yarl import URL
 
-from gateway import server, tls
-from gateway.admin import open_admin
+from gateway import tls
 from gateway.amqp.connection import PublishConnection, stray_cancellation_is_loss
 from gateway.amqp.connection import reason as broker_reason
-from gateway.config import ConfigurationError, Settings, with_tls
-from gateway.database import connect_to_primary, reason
-from scripts.servers import Certificates, Gateway, PostgresWithTls, RabbitMQ, Servers
+from gateway.cli.admin import open_admin
+from gateway.config import ConfigurationError, Settings
+from gateway.postgres.pool import connect_to_primary, reason
+from gateway.server import process as server
+from gateway.urls import with_tls
+from testbed.servers import Certificates, Gateway, PostgresWithTls, RabbitMQ, Servers
 from tests.conftest import GatewayUnderTest, new_number
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 ROLE, PASSWORD = "gateway_service", "s3cret"
 QUEUE = "sms.outbound"

@@ -16,11 +16,11 @@ import aiohttp
 import asyncpg
 import pytest
 
-from gateway.admin import open_admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import open_admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import new_number, run_gateway
-from tests.eventually import eventually
-from tests.outbound_queue import OutboundQueue
+from tests.support.eventually import eventually
+from tests.support.outbound_queue import OutboundQueue
 
 ROOT = Path(__file__).parents[2]
 PREVIOUS = "9b5a25a0b2aedba4923801563c66d534e830e412"  # the last one before a migration: it knows no idempotency_keys

@@ -9,10 +9,10 @@ import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from gateway.admin import Admin
-from scripts.servers import Gateway, Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Gateway, Servers
 from tests.conftest import new_number
-from tests.outbound_queue import OutboundQueue
+from tests.support.outbound_queue import OutboundQueue
 
 
 class TwoWorkers(Gateway):

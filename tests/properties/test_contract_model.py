@@ -2,7 +2,7 @@
 
 The reader is Python's own json and the model of tests/unit/test_batch.py, written from the contract alone. Where the
 tests there vary what is said, here it is also varied how: white space, escapes, also in the names of fields, fields
-said twice, numbers of every size; and then single octets are changed, and both must still agree.
+said twice, numbers of every size; and then single bytes are changed, and both must still agree.
 """
 
 import json
@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway import api, batch
 from gateway.amqp.confirms import Outcome
 from gateway.errors import GatewayError
-from gateway.wire import decode_bulk, encode
+from gateway.ingest import batch
+from gateway.ingest.wire import decode_bulk, encode
+from gateway.web import api
 from tests.properties import MORE
 from tests.unit.test_batch import (
     ACCEPTED_AT,

@@ -1,6 +1,6 @@
 """Who asks for a list, or tries a key, learns whether it works, and not why not: same answer, same work.
 
-The work is counted at the database: what it is asked, octet for octet, what it answers, and with which plan. The plans
+The work is counted at the database: what it is asked, byte for byte, what it answers, and with which plan. The plans
 are those of a database with many accounts, where a plan could differ.
 """
 
@@ -15,13 +15,13 @@ import asyncpg
 import msgspec
 import pytest
 
-from gateway.admin import Admin
-from gateway.auth import hash_key
-from gateway.store import FIND_ACCOUNTS_BY_KEY, FIND_OWNED_LISTS
-from scripts.servers import Servers
+from gateway.cli.admin import Admin
+from gateway.ingest.auth import hash_key
+from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, FIND_OWNED_LISTS
+from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, new_number
-from tests.raw_http import exchange
-from tests.tcp_proxy import TcpProxy
+from tests.support.raw_http import exchange
+from tests.support.tcp_proxy import TcpProxy
 
 UNKNOWN_KEY = "trk_" + "0" * 32
 _literal = re.compile(r"'\{[^']*\}'")  # a parameter's value, as plans show it
@@ -66,7 +66,7 @@ async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str
 
 
 async def ask(gateway: GatewayUnderTest, messages: list[Any], *lines: bytes, key: str | None = None) -> bytes:
-    """The whole answer to a request, octet for octet, but for its date."""
+    """The whole answer to a request, byte for byte, but for its date."""
     body = msgspec.json.encode({"messages": messages})
     keys = [] if any(line.startswith(b"X-Api-Key") for line in lines) else [f"X-Api-Key: {key or gateway.key}".encode()]
     head = [b"Content-Length: %d" % len(body), b"X-Request-Id: the-same-for-all", *keys, *lines]
@@ -75,7 +75,7 @@ async def ask(gateway: GatewayUnderTest, messages: list[Any], *lines: bytes, key
 
 
 @pytest.mark.parametrize("keyed", [False, True], ids=["plain", "with an Idempotency-Key"])
-async def test_an_absent_a_foreign_and_an_inactive_list_get_the_same_octets(
+async def test_an_absent_a_foreign_and_an_inactive_list_get_the_same_bytes(
     gateway: GatewayUnderTest, admin: Admin, *, keyed: bool
 ) -> None:
     answers = {}
@@ -86,7 +86,7 @@ async def test_an_absent_a_foreign_and_an_inactive_list_get_the_same_octets(
     assert b'"code":"list_not_found"' in answers["absent"]
 
 
-async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_octets(
+async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_bytes(
     gateway: GatewayUnderTest, admin: Admin
 ) -> None:
     lines: dict[str, list[bytes]] = {
@@ -98,7 +98,7 @@ async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_octets(
         "too long": [b"X-Api-Key: " + good + b"0"],
         "other prefix": [b"X-Api-Key: sk_" + good[4:]],
         "last character wrong": [b"X-Api-Key: " + good[:-1] + (b"a" if good[-1:] != b"a" else b"b")],
-        "octets over 127": [b"X-Api-Key: \xff\xfe\xe9"],
+        "bytes over 127": [b"X-Api-Key: \xff\xfe\xe9"],
         "twice": [b"X-Api-Key: " + good] * 2,
         "7 kB": [b"X-Api-Key: " + good * 200],
         "SQL": [b"X-Api-Key: ' OR '1'='1"],
@@ -111,8 +111,8 @@ async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_octets(
 class Work(NamedTuple):
     """What a request costs the database."""
 
-    octets_asked: int
-    octets_answered: int
+    bytes_asked: int
+    bytes_answered: int
     statements: int | None  # by the server's own log, where it is ours to read
 
 
@@ -172,7 +172,7 @@ async def test_an_unknown_and_a_revoked_key_cost_the_same_work_and_a_malformed_o
         for reason, key in keys.items():
             works[reason] = await watched.work_of(key=key)
     assert len(set(works.values())) == 1, works
-    assert works["unknown"].octets_asked > 0
+    assert works["unknown"].bytes_asked > 0
     assert works["unknown"].statements in (None, 1)
     # What form a key has is no secret: nothing is learnt from a quick answer, and the database is spared.
     assert (await watched.work_of(key="nonsense"))[:2] == (0, 0)
@@ -228,14 +228,14 @@ def without_counts(plan: Any) -> Any:
 async def test_the_database_takes_the_same_way_to_a_list_whatever_its_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
-    numbers = await refused_lists(gateway, admin) | {"own": gateway.list_number}
+    numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.list_number}
     plans = {
         reason: await plan_of(crowded, FIND_OWNED_LISTS, [gateway.account_id], [number])
         for reason, number in numbers.items()
     }
-    assert all(plan == plans["own"] for plan in plans.values()), plans
-    assert "sending_lists" in json.dumps(plans["own"])
-    assert "Seq Scan" not in json.dumps(plans["own"])
+    assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans
+    assert "sending_lists" in json.dumps(plans["resolve_lists"])
+    assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
 
 
 async def test_the_database_takes_the_same_way_to_a_refused_key_whatever_its_state(

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from gateway.admin import Admin
-from scripts.servers import Servers
+from gateway.cli.admin import Admin
+from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest
-from tests.outbound_queue import OutboundQueue
 from tests.properties import MORE
-from tests.secrecy import BODY
+from tests.support.outbound_queue import OutboundQueue
+from tests.support.secrecy import BODY
 
 EXAMPLES = settings(
     derandomize=MORE == 1,

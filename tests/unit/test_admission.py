@@ -8,32 +8,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.admission import Admission
 from gateway.errors import Draining, Overloaded
+from gateway.ingest.admission import Admission
 
 strangers = count(1_000)
 
 
 @contextmanager
-def held(admission: Admission, octets: int, account_id: int | None = None) -> Iterator[None]:
+def held(admission: Admission, size: int, account_id: int | None = None) -> Iterator[None]:
     """A request in its place, with the room for its body; of an account of its own, unless told whose."""
     with admission.admit() as place:
-        place.reserve(next(strangers) if account_id is None else account_id, octets)
+        place.reserve(next(strangers) if account_id is None else account_id, size)
         yield
 
 
-def fill(house: ExitStack, admission: Admission, octets: int, account_id: int) -> int:
+def fill(house: ExitStack, admission: Admission, size: int, account_id: int) -> int:
     """Let in as many requests of one account as are admitted; how many that were."""
     for number in count():
         try:
-            house.enter_context(held(admission, octets, account_id))
+            house.enter_context(held(admission, size, account_id))
         except Overloaded:
             return number
     raise AssertionError
 
 
 def test_one_account_alone_gets_three_quarters_and_leaves_room_for_others() -> None:
-    admission = Admission(max_requests=100, max_octets=1_000_000)
+    admission = Admission(max_requests=100, max_bytes=1_000_000)
     with ExitStack() as house:
         assert fill(house, admission, 0, account_id=1) == 75
         assert fill(house, admission, 0, account_id=2) > 15
@@ -43,23 +43,23 @@ def test_one_account_alone_gets_three_quarters_and_leaves_room_for_others() -> N
 
 
 def test_one_accounts_large_bodies_leave_room_for_others() -> None:
-    admission = Admission(max_requests=100, max_octets=1_000)
+    admission = Admission(max_requests=100, max_bytes=1_000)
     with ExitStack() as house:
         assert fill(house, admission, 10, account_id=1) == 75
         with held(admission, 150, account_id=2):
-            assert admission.octets == 900
-    assert (admission.octets, admission.octets_of) == (0, {})
+            assert admission.reserved_bytes == 900
+    assert (admission.reserved_bytes, admission.bytes_of) == (0, {})
 
 
 def test_a_share_given_back_can_be_had_again() -> None:
-    admission = Admission(max_requests=8, max_octets=1_000)
+    admission = Admission(max_requests=8, max_bytes=1_000)
     for _ in range(3):
         with ExitStack() as house:
             assert fill(house, admission, 1, account_id=1) == 6
 
 
 def test_who_is_refused_is_told_how_long_a_place_is_held() -> None:
-    admission = Admission(max_requests=1, max_octets=10)
+    admission = Admission(max_requests=1, max_bytes=10)
     admission.held_s = 3.2
     with held(admission, 1), pytest.raises(Overloaded) as refused, held(admission, 1):
         pytest.fail("admitted")
@@ -67,28 +67,28 @@ def test_who_is_refused_is_told_how_long_a_place_is_held() -> None:
 
 
 def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
-    admission = Admission(max_requests=2, max_octets=1_000)
+    admission = Admission(max_requests=2, max_bytes=1_000)
     with held(admission, 1), held(admission, 1):
-        assert (admission.requests, admission.octets) == (2, 2)
+        assert (admission.requests, admission.reserved_bytes) == (2, 2)
         with pytest.raises(Overloaded), held(admission, 0):
             pytest.fail("a third was admitted")
-        assert (admission.requests, admission.octets) == (2, 2), "a refused request holds nothing"
-    assert (admission.requests, admission.octets) == (0, 0)
+        assert (admission.requests, admission.reserved_bytes) == (2, 2), "a refused request holds nothing"
+    assert (admission.requests, admission.reserved_bytes) == (0, 0)
 
 
-def test_octets_are_admitted_up_to_the_limit_and_not_beyond() -> None:
-    admission = Admission(max_requests=10, max_octets=1_000)
+def test_bytes_are_admitted_up_to_the_limit_and_not_beyond() -> None:
+    admission = Admission(max_requests=10, max_bytes=1_000)
     with held(admission, 600):
         with pytest.raises(Overloaded), held(admission, 401):
-            pytest.fail("1,001 octets were admitted")
+            pytest.fail("1,001 bytes were admitted")
         with held(admission, 400):
-            assert admission.octets == 1_000
+            assert admission.reserved_bytes == 1_000
             with held(admission, 0):
                 assert admission.requests == 3
 
 
 def test_a_place_given_back_can_be_had_again() -> None:
-    admission = Admission(max_requests=1, max_octets=10)
+    admission = Admission(max_requests=1, max_bytes=10)
     for _ in range(3):
         with held(admission, 10):
             assert admission.requests == 1
@@ -100,25 +100,25 @@ class Failure(BaseException):
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, Failure])
 def test_a_request_that_fails_gives_its_place_back(failure: type[BaseException]) -> None:
-    admission = Admission(max_requests=1, max_octets=10)
+    admission = Admission(max_requests=1, max_bytes=10)
     with pytest.raises(failure), held(admission, 10):
         raise failure
-    assert (admission.requests, admission.octets) == (0, 0)
+    assert (admission.requests, admission.reserved_bytes) == (0, 0)
 
 
 def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
-    admission = Admission(max_requests=2, max_octets=10)
+    admission = Admission(max_requests=2, max_bytes=10)
     with held(admission, 3):
         admission.closed = True
         with pytest.raises(Draining), held(admission, 1):
             pytest.fail("admitted while draining")
-        assert (admission.requests, admission.octets) == (1, 3)
-    assert (admission.requests, admission.octets) == (0, 0)
+        assert (admission.requests, admission.reserved_bytes) == (1, 3)
+    assert (admission.requests, admission.reserved_bytes) == (0, 0)
 
 
 def test_draining_is_said_before_overloaded() -> None:
     """The caller should go to another process, not wait for this one."""
-    admission = Admission(max_requests=1, max_octets=10)
+    admission = Admission(max_requests=1, max_bytes=10)
     with held(admission, 10):
         admission.closed = True
         with pytest.raises(Draining), held(admission, 10):
@@ -131,21 +131,21 @@ def test_draining_is_said_before_overloaded() -> None:
     goings=st.lists(st.integers(0, 29), max_size=30),
 )
 def test_neither_bound_is_ever_passed_and_nothing_that_fits_is_refused(comings: list[int], goings: list[int]) -> None:
-    admission = Admission(max_requests=4, max_octets=100)
+    admission = Admission(max_requests=4, max_bytes=100)
     inside: list[tuple[int, ExitStack]] = []
-    for octets, leaves in zip(comings, [*goings, *[0] * 30], strict=False):
+    for size, leaves in zip(comings, [*goings, *[0] * 30], strict=False):
         place = ExitStack()
-        fits = len(inside) < 4 and sum(held for held, _ in inside) + octets <= 100
+        fits = len(inside) < 4 and sum(held for held, _ in inside) + size <= 100
         try:
-            place.enter_context(held(admission, octets))
+            place.enter_context(held(admission, size))
         except Overloaded:
             assert not fits
         else:
             assert fits
-            inside.append((octets, place))
+            inside.append((size, place))
         if leaves % 3 and inside:
             inside.pop(leaves % len(inside))[1].close()
-        assert (admission.requests, admission.octets) == (len(inside), sum(held for held, _ in inside))
+        assert (admission.requests, admission.reserved_bytes) == (len(inside), sum(held for held, _ in inside))
     for _, place in inside:
         place.close()
-    assert (admission.requests, admission.octets) == (0, 0)
+    assert (admission.requests, admission.reserved_bytes) == (0, 0)

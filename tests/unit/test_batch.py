@@ -14,9 +14,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway import batch
-from gateway.batch import Batch, Draft
-from gateway.wire import Bulk, decode_bulk
+from gateway.ingest import batch
+from gateway.ingest.batch import Batch, Draft
+from gateway.ingest.wire import Bulk, decode_bulk
 
 EXAMPLES = settings(derandomize=True, max_examples=250, deadline=None)
 

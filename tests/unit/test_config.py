@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from gateway import config, tls
 from gateway.config import ConfigurationError, Settings
+from gateway.urls import with_tls
 
 URLS = {
     "GATEWAY_DATABASE_URL": "postgres://gateway:pg-secret@db.internal/gateway",
@@ -35,7 +36,6 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_key_file": ("/tls/us.key", "/tls/us.key"),
     "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
     "ops_port": ("65535", 65_535),
-    "tail_token": ("0123456789abcdef", "0123456789abcdef"),
     "database_pool_size": ("1", 1),
     "database_timeout_s": ("0.5", 0.5),
     "database_statement_cache": ("0", 0),
@@ -63,7 +63,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "drain_timeout_s": ("1e1", 10.0),
     "log_level": ("DEBUG", "DEBUG"),
     "log_format": ("console", "console"),
-    "access_log_sample": ("0.01", 0.01),
+    "request_log_sample": ("0.01", 0.01),
     "traces": ("on", "on"),
 }
 
@@ -73,7 +73,6 @@ BAD: list[tuple[str, str, str]] = [
     ("api_port", "65536", "<= 65535"),
     ("api_port", "http", "int"),
     ("ops_port", "80.5", "int"),
-    ("tail_token", "fifteen-letters", "matching regex"),
     ("database_pool_size", "0", ">= 1"),
     ("database_timeout_s", "0", "> 0"),
     ("database_timeout_s", "2s", "float"),
@@ -107,9 +106,9 @@ BAD: list[tuple[str, str, str]] = [
     ("drain_timeout_s", "0", "> 0"),
     ("log_level", "verbose", "Invalid enum value"),
     ("log_format", "text", "Invalid enum value"),
-    ("access_log_sample", "1.01", "<= 1"),
-    ("access_log_sample", "-0.1", ">= 0"),
-    ("access_log_sample", "1%", "float"),
+    ("request_log_sample", "1.01", "<= 1"),
+    ("request_log_sample", "-0.1", ">= 0"),
+    ("request_log_sample", "1%", "float"),
     ("traces", "true", "Invalid enum value"),
 ]
 
@@ -140,9 +139,7 @@ def test_each_setting_is_read_from_its_own_variable_and_no_other_changes(name: s
 def test_a_bad_value_is_refused_with_the_variables_name_and_what_it_takes(name: str, raw: str, hint: str) -> None:
     with pytest.raises(ConfigurationError) as refused:
         config.load(URLS | {f"GATEWAY_{name.upper()}": raw})
-    shown = "***" if name in config.SECRETS else repr(raw)
-    assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={shown} ")
-    assert name not in config.SECRETS or raw not in str(refused.value)
+    assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={raw!r} ")
     assert hint in str(refused.value)
 
 
@@ -154,20 +151,6 @@ def test_set_but_empty_is_not_set(name: str) -> None:
             config.load(URLS | {f"GATEWAY_{name.upper()}": " "})
     else:
         assert config.load(URLS | {f"GATEWAY_{name.upper()}": " "}) == config.load(URLS)
-
-
-def test_a_secret_is_not_shown_with_the_settings() -> None:
-    loaded = config.load(URLS | {f"GATEWAY_{name.upper()}": GOOD[name][0] for name in config.SECRETS})
-    for name in config.SECRETS:
-        assert GOOD[name][0] not in repr(loaded)
-        assert loaded.masked()[name] == "***"
-
-
-def test_watching_takes_no_server() -> None:
-    environ = {"GATEWAY_OPS_PORT": "9091", "GATEWAY_TAIL_TOKEN": "0123456789abcdef"}
-    assert config.load_operations(environ) == config.Operations(ops_port=9091, tail_token="0123456789abcdef")
-    with pytest.raises(ConfigurationError, match="GATEWAY_OPS_PORT='x' cannot be used"):
-        config.load_operations({"GATEWAY_OPS_PORT": "x"})
 
 
 @pytest.mark.parametrize("variable", URLS)
@@ -303,8 +286,8 @@ VERIFIED = "sslmode=verify-full&sslrootcert=system"
     ],
 )
 def test_a_database_elsewhere_is_verified_unless_its_url_says_otherwise(url: str, spelt_out: str) -> None:
-    assert config.with_tls(url) == spelt_out
-    assert config.with_tls(spelt_out) == spelt_out
+    assert with_tls(url) == spelt_out
+    assert with_tls(spelt_out) == spelt_out
 
 
 def test_files_of_the_database_are_added_to_its_url_and_what_the_url_says_itself_stays() -> None:

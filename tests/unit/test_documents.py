@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from gateway import errors
-from gateway.__main__ import app
+from gateway.cli.commands import app
 from gateway.config import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]

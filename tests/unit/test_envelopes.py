@@ -5,8 +5,8 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.batch import Batch
-from gateway.envelopes import Layout, place
+from gateway.ingest.batch import Batch
+from gateway.ingest.envelopes import Layout, place
 
 EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
 list_ids = st.lists(st.integers(1, 5), max_size=40)

@@ -354,8 +354,8 @@ def test_the_headers_of_a_trace_go_with_each_message_of_their_batch_and_no_other
     headers = {"traceparent": "00-00000000000000000000000000000001-0000000000000002-01"}
     buffer, found = plain.carrying(headers).pack(["AbC12345", "AbC12346"], [payload, payload]), []
     while buffer:
-        octets, _, frame = unmarshal(buffer)
-        buffer = buffer[octets:]
+        size, _, frame = unmarshal(buffer)
+        buffer = buffer[size:]
         if isinstance(frame, ContentHeader):
             found.append((frame.properties.message_id, frame.properties.headers, frame.body_size))
     assert found == [("AbC12345", headers, len(payload)), ("AbC12346", headers, len(payload))]

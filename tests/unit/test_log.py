@@ -14,7 +14,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.log import MAX_PENDING_OCTETS, ConsoleLines, JsonLines, WriterThread, configure, mask_number, whole_lines
+from gateway.telemetry.log import (
+    MAX_PENDING_BYTES,
+    ConsoleLines,
+    JsonLines,
+    WriterThread,
+    configure,
+    mask_number,
+    whole_lines,
+)
 
 EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
 
@@ -39,7 +47,7 @@ def test_a_mask_keeps_the_length_and_at_most_seven_characters(number: str) -> No
 
 
 def record(message: str, *arguments: object, **changes: object) -> logging.LogRecord:
-    made = logging.LogRecord("gateway.api", logging.WARNING, "api.py", 7, message, arguments, None)
+    made = logging.LogRecord("gateway.web.api", logging.WARNING, "api.py", 7, message, arguments, None)
     vars(made).update(changes)
     return made
 
@@ -49,7 +57,7 @@ def test_a_line_says_when_how_bad_where_and_what() -> None:
     assert json.loads(line) == {
         "time": "2026-11-23T11:00:00.123+00:00",
         "level": "warning",
-        "logger": "gateway.api",
+        "logger": "gateway.web.api",
         "message": "took x of 3",
     }
 
@@ -120,7 +128,7 @@ def handler_on(descriptor: int) -> WriterThread:
 def test_a_reader_that_is_stuck_holds_nobody_up_and_is_told_afterwards_what_it_missed() -> None:
     reading, writing = os.pipe()
     handler = handler_on(writing)
-    text, sent = "x" * 1000, 2 * MAX_PENDING_OCTETS // 1000
+    text, sent = "x" * 1000, 2 * MAX_PENDING_BYTES // 1000
     for number in range(sent):  # would wait for ever if a line waited for the reader
         handler.handle(record("%s %s", number, text))
     messages: list[str] = []
@@ -161,13 +169,13 @@ def test_a_line_says_which_worker_spoke_and_carries_its_fields() -> None:
 def test_the_console_form_is_one_line_for_a_person_and_cannot_be_forged() -> None:
     made = record("hello\n%s", "\x1b[31m\u2028", created=1795431600.1239, fields={"status": 200, "errors": {"a": 1}})
     line = ConsoleLines("worker-1").format(made)
-    expected = r"11:00:00.123 WARNING  worker-1 gateway.api: hello\n\x1b[31m\u2028 status=200 errors.a=1"
+    expected = r"11:00:00.123 WARNING  worker-1 gateway.web.api: hello\n\x1b[31m\u2028 status=200 errors.a=1"
     assert line == expected
 
 
 def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
     program = (
-        "import logging, time; from gateway import log; log.configure('INFO');"
+        "import logging, time; from gateway.telemetry import log; log.configure('INFO');"
         "[logging.info('x' * 1000) for _ in range(200)]; time.sleep(0.2)"  # three times what a pipe holds
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE)  # noqa: S603 - our own program
@@ -179,6 +187,9 @@ def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
 
 
 def test_the_last_words_of_a_process_are_written() -> None:
-    program = "import logging; from gateway import log; log.configure('INFO'); [logging.info(n) for n in range(5000)]"
+    program = (
+        "import logging; from gateway.telemetry import log; log.configure('INFO'); "
+        "[logging.info(n) for n in range(5000)]"
+    )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=30, check=True)  # noqa: S603
     assert [json.loads(line)["message"] for line in ended.stderr.splitlines()] == [str(n) for n in range(5000)]

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway import message_ids
-from gateway.message_ids import ALPHABET, BASE, COLUMNS, LEASE_ROWS, LEASES, ROWS, LeasedIds, row_ids
+from gateway.ingest import message_ids
+from gateway.ingest.message_ids import ALPHABET, BASE, COLUMNS, LEASE_ROWS, LEASES, ROWS, LeasedIds, row_ids
 
 EXAMPLES = settings(derandomize=True, max_examples=40, deadline=None)
 rows = st.integers(0, ROWS - 1)

@@ -7,9 +7,11 @@ import pytest
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import gateway
-from gateway import api, batch, errors, idempotency, wire
-from gateway.auth import HEADER
-from tests.openapi_document import COMPONENTS, DOCUMENT, REQUEST, RESPONSES, resolved, validator_of
+from gateway import errors
+from gateway.ingest import batch, idempotency, wire
+from gateway.ingest.auth import HEADER
+from gateway.web import api
+from tests.support.openapi_document import COMPONENTS, DOCUMENT, REQUEST, RESPONSES, resolved, validator_of
 
 ERRORS = {
     kind

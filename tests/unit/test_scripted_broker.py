@@ -17,7 +17,7 @@ from pamqp.body import ContentBody
 from pamqp.frame import marshal, unmarshal
 from pamqp.header import ContentHeader, ProtocolHeader
 
-from tests.scripted_broker import Published, ScriptedBroker, Session
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

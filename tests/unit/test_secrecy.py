@@ -10,13 +10,13 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import logging, sys, time
 import pytest
-from scripts.servers import Gateway
-from tests.secrecy import BODY, PASSWORD, LogWatch
+from testbed.servers import Gateway
+from tests.support.secrecy import BODY, PASSWORD, LogWatch
 
 KEY = "trk_" + "k" * 32
 NUMBER = "+1415" + "5551234"  # not in a traceback's own line
 LEAKS = {
-    "key": ("gateway.api", KEY),
+    "key": ("gateway.web.api", KEY),
     "number": ("asyncpg.pool", "to +14155551234."),
     "number without plus": ("gateway", "14155551234"),
     "password": ("asyncio", PASSWORD),
@@ -64,7 +64,7 @@ def test_clean():
 """
 
 CONFTEST = """
-from tests.secrecy import LogWatch
+from tests.support.secrecy import LogWatch
 
 def pytest_configure(config):
     config.pluginmanager.register(LogWatch())

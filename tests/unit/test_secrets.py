@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from gateway import config
 from gateway.config import Settings
-from gateway.database import reason
-from gateway.log import JsonLines, redact
-from gateway.wire import Message
+from gateway.ingest.wire import Message
+from gateway.postgres.pool import reason
+from gateway.telemetry.log import JsonLines, redact
 
 EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
 KEY = "trk_" + "Kk0Zz9" * 5 + "aB"
@@ -45,7 +45,7 @@ def test_what_has_the_form_of_a_secret_is_masked(text: str, shown: str) -> None:
         "2026-11-23T11:00:00.123+00:00",
         "http://127.0.0.1:8080/api/v2/send/bulk",
         "connected to the broker at mq1.internal:5672",
-        "1,000 messages, 5242880 octets, +123456",
+        "1,000 messages, 5242880 bytes, +123456",
         "{'api_port': 8080, 'database_url': 'postgres://gateway:***@db/gateway'}",
     ],
 )
@@ -58,7 +58,7 @@ def logged(raising: Callable[[], object]) -> str:
     try:
         raising()
     except Exception:
-        made = logging.LogRecord("gateway.api", logging.ERROR, "api.py", 7, "failed", (), sys.exc_info())
+        made = logging.LogRecord("gateway.web.api", logging.ERROR, "api.py", 7, "failed", (), sys.exc_info())
     line = JsonLines().format(made)
     assert "failed" in json.loads(line)["message"]
     return line

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.tcp_proxy import RESET_ON_CLOSE, TcpProxy
+from tests.support.tcp_proxy import RESET_ON_CLOSE, TcpProxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -6,10 +6,10 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, sampling
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from gateway.access import Record
 from gateway.config import Settings
-from gateway.measurements import Measurements
-from gateway.tracing import Tracing
+from gateway.telemetry.counters import BUILD, Counters
+from gateway.telemetry.requests import RequestRecord
+from gateway.telemetry.tracing import Tracing
 
 SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
@@ -28,9 +28,10 @@ class Kept(SpanExporter):
 async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[dict[str, str], int]:
     """The AMQP headers of a request that came with these HTTP headers, and how many spans were recorded."""
     kept = Kept()
-    tracing, record = Tracing(SETTINGS, kept, sampler), Record(Measurements())
+    tracing, record = Tracing(SETTINGS, kept, sampler), RequestRecord(Counters())
     tracing.begin(record, "POST", "/api/v2/send/bulk", sent)
-    record.built(1)
+    record.payloads = 1
+    record.mark(BUILD)
     headers = tracing.begin_publish(record)
     record.end("id-1", 503, "queue_unavailable")
     tracing.end(record)

@@ -8,8 +8,8 @@ from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, ConfirmWindow
 ME, ANOTHER = 1, 2
 
 
-def window(most: int = 100_000, octets_a_message: int = 1_000) -> ConfirmWindow:
-    opened = ConfirmWindow(most_messages=most, most_octets=most * octets_a_message, target_s=2.0)
+def window(most: int = 100_000, bytes_a_message: int = 1_000) -> ConfirmWindow:
+    opened = ConfirmWindow(most_messages=most, most_bytes=most * bytes_a_message, target_s=2.0)
     opened.messages = most
     return opened
 
@@ -23,7 +23,7 @@ def has_room(w: ConfirmWindow, load: int, unconfirmed: int, account_id: int = ME
 
 
 def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
-    w = ConfirmWindow(most_messages=100_000, most_octets=10**9, target_s=2.0)
+    w = ConfirmWindow(most_messages=100_000, most_bytes=10**9, target_s=2.0)
     assert w.messages == START_MESSAGES
     note(w, 1_000, written_at=0.0, now=0.1, unconfirmed=9_000)
     assert w.messages == START_MESSAGES, "who uses half of it shows nothing about the whole"
@@ -65,8 +65,8 @@ def test_one_account_takes_three_quarters_and_leaves_room_for_another() -> None:
 
 
 def test_large_messages_weigh_more_and_open_the_window_as_well() -> None:
-    """Were octets bounded apart from it, a window that once was narrow would never be made use of again."""
-    w = window(100_000, octets_a_message=1_000)
+    """Were bytes bounded apart from it, a window that once was narrow would never be made use of again."""
+    w = window(100_000, bytes_a_message=1_000)
     assert w.weigh(1_000, 200_000) == 1_000
     assert w.weigh(100, 5_000_000) == 5_000
     w.messages = FLOOR_MESSAGES

@@ -9,9 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec import UNSET, Raw
 
-from gateway import wire
 from gateway.errors import GatewayError, InvalidJson, MissingMessages, TooManyMessages
-from gateway.wire import Answer, ErrorRow, Message, Misfit, decode_bulk, encode
+from gateway.ingest import wire
+from gateway.ingest.wire import Answer, ErrorRow, Message, Misfit, decode_bulk, encode
 
 EXAMPLES = settings(derandomize=True, max_examples=300, deadline=None)
 

@@ -1,0 +1,218 @@
+"""The gateway at work, from an empty database to messages in the queue, told step by step.
+
+Everything is real and private to this run: PostgreSQL, RabbitMQ, the gateway as a process of its own. What the gateway
+says it has queued is compared with what lies in the queue; the first difference ends the demo with exit code 1.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from http import HTTPStatus
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import aio_pika
+
+from testbed.servers import Gateway, ServerError, Servers
+
+Message = dict[str, Any]
+
+QUEUE = "sms.outbound"
+DEPTH_TIMEOUT_S = 5.0  # a quorum queue counts a message a moment after confirming it
+REPOSITORY = Path(__file__).parents[1]
+
+
+class Mismatch(Exception):
+    """The gateway said one thing and did another."""
+
+
+def step(text: str) -> None:
+    """One line for one thing that is done."""
+    print(f"✓ {text}", flush=True)
+
+
+def title(text: str) -> None:
+    """What comes next."""
+    print(f"\n{text}\n", flush=True)
+
+
+def expect(what: str, expected: object, actual: object) -> None:
+    """Raise Mismatch when they differ."""
+    if expected != actual:
+        raise Mismatch(f"{what}: expected {expected}, found {actual}")
+
+
+def administer(settings: dict[str, str], *arguments: str) -> str:
+    """Run `python -m gateway ...`, as an operator would."""
+    command = [sys.executable, "-m", "gateway", *arguments]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise ServerError(f"python -m gateway {shlex.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def curl(gateway: Gateway, key: str, body: str) -> str:
+    """The request as a line for a shell."""
+    headers = f"-H 'X-Api-Key: {key}' -H 'Content-Type: application/json'"
+    return f"curl -s {gateway.url}/api/v2/send/bulk \\\n  {headers} \\\n  -d {shlex.quote(body)}"
+
+
+def send(gateway: Gateway, key: str, messages: list[Message], shown: str) -> Message:
+    """Send a batch, showing it as `shown`, and return the answer."""
+    print(f"$ {curl(gateway, key[:8] + '…', shown)}\n")
+    body = json.dumps({"messages": messages})
+    connection = HTTPConnection("127.0.0.1", gateway.port.number, timeout=30)
+    begin = time.perf_counter()
+    connection.request("POST", "/api/v2/send/bulk", body, {"X-Api-Key": key, "Content-Type": "application/json"})
+    response = connection.getresponse()
+    content = response.read()
+    elapsed_ms = (time.perf_counter() - begin) * 1000
+    connection.close()
+    print(f"HTTP {response.status} {response.reason}, {elapsed_ms:.0f} ms")
+    if response.status != HTTPStatus.OK:
+        raise Mismatch(f"the gateway answered {content.decode(errors='replace')}")
+    answer: Message = json.loads(content)
+    return answer
+
+
+def mixed_batch(lists: tuple[str, str]) -> tuple[list[Message], Counter[str]]:
+    """1,000 messages, some of them bad in every way the contract names; and how many of each."""
+    messages: list[Message] = [
+        {
+            "to": f"+1415555{number:04d}",
+            "list_number": lists[number % 2],
+            "body": f"Hello number {number}, your reference is {{{{messageId}}}}",
+        }
+        for number in range(1000)
+    ]
+    flaws: dict[str, Message] = {
+        "missing_to": {"to": ""},
+        "missing_list_number": {"list_number": None},
+        "missing_body": {"body": ""},
+        "invalid_phone": {"to": "4155559876"},
+        "invalid_list_number": {"list_number": "1-800-FLOWERS"},
+        "list_not_found": {"list_number": "+18005559999"},
+        "invalid_field": {"wrap_links": "yes, please"},
+    }
+    expected = Counter({code: count for count, code in enumerate(flaws, start=3)})
+    for place, code in zip(range(10, 1000, 23), expected.elements(), strict=False):
+        messages[place].update(flaws[code])
+    return messages, expected
+
+
+def show_errors(errors: list[Message]) -> None:
+    """One row of each kind, and how many there are of it."""
+    examples = {row["code"]: row for row in reversed(errors)}
+    counts = Counter(row["code"] for row in errors)
+    for code in counts:
+        print(f"  {counts[code]:3d} × {json.dumps(examples[code], ensure_ascii=False)}")
+
+
+async def look_into_queue(amqp_url: str, expected: int | None = None) -> tuple[int, list[bytes]]:
+    """The queue's depth, awaited if it is known, and its first three payloads, put back afterwards."""
+    connection = await aio_pika.connect(amqp_url)
+    async with connection, connection.channel() as channel:
+        deadline = time.monotonic() + DEPTH_TIMEOUT_S
+        while True:
+            queue = await channel.declare_queue(QUEUE, passive=True)
+            depth = queue.declaration_result.message_count or 0
+            if expected in (None, depth) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        taken = [message for _ in range(3) if (message := await queue.get(fail=False)) is not None]
+        for message in taken:
+            await message.nack(requeue=True)
+        return depth, [message.body for message in taken]
+
+
+def show(once: bool) -> None:
+    """The whole story."""
+    print("SMS gateway: a demonstration on this machine, with servers of its own\n")
+    begin = time.monotonic()
+    with Servers() as servers:
+        settings = servers.environment()
+        step(f"PostgreSQL and RabbitMQ started in {time.monotonic() - begin:.1f} s")
+
+        administer(settings, "migrate")
+        step("database migrated")
+
+        account = str(json.loads(administer(settings, "account", "create", "Acme", "--json"))["id"])
+        key = str(json.loads(administer(settings, "key", "create", account, "--json"))["key"])
+        lists = ("+18005551000", "+18005552000")
+        if servers.postgres is None:  # somebody's own database, where these two may be taken
+            lists = (f"+1800{secrets.randbelow(10**7):07d}", f"+1888{secrets.randbelow(10**7):07d}")
+        for number in lists:
+            administer(settings, "list", "add", account, number, "--json")
+        step(f"account Acme created, with an API key and the sending lists {lists[0]} and {lists[1]}")
+
+        with Gateway(settings | {"GATEWAY_DRAIN_DELAY_S": "0"}) as gateway:
+            step(f"gateway ready on {gateway.url}")
+            before, _ = asyncio.run(look_into_queue(servers.amqp_url))
+
+            title("The documented request: two messages, the second with a bad phone number")
+            body = "Your promo code is SAVE20. Ref: {{messageId}}"
+            two: list[Message] = [
+                {"to": "+14155551234", "list_number": lists[0], "body": body},
+                {"to": "4155559876", "list_number": lists[0], "body": body},
+            ]
+            answer = send(gateway, key, two, json.dumps({"messages": two}, indent=2))
+            print(json.dumps(answer, indent=2, ensure_ascii=False))
+            expect("queued", 1, answer["queued_count"])
+            expect("error codes", ["invalid_phone"], [row["code"] for row in answer["errors"]])
+            step("1 queued, 1 refused: a bad message costs only itself")
+            queued = answer["queued_count"]
+
+            title("A full batch: 1,000 messages to both lists, some bad in every possible way")
+            messages, flaws = mixed_batch(lists)
+            answer = send(gateway, key, messages, '{"messages": [… 1,000 of them …]}')
+            print(f'"queued_count": {answer["queued_count"]}, "error_count": {answer["error_count"]}, "errors":')
+            show_errors(answer["errors"])
+            expect("queued", len(messages) - flaws.total(), answer["queued_count"])
+            expect("error rows by code", flaws, Counter(row["code"] for row in answer["errors"]))
+            step(f"{answer['queued_count']} queued, {answer['error_count']} refused, each with its reason")
+            queued += answer["queued_count"]
+
+            title(f"What lies in the queue {QUEUE} for the consumers")
+            depth, payloads = asyncio.run(look_into_queue(servers.amqp_url, before + queued))
+            for payload in payloads:
+                print(f"  {payload.decode()}")
+            expect(f"messages in {QUEUE}", before + queued, depth)
+            step(f"{depth - before} messages in the queue, exactly the {queued} that the gateway counted")
+
+            if once:
+                return
+            title("Your turn, until Ctrl-C:")
+            print(curl(gateway, key, json.dumps({"messages": two[:1]})), flush=True)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+            print("\nstopping")
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
+    parser.add_argument("--once", action="store_true", help="end after the show instead of running on")
+    try:
+        show(parser.parse_args().once)
+    except (Mismatch, ServerError) as error:
+        print(f"✗ {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

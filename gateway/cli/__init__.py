@@ -1,0 +1,1 @@
+"""The command line: `serve`, `migrate`, `status`, and the administration of accounts, keys and lists."""

@@ -1,0 +1,1 @@
+"""One batch from bytes to answer: admission, authentication, decoding, validation, message ids, idempotency."""

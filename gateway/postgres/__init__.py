@@ -1,0 +1,1 @@
+"""PostgreSQL: the connection pool, the queries of a request, and their coalescing."""

@@ -1,0 +1,177 @@
+"""The questions asked of PostgreSQL on the way of a request: one function each, SQL as named constants.
+
+Requests in flight together share queries (grouped.py); an answer is always from a query that began after its question.
+Whatever goes wrong leaves here as DatabaseUnavailable. Reads go to the primary, without a cache, so that a revoked key
+or a suspended account is refused on the first request after the commit.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+from gateway.postgres.coalesce import Coalescer
+from gateway.postgres.pool import Database
+
+FIND_ACCOUNTS_BY_KEY = """
+    SELECT key.sha256, account.id, account.status = 'active' AS is_active
+    FROM api_keys AS key
+    JOIN accounts AS account ON account.id = key.account_id
+    WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
+"""
+
+FIND_OWNED_LISTS = """
+    SELECT list.account_id, list.number, list.id
+    FROM unnest($1::bigint[], $2::text[]) AS asked (account_id, number)
+    JOIN sending_lists AS list ON list.account_id = asked.account_id AND list.number = asked.number
+    WHERE list.status = 'active'
+"""
+
+LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
+
+# Takes the row of an Idempotency-Key, or makes it, and finds the lists on the way: one round trip. No row comes back
+# when another run holds the key, has answered already, or came with another body.
+HOLD_KEY = """
+    WITH held AS (
+        INSERT INTO idempotency_keys AS kept (account_id, key, body_sha256, first_id, holder, held_until)
+        VALUES ($1, $2, $3, $4, $5, now() + $6)
+        ON CONFLICT (account_id, key) DO UPDATE SET holder = EXCLUDED.holder, held_until = EXCLUDED.held_until
+        WHERE kept.answer IS NULL AND kept.held_until < now() AND kept.body_sha256 = EXCLUDED.body_sha256
+        RETURNING first_id
+    )
+    SELECT held.first_id, list.number, list.id
+    FROM held
+    LEFT JOIN sending_lists AS list ON list.account_id = $1 AND list.number = ANY($7::text[]) AND list.status = 'active'
+"""
+
+FIND_KEY = """
+    SELECT body_sha256 = $3 AS is_same_body, answer FROM idempotency_keys WHERE account_id = $1 AND key = $2
+"""
+
+KEEP_ANSWER = """
+    UPDATE idempotency_keys SET answer = $4 WHERE account_id = $1 AND key = $2 AND holder = $3
+"""
+
+RELEASE_KEY = """
+    UPDATE idempotency_keys SET held_until = '-infinity'
+    WHERE account_id = $1 AND key = $2 AND holder = $3 AND answer IS NULL
+"""
+
+FORGET_KEY = """
+    DELETE FROM idempotency_keys WHERE account_id = $1 AND key = $2 AND holder = $3 AND answer IS NULL
+"""
+
+# Several processes may sweep at once: what one has locked, the others pass by.
+SWEEP_KEYS = """
+    DELETE FROM idempotency_keys WHERE (account_id, key) IN (
+        SELECT account_id, key FROM idempotency_keys
+        WHERE created_at < now() - interval '24 hours' AND held_until < now()
+        ORDER BY created_at LIMIT 1000 FOR UPDATE SKIP LOCKED
+    )
+"""
+SWEPT_AT_ONCE = 1000  # as in SWEEP_KEYS
+
+
+class Account(NamedTuple):
+    """Who a request comes from."""
+
+    id: int
+    is_active: bool
+
+
+class HeldKey(NamedTuple):
+    """An Idempotency-Key that this run holds now: from which place its message ids come, and the lists it asked for."""
+
+    first_id: int
+    lists: dict[str, int]
+
+
+class KnownKey(NamedTuple):
+    """An Idempotency-Key that this run cannot have."""
+
+    is_same_body: bool
+    answer: bytes | None  # None: another run holds it
+
+
+class Store:
+    """Answers the questions of a request."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._accounts = Coalescer(self._find_accounts)
+        self._lists = Coalescer(self._find_lists, weigh=lambda question: len(question[1]))
+        # Writes wait for disks, and perhaps for a standby: they must not take all connections from the other questions.
+        self._holding, self._settling = asyncio.Semaphore(2), asyncio.Semaphore(1)
+
+    async def find_account(self, key_sha256: bytes) -> Account | None:
+        """Whose key it is; None when it is unknown or revoked."""
+        return await self._accounts.ask(key_sha256)
+
+    async def find_owned_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
+        """List number → list id, for those of `numbers` that are active lists of this account."""
+        return await self._lists.ask((account_id, numbers)) if numbers else {}
+
+    async def _find_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
+        accounts = {sha256: Account(account_id, is_active) for sha256, account_id, is_active in rows}
+        return [accounts.get(key) for key in keys]
+
+    async def _find_lists(self, questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
+        asked = [(account_id, number) for account_id, numbers in questions for number in numbers]
+        async with self._database.connection() as connection:
+            rows = await connection.fetch(FIND_OWNED_LISTS, *map(list, zip(*asked, strict=True)))
+        owned = {(account_id, number): list_id for account_id, number, list_id in rows}
+        return [
+            {number: owned[account_id, number] for number in numbers if (account_id, number) in owned}
+            for account_id, numbers in questions
+        ]
+
+    async def hold_key(
+        self,
+        account_id: int,
+        key: str,
+        body_sha256: bytes,
+        *,
+        first_id: int,
+        holder: int,
+        hold_s: float,
+        numbers: list[str],
+    ) -> HeldKey | KnownKey | None:
+        """Hold an Idempotency-Key for `hold_s` seconds, or learn why not; None when it went away in between."""
+        async with self._database.connection(self._holding) as connection:
+            rows = await connection.fetch(
+                HOLD_KEY, account_id, key, body_sha256, first_id, holder, timedelta(seconds=hold_s), numbers
+            )
+            if rows:
+                lists = {number: list_id for _, number, list_id in rows if number is not None}
+                return HeldKey(rows[0][0], lists)
+            known = await connection.fetchrow(FIND_KEY, account_id, key, body_sha256)
+        return known and KnownKey(*known)
+
+    async def keep_answer(self, account_id: int, key: str, holder: int, answer: bytes) -> None:
+        """Keep a held key's answer, for those who send the same again."""
+        await self._execute(KEEP_ANSWER, account_id, key, holder, answer)
+
+    async def release_key(self, account_id: int, key: str, holder: int) -> None:
+        """Let another run hold the key; its ids stay."""
+        await self._execute(RELEASE_KEY, account_id, key, holder)
+
+    async def forget_key(self, account_id: int, key: str, holder: int) -> None:
+        """As if the key had never been sent."""
+        await self._execute(FORGET_KEY, account_id, key, holder)
+
+    async def sweep_keys(self) -> bool:
+        """Remove up to SWEPT_AT_ONCE keys that are older than a day; whether there may be more."""
+        return await self._execute(SWEEP_KEYS) == f"DELETE {SWEPT_AT_ONCE}"
+
+    async def _execute(self, statement: str, *arguments: object) -> str:
+        async with self._database.connection(self._settling) as connection:
+            status: str = await connection.execute(statement, *arguments)
+        return status
+
+    async def lease_message_ids(self) -> int:
+        """The number of a lease that no other process has, or will ever have."""
+        async with self._database.connection() as connection:
+            lease: int = await connection.fetchval(LEASE_MESSAGE_IDS)
+        return lease

@@ -1,0 +1,172 @@
+"""`serve --workers N`: one process per core, each with its own listening socket on the same port, and a supervisor.
+
+The kernel spreads connections over the workers (SO_REUSEPORT). The supervisor starts them, starts a dead one again,
+drains all on SIGTERM, and answers the probes for them: alive or ready is what every worker is. A worker whose
+supervisor is gone drains itself. One process per pod is the plainer choice in Kubernetes; this is for a machine with
+several cores.
+"""
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from gateway.config import ConfigurationError, Settings
+from gateway.web import api, metrics
+from gateway.web import openapi as documents
+
+log = logging.getLogger(__name__)
+
+RESTART_DELAY_S = (0.2, 2.0)  # jittered: a worker that dies at once, again and again, must not eat a core
+PROBE_TIMEOUT_S = 1.0
+DRAIN_MARGIN_S = 5.0  # beyond a worker's own drain budget, before it is killed
+
+
+class Worker:
+    """One worker process, started again whenever it dies, until it is told to stop."""
+
+    def __init__(self, number: int, settings: Settings, directory: Path) -> None:
+        self.number = number
+        self.ops_socket = directory / f"worker-{number}"
+        self._process: asyncio.subprocess.Process | None = None
+        self.starts = 0
+        self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
+
+    async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
+        """Keep a process running; drain it, and return, once `stop` is set."""
+        while not stop.is_set():
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
+                    env=environment,
+                    stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
+                )
+            except OSError as error:  # no memory, no process, no descriptor to be had: later, perhaps
+                log.error("worker %s cannot be started: %s", self.number, error)
+            else:
+                log.info("worker %s runs as process %s", self.number, process.pid)
+                self._process = process
+                self.starts += 1
+                await self._watch(process, stop)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(*RESTART_DELAY_S)):  # noqa: S311 - jitter
+                    await stop.wait()
+
+    def renew_certificate(self) -> None:
+        """Hand on a SIGHUP."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGHUP)
+
+    async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+        """Return when the process has ended: by itself, drained, or killed because it took too long to drain."""
+        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
+        told.cancel()
+        if ended.done():
+            log.error("worker %s ended with status %s", self.number, ended.result())
+            return
+        with suppress(ProcessLookupError):  # it may end in the very moment in which it is told to
+            process.send_signal(signal.SIGTERM)
+        await asyncio.wait({ended}, timeout=self._drain_budget_s)
+        if not ended.done():
+            log.error("worker %s did not drain in %.0f s: killing it", self.number, self._drain_budget_s)
+            with suppress(ProcessLookupError):
+                process.kill()
+            await ended
+
+    async def probe(self, path: str) -> tuple[int, dict[str, object]]:
+        """What the worker's own operations listener answers; 503 when it does not."""
+        try:
+            status, body = await self._ask(path)
+            return status, msgspec.json.decode(body, type=dict[str, object])
+        except (aiohttp.ClientError, OSError, TimeoutError, msgspec.DecodeError):
+            return 503, {"status": "does not answer"}
+
+    async def metrics(self) -> str | None:
+        """The worker's own metrics, as text; None when it does not answer."""
+        try:
+            status, body = await self._ask("/metrics")
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            return None
+        return body.decode() if status == 200 else None
+
+    async def _ask(self, path: str) -> tuple[int, bytes]:
+        connector = aiohttp.UnixConnector(path=str(self.ops_socket))
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        async with (
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+            session.get(f"http://worker{path}") as response,
+        ):
+            return response.status, await response.read()
+
+
+async def supervise(settings: Settings, count: int) -> None:
+    """Run `count` workers until SIGTERM or SIGINT, then drain them all."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sms-gateway-")))
+        # Held, and never listened on: nobody else can take the port between the death of a worker and its return.
+        family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
+        holder = stack.enter_context(socket.socket(family))
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            holder.bind((settings.api_host, settings.api_port))
+        except OSError as error:
+            where = f"{settings.api_host} port {settings.api_port}"
+            raise ConfigurationError(f"cannot listen on {where}: {error.strerror}") from None
+        environment = os.environ | {"GATEWAY_API_PORT": str(holder.getsockname()[1])}
+        workers = [Worker(number, settings, directory) for number in range(count)]
+        if settings.api_tls_cert_file:
+            loop.add_signal_handler(signal.SIGHUP, _hand_on_renewal, workers)
+        runner = web.AppRunner(make_probes_app(workers), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
+            await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
+        finally:
+            await runner.cleanup()
+    log.info("stopped")
+
+
+def _hand_on_renewal(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.renew_certificate()
+
+
+def make_probes_app(workers: list[Worker]) -> web.Application:
+    """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
+    app = web.Application(middlewares=[api.answer_every_request])
+
+    async def live(_request: web.Request) -> web.Response:
+        return web.json_response({"status": "alive"})
+
+    async def ready(_request: web.Request) -> web.Response:
+        answers = await asyncio.gather(*(worker.probe("/readyz") for worker in workers))
+        status = max(status for status, _ in answers)
+        return web.json_response({"workers": [answer for _, answer in answers]}, status=status)
+
+    async def show_metrics(request: web.Request) -> web.Response:
+        texts = await asyncio.gather(*(worker.metrics() for worker in workers))
+        restarts = sum(max(0, worker.starts - 1) for worker in workers)
+        return metrics.show_workers(request, dict(enumerate(texts)), restarts)
+
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/livez", live)
+    app.router.add_get("/readyz", ready)
+    documents.add_page(app)
+    return app

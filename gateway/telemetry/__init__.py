@@ -1,0 +1,1 @@
+"""Logs, counters, the record of each request, and traces."""

@@ -1,0 +1,192 @@
+"""The record of one request, and the request log.
+
+Requests with everything queued are sampled. Requests with an unknown or failed outcome are always logged. All others
+(refusals, error rows) are logged up to MAX_LINES_A_SECOND of a kind, so that a flood of them costs no more than the
+requests themselves. The next line of the kind says how many lines were left out.
+"""
+
+import logging
+import random
+from collections import Counter
+from time import monotonic, perf_counter
+
+from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
+from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Counters
+from gateway.telemetry.log import FIELDS
+
+LOGGER = "gateway.requests"
+log = logging.getLogger(LOGGER)
+NO_ERRORS: Counter[str] = Counter()  # shared, never changed
+
+MAX_LINES_A_SECOND = 100
+
+
+class RequestRecord:
+    """The steps of one request, each with the time at which it ended, and its facts.
+
+    The steps are marked and the facts set while the request runs. The request log and the spans read them at the end.
+    `end` adds them to the counters, once. Times are seconds of `time.perf_counter`.
+    """
+
+    __slots__ = (
+        "_counters",
+        "account_id",
+        "began",
+        "body_bytes",
+        "code",
+        "ended",
+        "errors",
+        "is_replayed",
+        "messages",
+        "origin_ns",
+        "payloads",
+        "publish_span",
+        "queued",
+        "request_id",
+        "span",
+        "status",
+        "steps",
+    )
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+        self.began = self.ended = perf_counter()
+        # In order. A step lasts from the end of the one before it. A step that refuses the request is not marked.
+        self.steps: list[tuple[int, float]] = []
+        self.request_id = ""
+        self.status = 0  # 0: not answered, because the process was ending
+        self.code = ""  # of a request that was refused as a whole
+        self.account_id: int | None = None
+        self.body_bytes: int | None = None
+        self.messages: int | None = None  # in the request, good and bad
+        self.payloads = 0
+        self.queued: int | None = None
+        self.errors: Counter[str] = NO_ERRORS  # error rows by code
+        self.is_replayed = False  # the answer is that of an earlier request with the same Idempotency-Key
+        self.origin_ns = 0  # `began` on the wall clock, if this request is traced
+        self.span: object = None  # set by telemetry/tracing.py
+        self.publish_span: object = None
+
+    def mark(self, step: int) -> None:
+        """Note that a step, an index into STAGES, has ended."""
+        self.steps.append((step, perf_counter()))
+
+    def hold(self, messages: int) -> None:
+        """Count the request's messages as in flight until `end`."""
+        self.messages = messages
+        self._counters.messages_in_flight += messages
+
+    def end(self, request_id: str, status: int, code: str) -> None:
+        """Set what the caller was told (status 0: nothing), and add the request to the counters."""
+        self.request_id, self.status, self.code = request_id, status, code
+        self.ended = perf_counter()
+        counters, before = self._counters, self.began
+        for step, at in self.steps:
+            counters.stages_s[step].observe(at - before)
+            before = at
+        counters.requests[(status, code or OK) if status else CANCELLED] += 1
+        was_refused = bool(code) or not status
+        (counters.refused_s if was_refused else counters.answered_s).observe(self.ended - self.began)
+        counters.body_bytes += self.body_bytes or 0
+        if self.messages is not None:
+            counters.messages_in_flight -= self.messages
+            counters.request_messages.observe(self.messages)
+            self._count_messages(self.messages, was_refused=was_refused)
+
+    def _count_messages(self, size: int, *, was_refused: bool) -> None:
+        """Count each message once, by what the caller was told of it."""
+        messages = self._counters.messages
+        if was_refused:
+            messages[self.code or CANCELLED[1]] += size
+        elif self.is_replayed:
+            messages[REPLAYED] += size
+        else:
+            messages[QUEUED] += self.queued or 0
+            if self.errors:
+                messages.update(self.errors)
+
+    @property
+    def outcome(self) -> str:
+        """The request in one word.
+
+        read: a document, no messages · queued: all messages · partial: some · refused: none · unknown: some may be
+        queued · replayed: the stored answer of an earlier request · failed: internal error · cancelled: not answered.
+        """
+        if self.status == 200:
+            if self.messages is None:
+                return "read"
+            if self.is_replayed:
+                return "replayed"
+            if OUTCOME_UNKNOWN.code in self.errors:
+                return "unknown"
+            if self.errors:
+                return "partial" if self.queued else "refused"
+            return "queued"
+        if not self.status:
+            return "cancelled"
+        if self.code == OutcomeUnknown.code:
+            return "unknown"
+        return "failed" if self.status == 500 else "refused"
+
+    def stages_ms(self) -> dict[str, float]:
+        """Return the duration of each step in milliseconds."""
+        before, taken = self.began, {}
+        for step, at in self.steps:
+            taken[STAGES[step]] = round((at - before) * 1e3, 3)
+            before = at
+        return taken
+
+
+class RequestLog:
+    """Decides which requests get a line, and writes it."""
+
+    def __init__(self, sample: float) -> None:
+        """`sample`: the share of the requests with everything queued that is logged, 0 to 1."""
+        self._sample = sample
+        self._seconds: dict[str, tuple[float, int]] = {}  # by kind: when its second began, and lines since
+        self._unlogged: Counter[str] = Counter()
+
+    def write(self, record: RequestRecord, trace_id: str = "") -> None:
+        """Log the request, unless it is left out."""
+        outcome = record.outcome
+        level = {"unknown": logging.WARNING, "failed": logging.ERROR}.get(outcome, logging.INFO)
+        if not log.isEnabledFor(level):
+            return
+        unlogged = 0
+        if outcome in ("queued", "replayed", "read"):
+            if self._sample < 1 and random.random() >= self._sample:  # noqa: S311 - a sample, no secret
+                return
+        elif level == logging.INFO:
+            kind = record.code or outcome
+            if not self._has_room(kind):
+                self._unlogged[kind] += 1
+                return
+            unlogged = self._unlogged.pop(kind, 0)
+        log.log(level, "request", extra={FIELDS: _fields(record, outcome, trace_id, unlogged)})
+
+    def _has_room(self, kind: str) -> bool:
+        now = monotonic()
+        began, lines = self._seconds.get(kind, (now, 0))
+        if now - began >= 1:
+            began, lines = now, 0
+        self._seconds[kind] = (began, lines + 1)
+        return lines < MAX_LINES_A_SECOND
+
+
+def _fields(record: RequestRecord, outcome: str, trace_id: str, unlogged: int) -> dict[str, object]:
+    fields: dict[str, object] = {"request_id": record.request_id, "outcome": outcome, "status": record.status}
+    known = (
+        ("code", record.code or None),
+        ("account_id", record.account_id),
+        ("messages", record.messages),
+        ("queued", record.queued),
+        ("errors", dict(record.errors) or None),
+        ("body_bytes", record.body_bytes),
+        ("trace_id", trace_id or None),
+        ("unlogged", unlogged or None),
+    )
+    fields.update([(name, value) for name, value in known if value is not None])
+    fields["duration_ms"] = round((record.ended - record.began) * 1e3, 3)
+    if record.steps:
+        fields["stages_ms"] = record.stages_ms()
+    return fields

@@ -1,0 +1,182 @@
+"""Traces: a span for each request and each of its steps, on to the consumer, by OpenTelemetry.
+
+    POST /api/v2/send/bulk            its parent is the caller's, if it sent `traceparent`
+    ├── authenticate, read, validate, own, build
+    └── publish sms.outbound          its `traceparent` travels in the headers of every AMQP message of the batch
+
+Where to, how much, under which name: the OTEL_* variables, read by the SDK. The packages are an extra, imported only
+where GATEWAY_TRACES=on; without it nothing of this runs.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, cast
+
+from gateway import __version__
+from gateway.config import ConfigurationError, Settings
+from gateway.telemetry.counters import PUBLISH, STAGES
+from gateway.telemetry.requests import RequestRecord
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.sdk.trace.sampling import Sampler
+    from opentelemetry.trace import Span
+
+log = logging.getLogger(__name__)
+
+SERVICE = "sms-gateway"
+# What W3C asks to be passed on. A caller may send 8 kB, which would go with each of 1,000 messages.
+MAX_TRACESTATE_BYTES = 512
+CLOSE_TIMEOUT_S = 3.0  # of a drain, for the spans that are still to be sent
+_METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE")
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigurationError if traces are wanted and the packages are not installed."""
+    if settings.traces == "on":
+        try:
+            import opentelemetry.exporter.otlp.proto.http.trace_exporter
+            import opentelemetry.sdk.trace  # noqa: F401
+        except ImportError as error:
+            raise ConfigurationError(
+                f"GATEWAY_TRACES=on needs the packages of requirements-traces.txt ({error}). Install them, or unset it"
+            ) from None
+
+
+class Tracing:
+    """Starts and ends spans; what it needs of a request it reads from its RequestRecord."""
+
+    def __init__(
+        self, settings: Settings, exporter: "SpanExporter | None" = None, sampler: "Sampler | None" = None
+    ) -> None:
+        """`exporter`, `sampler`: instead of those that the OTEL_* variables describe."""
+        from opentelemetry import trace
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._api = trace
+        resource = Resource.create({"service.version": __version__})
+        if str(resource.attributes.get(SERVICE_NAME, "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({SERVICE_NAME: SERVICE}))
+        self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
+        self._exporter = exporter or OTLPSpanExporter()
+        self._provider.add_span_processor(BatchSpanProcessor(self._exporter))
+        self._tracer = self._provider.get_tracer(SERVICE, __version__)
+        self._propagator = TraceContextTextMapPropagator()
+        self._destination = settings.amqp_exchange
+
+    def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
+        """Start the request's span, below the caller's if it names one.
+
+        `route` is empty where no such path exists: what was asked for instead could be anything, a key too.
+        """
+        known = method if method in _METHODS else "_OTHER"
+        attributes = {"http.request.method": known, "url.scheme": "http"}
+        if route:
+            attributes |= {"http.route": route, "url.path": route}
+        # One reading of the wall clock for all spans of a request: a clock that is set meanwhile does not tear them.
+        record.origin_ns = time.time_ns() - int((time.perf_counter() - record.began) * 1e9)
+        record.span = self._tracer.start_span(
+            f"{'HTTP' if known == '_OTHER' else known} {route}".strip(),
+            self._propagator.extract(headers),
+            self._api.SpanKind.SERVER,
+            attributes,
+            start_time=record.origin_ns,
+        )
+
+    def begin_publish(self, record: RequestRecord) -> dict[str, str]:
+        """Start the span of the publish. Return AMQP headers with its context; none if nothing is published."""
+        if not record.payloads:
+            return {}
+        record.publish_span = span = self._tracer.start_span(
+            f"publish {self._destination}",
+            self._api.set_span_in_context(_span(record.span)),
+            self._api.SpanKind.PRODUCER,
+            {
+                "messaging.system": "rabbitmq",
+                "messaging.operation.name": "publish",
+                "messaging.operation.type": "send",
+                "messaging.destination.name": self._destination,
+                "messaging.batch.message_count": record.payloads,
+            },
+            start_time=_at_ns(record, record.steps[-1][1]),
+        )
+        headers: dict[str, str] = {}
+        self._propagator.inject(headers, self._api.set_span_in_context(span))
+        if len(headers.get("tracestate", "")) > MAX_TRACESTATE_BYTES:
+            del headers["tracestate"]
+        return headers
+
+    def end(self, record: RequestRecord) -> str:
+        """End the request's spans, and make those of its steps; returns the trace's id if it is kept."""
+        span = _span(record.span)
+        if not span.is_recording():
+            return ""
+        failed = record.status >= 500 or not record.status
+        context = self._api.set_span_in_context(span)
+        before, published = record.began, record.ended
+        for step, at in record.steps:
+            if step == PUBLISH:
+                published = at
+            else:
+                self._tracer.start_span(STAGES[step], context, start_time=_at_ns(record, before)).end(
+                    _at_ns(record, at)
+                )
+            before = at
+        if record.publish_span is not None:  # None: nothing was to be published
+            if failed:
+                self._fail(_span(record.publish_span), record)
+            _span(record.publish_span).end(_at_ns(record, published))
+        span.set_attributes({name: value for name, value in _facts(record).items() if value is not None})
+        if failed:
+            self._fail(span, record)
+        span.end(_at_ns(record, record.ended))
+        return format(span.get_span_context().trace_id, "032x")
+
+    def _fail(self, span: "Span", record: RequestRecord) -> None:
+        span.set_status(self._api.StatusCode.ERROR)
+        span.set_attribute("error.type", record.code or "cancelled")
+
+    async def close(self) -> None:
+        """Send what is still to be sent, for CLOSE_TIMEOUT_S at the most."""
+        # A thread of our own, not the loop's: asyncio would wait for that one, and the SDK may wait for 30 s.
+        loop, closed = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # the loop has not waited for us
+                loop.call_soon_threadsafe(closed.set)
+
+        threading.Thread(target=shut_down, name="close traces", daemon=True).start()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await closed.wait()
+        except TimeoutError:
+            log.warning("some spans were not sent: the collector does not answer")
+
+
+def _at_ns(record: RequestRecord, moment: float) -> int:
+    return record.origin_ns + int((moment - record.began) * 1e9)
+
+
+def _span(held: object) -> "Span":
+    return cast("Span", held)
+
+
+def _facts(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "http.response.status_code": record.status or None,
+        "http.request.body.size": record.body_bytes,
+        "sms.request_id": record.request_id,
+        "sms.account_id": record.account_id,
+        "sms.messages": record.messages,
+        "sms.queued": record.queued,
+        "sms.outcome": record.outcome,
+    }

@@ -1,0 +1,1 @@
+"""HTTP: handlers and routes, JSON answers, connection limits, the operations listener."""

@@ -1,0 +1,32 @@
+"""Routes and middlewares of the two listeners. Nothing else."""
+
+from aiohttp import web
+
+from gateway.ingest.wire import MAX_BODY_BYTES
+from gateway.runtime import RUNTIME, Runtime
+from gateway.web import api, metrics
+from gateway.web import openapi as documents
+from gateway.web import ops as health
+
+
+def make_app(runtime: Runtime) -> web.Application:
+    """What callers reach."""
+    app = web.Application(
+        middlewares=[api.record_every_request, api.answer_every_request], client_max_size=MAX_BODY_BYTES
+    )
+    app[RUNTIME] = runtime
+    app.router.add_post(api.SEND_BULK, api.send_bulk, expect_handler=api.expect_later)
+    app.router.add_get(api.OPENAPI, documents.openapi, expect_handler=api.expect_later)
+    app.router.add_route("*", "/{path:.*}", api.refuse_route, expect_handler=api.expect_later)
+    return app
+
+
+def make_ops_app(runtime: Runtime) -> web.Application:
+    """What operators and their probes reach."""
+    app = web.Application(middlewares=[api.answer_every_request])
+    app[RUNTIME] = runtime
+    app.router.add_get("/livez", health.live)
+    app.router.add_get("/readyz", health.ready)
+    documents.add_page(app)
+    app.router.add_get("/metrics", metrics.show)
+    return app

@@ -1,0 +1,86 @@
+"""gateway/web/openapi.json as a judge: is an answer one of those that the document describes?"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import msgspec
+
+DOCUMENT: dict[str, Any] = msgspec.json.decode((Path(__file__).parents[2] / "gateway/web/openapi.json").read_bytes())
+COMPONENTS = DOCUMENT["components"]
+SEND_BULK = DOCUMENT["paths"]["/api/v2/send/bulk"]["post"]
+REQUEST = SEND_BULK["requestBody"]["content"]["application/json"]
+RESPONSES: dict[str, dict[str, Any]] = SEND_BULK["responses"]
+OF_SOME_ANSWERS_ONLY = ("Retry-After", "Idempotent-Replayed", "Allow")
+
+
+def validator_of(schema: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
+    """A validator of one schema of the document, which may refer to the others."""
+    return jsonschema_rs.Draft202012Validator({**schema, "components": COMPONENTS})
+
+
+def resolved(node: dict[str, Any]) -> dict[str, Any]:
+    """What a reference refers to; anything else is itself."""
+    if "$ref" not in node:
+        return node
+    _, kind, name = node["$ref"].removeprefix("#/").split("/")
+    found: dict[str, Any] = COMPONENTS[kind][name]
+    return found
+
+
+def example_of(code: str) -> Any:
+    """The example of the answer to a request that is refused with this code."""
+    (found,) = (
+        response["content"]["application/json"]["examples"][code]["value"]
+        for status, response in RESPONSES.items()
+        if status != "200" and code in response["content"]["application/json"]["examples"]
+    )
+    return found
+
+
+_body_validators = {
+    int(status): validator_of(response["content"]["application/json"]["schema"])
+    for status, response in RESPONSES.items()
+}
+_header_validators = {
+    int(status): {
+        name: (resolved(header).get("required", False), validator_of(resolved(header)["schema"]))
+        for name, header in response["headers"].items()
+    }
+    for status, response in RESPONSES.items()
+}
+
+
+def faults_of(status: int, headers: Mapping[str, str], body: bytes) -> list[str]:
+    """What of an answer to POST /api/v2/send/bulk is not as the document has it. `headers` must not care for case."""
+    if status not in _body_validators:
+        return [f"status {status} is not documented"]
+    faults = []
+    if headers.get("Content-Type") != "application/json":
+        faults.append(f"Content-Type is {headers.get('Content-Type')}")
+    documented = _header_validators[status]
+    faults += [
+        f"{name} is not documented for {status}"
+        for name in OF_SOME_ANSWERS_ONLY
+        if name in headers and name not in documented
+    ]
+    for name, (required, validator) in documented.items():
+        value: Any = headers.get(name)
+        if value is None:
+            faults += [f"{name} is missing"] if required else []
+        elif not validator.is_valid(value) and not (value.isdecimal() and validator.is_valid(int(value))):
+            faults.append(f"{name} is {value!r}")
+    try:
+        decoded = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return [*faults, f"the body is not JSON: {error}"]
+    faults += [error.message for error in _body_validators[status].iter_errors(decoded)]
+    if status == 200 and not faults:
+        rows = decoded["errors"]
+        if decoded["error_count"] != len(rows):
+            faults.append(f"error_count is {decoded['error_count']}, and there are {len(rows)} rows")
+        if any(before["index"] >= after["index"] for before, after in pairwise(rows)):
+            faults.append("the rows do not ascend")
+    return faults

@@ -1,0 +1,135 @@
+"""Questions asked together share queries; each gets its own answer, from a query that began after it was asked."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from gateway.postgres.coalesce import MAX_QUERIES, MAX_WEIGHT, Coalescer
+
+
+class Oracle:
+    """Answers n with 10 n; each query waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.queries: list[list[int]] = []
+        self.gates: list[asyncio.Future[None]] = []
+
+    async def ask_all(self, questions: Sequence[int]) -> list[int]:
+        self.queries.append(list(questions))
+        self.gates.append(asyncio.get_running_loop().create_future())
+        await self.gates[-1]
+        return [10 * question for question in questions]
+
+
+async def turns(count: int = 5) -> None:
+    """Let the event loop turn."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_a_lone_question_is_asked_at_once() -> None:
+    oracle = Oracle()
+    answer = asyncio.create_task(Coalescer(oracle.ask_all).ask(1))
+    await turns()
+    assert oracle.queries == [[1]]
+    oracle.gates[0].set_result(None)
+    assert await answer == 10
+
+
+async def test_those_who_come_while_queries_are_out_are_asked_together() -> None:
+    oracle = Oracle()
+    grouped = Coalescer(oracle.ask_all)
+    answers = []
+    for question in range(10):
+        answers.append(asyncio.create_task(grouped.ask(question)))
+        await turns()
+    assert oracle.queries == [[0], [1]]
+    oracle.gates[0].set_result(None)
+    await turns()
+    assert oracle.queries == [[0], [1], [2, 3, 4, 5, 6, 7, 8, 9]]
+    for gate in oracle.gates[1:]:
+        gate.set_result(None)
+    assert await asyncio.gather(*answers) == [10 * question for question in range(10)]
+
+
+async def test_a_question_asked_in_the_turn_in_which_all_queries_end_is_not_forgotten() -> None:
+    oracle = Oracle()
+    grouped = Coalescer(oracle.ask_all)
+
+    async def ask_twice(question: int) -> int:
+        await grouped.ask(question)
+        return await grouped.ask(question + 100)
+
+    answers = []
+    for question in range(MAX_QUERIES):
+        answers.append(asyncio.create_task(ask_twice(question)))
+        await turns()
+    for gate in oracle.gates[:]:
+        gate.set_result(None)
+    await turns(20)
+    for gate in oracle.gates[MAX_QUERIES:]:
+        gate.set_result(None)
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*answers) == [1000, 1010]
+
+
+async def test_a_failed_query_fails_its_own_questions_only() -> None:
+    async def ask_all(questions: Sequence[int]) -> list[int]:
+        await turns()
+        if 0 in questions:
+            raise LookupError
+        return list(questions)
+
+    grouped = Coalescer(ask_all)
+    first = asyncio.create_task(grouped.ask(0))
+    await turns(1)
+    others = [asyncio.create_task(grouped.ask(question)) for question in range(1, 5)]
+    with pytest.raises(LookupError):
+        await first
+    assert await asyncio.gather(*others) == [1, 2, 3, 4]
+
+
+async def test_who_waits_behind_a_silent_server_does_not_wait_again() -> None:
+    gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    queries = []
+
+    async def ask_all(questions: Sequence[int]) -> list[int]:
+        queries.append(questions)
+        await asyncio.shield(gate)
+        raise LookupError from TimeoutError()
+
+    grouped = Coalescer(ask_all)
+    answers = [asyncio.create_task(grouped.ask(question)) for question in range(5)]
+    await turns()
+    gate.set_result(None)
+    assert [type(answer) for answer in await asyncio.gather(*answers, return_exceptions=True)] == [LookupError] * 5
+    assert len(queries) <= MAX_QUERIES
+
+
+async def test_who_gives_up_disturbs_nobody() -> None:
+    oracle = Oracle()
+    grouped = Coalescer(oracle.ask_all)
+    one, other = asyncio.create_task(grouped.ask(1)), asyncio.create_task(grouped.ask(2))
+    await turns()
+    one.cancel()
+    await turns()
+    for gate in oracle.gates:
+        gate.set_result(None)
+    assert await other == 20
+
+
+async def test_a_query_takes_no_more_than_it_may_but_always_one_question() -> None:
+    oracle = Oracle()
+    grouped = Coalescer(oracle.ask_all, weigh=lambda question: question)
+    weights = [1, 1, 2 * MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT // 2, 1]
+    answers = []
+    for weight in weights:
+        answers.append(asyncio.create_task(grouped.ask(weight)))
+        await turns()
+    while not all(answer.done() for answer in answers):
+        for gate in oracle.gates:
+            if not gate.done():
+                gate.set_result(None)
+        await turns()
+    assert oracle.queries[2:] == [[2 * MAX_WEIGHT], [MAX_WEIGHT // 2, MAX_WEIGHT // 2], [1]]

@@ -1,0 +1,63 @@
+"""Histograms, and what records add to them: plain numbers that must be right."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.telemetry.counters import SECONDS, Counters, Histogram
+from gateway.telemetry.requests import RequestRecord
+
+
+@given(st.lists(st.sampled_from(SECONDS) | st.floats(0, 100)))
+def test_a_value_is_in_the_first_bucket_whose_bound_it_does_not_pass(values: list[float]) -> None:
+    histogram = Histogram(SECONDS)
+    for value in values:
+        histogram.observe(value)
+    for number, bound in enumerate(SECONDS):
+        assert sum(histogram.counts[: number + 1]) == sum(value <= bound for value in values)
+    assert sum(histogram.counts) == len(values)
+    assert histogram.total == pytest.approx(sum(values))
+
+
+def test_a_request_that_ends_in_the_middle_leaves_nothing_in_flight() -> None:
+    counters = Counters()
+    record = RequestRecord(counters)
+    record.body_bytes = 10
+    record.hold(3)
+    assert counters.messages_in_flight == 3
+    record.end("id", 0, "")
+    assert counters.messages_in_flight == 0
+    assert counters.messages == {"cancelled": 3}
+    assert counters.requests == {(499, "cancelled"): 1}
+    assert counters.body_bytes == 10
+    assert sum(counters.refused_s.counts) == 1
+
+
+def test_every_message_is_told_of_once() -> None:
+    counters = Counters()
+    record = RequestRecord(counters)
+    record.hold(5)
+    record.queued, record.errors = 2, Counter(("a", "b", "a"))
+    record.end("id", 200, "")
+    assert counters.messages == {"queued": 2, "a": 2, "b": 1}
+    assert counters.requests == {(200, "ok"): 1}
+
+
+def test_messages_that_are_refused_together_are_told_of_together() -> None:
+    counters = Counters()
+    record = RequestRecord(counters)
+    record.hold(4)
+    record.end("id", 503, "queue_unavailable")
+    assert counters.messages == {"queue_unavailable": 4}
+    assert counters.requests == {(503, "queue_unavailable"): 1}
+
+
+def test_a_replayed_answer_counts_its_messages_as_replayed() -> None:
+    counters = Counters()
+    record = RequestRecord(counters)
+    record.hold(6)
+    record.is_replayed = True
+    record.end("id", 200, "")
+    assert counters.messages == {"replayed": 6}

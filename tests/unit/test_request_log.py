@@ -1,0 +1,110 @@
+"""The access log: what each line says, and which requests get one."""
+
+import logging
+import random
+from collections import Counter
+
+import pytest
+
+from gateway.telemetry import requests as access
+from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, Counters
+from gateway.telemetry.requests import MAX_LINES_A_SECOND, RequestLog, RequestRecord
+
+
+def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queued: int = 1) -> RequestRecord:
+    record = RequestRecord(Counters())
+    record.account_id = 42
+    record.mark(AUTHENTICATE)
+    record.body_bytes = 100
+    record.mark(READ)
+    record.hold(queued + len(errors))
+    record.mark(VALIDATE)
+    if status == 200:
+        record.queued, record.errors = queued, Counter(errors)
+    record.end("id-1", status, code)
+    return record
+
+
+def read_a_document() -> RequestRecord:
+    record = RequestRecord(Counters())
+    record.end("id-1", 200, "")
+    return record
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [vars(record)["fields"] for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("record", "outcome"),
+    [
+        (ended(), "queued"),
+        (read_a_document(), "read"),
+        (ended(errors=("invalid_phone",)), "partial"),
+        (ended(errors=("invalid_phone",), queued=0), "refused"),
+        (ended(errors=("outcome_unknown",)), "unknown"),
+        (ended(504, "outcome_unknown"), "unknown"),
+        (ended(503, "overloaded"), "refused"),
+        (ended(401, "invalid_api_key"), "refused"),
+        (ended(500, "internal_error"), "failed"),
+        (ended(0), "cancelled"),
+    ],
+)
+def test_an_outcome_is_one_word(record: RequestRecord, outcome: str) -> None:
+    assert record.outcome == outcome
+
+
+def test_a_line_has_counts_and_times_and_the_errors_by_code(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    RequestLog(1).write(ended(errors=("invalid_phone", "invalid_phone", "missing_to")), "abc")
+    (line,) = lines(caplog)
+    stages = line.pop("stages_ms")
+    assert isinstance(stages, dict)
+    assert list(stages) == ["authenticate", "read", "validate"]
+    assert line.pop("duration_ms") >= sum(stages.values()) - 0.01  # type: ignore[operator]
+    assert line == {
+        "request_id": "id-1",
+        "outcome": "partial",
+        "status": 200,
+        "account_id": 42,
+        "messages": 4,
+        "queued": 1,
+        "errors": {"invalid_phone": 2, "missing_to": 1},
+        "body_bytes": 100,
+        "trace_id": "abc",
+    }
+
+
+def test_successes_are_sampled_and_what_is_unknown_or_failed_never_is(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    draws = iter([0.0, 0.009, 0.01, 0.5, 0.999])
+    monkeypatch.setattr(random, "random", lambda: next(draws))
+    log = RequestLog(0.01)
+    for _ in range(5):
+        log.write(ended())
+    assert len(lines(caplog)) == 2
+    caplog.clear()
+    for _ in range(MAX_LINES_A_SECOND * 2):
+        log.write(ended(504, "outcome_unknown"))
+        log.write(ended(500, "internal_error"))
+    assert len(lines(caplog)) == 4 * MAX_LINES_A_SECOND
+
+
+def test_a_flood_of_refusals_costs_few_lines_and_none_is_left_out_unsaid(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO)
+    now = 100.0
+    monkeypatch.setattr(access, "monotonic", lambda: now)
+    log = RequestLog(0)
+    for _ in range(5_000):
+        log.write(ended(503, "overloaded"))
+    log.write(ended(401, "invalid_api_key"))  # its kind is not flooded
+    assert len(lines(caplog)) == MAX_LINES_A_SECOND + 1
+    now += 1
+    caplog.clear()
+    log.write(ended(503, "overloaded"))
+    log.write(ended(503, "overloaded"))
+    assert [line.get("unlogged") for line in lines(caplog)] == [5_000 - MAX_LINES_A_SECOND, None]
