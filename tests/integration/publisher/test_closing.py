@@ -1,0 +1,108 @@
+"""Closing the publisher settles what is pending, says goodbye to the broker, and leaves nothing behind."""
+
+import asyncio
+from contextlib import AsyncExitStack, suppress
+
+import pytest
+from pamqp import commands
+from pamqp.base import Frame
+
+from gateway.amqp import publisher as publisher_module
+from gateway.amqp.connection import PublishConnection
+from gateway.amqp.publisher import Publisher
+from gateway.errors import QueueUnavailable
+from tests.support.eventually import eventually
+from tests.support.publishing import (
+    ACKED,
+    UNKNOWN,
+    connected,
+    is_idle,
+    publish,
+    publish_batch,
+    scripted_broker,
+    settings_for,
+    started,
+    usable_connections,
+)
+from tests.support.scripted_broker import ScriptedBroker, Session
+from tests.support.tcp_proxy import TcpProxy
+
+
+async def test_closing_settles_what_is_pending_as_unknown_at_once(broker: ScriptedBroker) -> None:
+    """Nobody will come back to confirm it, so nobody is left to wait for it until the deadline."""
+    broker.mode = "silent"
+    publisher = Publisher(settings_for(broker.url, amqp_connections=2, confirm_timeout_s=60.0))
+    publisher.start()
+    await eventually(lambda: usable_connections(publisher) == 2)
+    batch = publish(publisher, 3)
+    await broker.wait_published(3)
+    broker.sessions[broker.published[0].connection].ack(1)
+    await publisher.close()
+    try:
+        async with asyncio.timeout(5.0):
+            assert list(await asyncio.shield(batch)) == [ACKED, UNKNOWN, UNKNOWN]
+    finally:
+        batch.cancel()
+    assert is_idle(publisher)
+    assert not publisher.is_usable()
+    with pytest.raises(QueueUnavailable):
+        await publish_batch(publisher, 1)
+    assert len(broker.published) == 3
+    await asyncio.gather(*(session.closed.wait() for session in broker.sessions))
+
+
+async def test_closing_says_goodbye_to_the_broker(broker: ScriptedBroker) -> None:
+    goodbyes: list[Session] = []
+
+    def listen(session: Session, channel: int, method: Frame) -> bool:
+        if isinstance(method, commands.Connection.Close):
+            goodbyes.append(session)
+        return False
+
+    broker.on_method = listen
+    async with connected(broker.url, amqp_connections=2):
+        pass
+    assert sorted(session.index for session in goodbyes) == [0, 1]
+
+
+async def test_a_broker_that_reads_no_more_cannot_hold_the_closing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under an alarm: our goodbye would wait behind a batch that the broker does not take."""
+    monkeypatch.setattr(publisher_module, "CLOSE_TIMEOUT_S", 0.1)
+    async with asyncio.timeout(10.0), scripted_broker(receive_buffer=4_096) as broker:
+        async with connected(broker.url) as publisher:
+            broker.sessions[0].pause_reading()
+            batch = publish(publisher, [b"x" * 10_000_000])
+            await eventually(lambda: publisher.unconfirmed_messages == 1)
+        assert list(await batch) == [UNKNOWN]
+        broker.sessions[0].resume_reading()  # to notice that we are gone
+        await broker.sessions[0].closed.wait()
+
+
+async def test_closing_while_connecting_leaves_nothing_behind() -> None:
+    async with AsyncExitStack() as stack:
+        broker = await stack.enter_async_context(scripted_broker())
+        proxy = await stack.enter_async_context(TcpProxy("127.0.0.1", broker.port))
+        proxy.black_hole()
+        async with started(f"amqp://guest:guest@127.0.0.1:{proxy.port}/"):
+            await eventually(lambda: proxy.accepted == 1)
+
+
+async def test_a_cancellation_that_is_absorbed_on_the_way_does_not_hold_the_closing_up(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a handshake aiormq swallows it, and the connection opens all the same."""
+    opening = asyncio.Event()
+    open_for_real = PublishConnection.open
+
+    async def open_absorbing(connection: PublishConnection) -> None:
+        await open_for_real(connection)
+        opening.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(PublishConnection, "open", open_absorbing)
+    publisher = Publisher(settings_for(broker.url))
+    publisher.start()
+    await opening.wait()
+    async with asyncio.timeout(10):
+        await publisher.close()

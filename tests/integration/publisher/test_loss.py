@@ -1,0 +1,142 @@
+"""After the loss of a connection the unanswered messages are unknown, and only those are published once more."""
+
+from collections.abc import Callable
+
+import pytest
+
+from gateway.amqp import publisher as publisher_module
+from tests.support.eventually import eventually
+from tests.support.publishing import (
+    ACKED,
+    NACKED,
+    RETURNED,
+    UNKNOWN,
+    Script,
+    close_channel,
+    close_connection,
+    connected,
+    drop,
+    hang_up,
+    ids,
+    ids_of,
+    is_idle,
+    payloads,
+    publish,
+    send_garbage,
+)
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
+
+losses = pytest.mark.parametrize("lose", [drop, hang_up, close_channel, close_connection, send_garbage])
+
+
+@losses
+async def test_only_the_unknown_are_published_once_more_elsewhere_with_the_same_ids(
+    broker: ScriptedBroker, lose: Script
+) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        batch = publish(publisher, 6)
+        await broker.wait_published(6)
+        first = broker.published[0].connection
+        broker.on_publish = lambda session, message: session.ack(message.delivery_tag)
+        with broker.sessions[first].together():
+            broker.sessions[first].ack(1)
+            broker.sessions[first].nack(3)
+            broker.sessions[first].return_(4)
+            lose(broker.sessions[first])
+        assert list(await batch) == [ACKED, ACKED, NACKED, RETURNED, ACKED, ACKED]
+        again = broker.published[6:]
+        assert ids_of(again) == [ids(6)[n] for n in (1, 4, 5)]
+        assert [message.body for message in again] == [payloads(6)[n] for n in (1, 4, 5)]
+        assert first not in {message.connection for message in again}
+        assert publisher.republished == 3
+        assert is_idle(publisher)
+
+
+@losses
+async def test_a_lost_connection_is_made_anew_and_serves(broker: ScriptedBroker, lose: Script) -> None:
+    async with connected(broker.url) as publisher:
+        lose(broker.sessions[0])
+        await broker.wait_opened(2)
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 2)) == [ACKED] * 2
+        assert {message.connection for message in broker.published} == {1}
+
+
+async def test_with_no_other_connection_the_second_try_waits_for_a_new_one(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batch = publish(publisher, 2)
+        await broker.wait_published(2)
+        broker.mode = "ack"
+        broker.sessions[0].drop()
+        assert list(await batch) == [ACKED] * 2
+        assert ids_of(broker.published) == ids(2) * 2
+        assert [message.connection for message in broker.published] == [0, 0, 1, 1]
+
+
+def nack(session: Session, message: Published) -> None:
+    session.nack(message.delivery_tag)
+
+
+def return_and_ack(session: Session, message: Published) -> None:
+    session.return_(message.delivery_tag)
+    session.ack(message.delivery_tag)
+
+
+def lose_again(session: Session, message: Published) -> None:
+    session.drop()
+
+
+@pytest.mark.parametrize("answer", [nack, return_and_ack, lose_again])
+async def test_what_the_second_try_does_not_queue_stays_unknown(
+    broker: ScriptedBroker, answer: Callable[[Session, Published], None]
+) -> None:
+    """The first copy may have landed: a refusal of the second says nothing of it. And there is no third."""
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        broker.on_publish = answer
+        broker.sessions[broker.published[0].connection].drop()
+        assert list(await batch) == [UNKNOWN]
+        assert ids_of(broker.published) == ids(1) * 2
+        assert is_idle(publisher)
+
+
+async def test_unknown_is_the_answer_when_there_is_nowhere_to_try_again(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=1.0) as publisher:
+        batch = publish(publisher, 2)
+        await broker.wait_published(2)
+        await broker.stop_listening()
+        broker.sessions[0].drop()
+        assert list(await batch) == [UNKNOWN] * 2
+        assert publisher.republished == 0
+        assert is_idle(publisher)
+
+
+async def test_too_close_to_the_deadline_nothing_is_tried_again(broker: ScriptedBroker) -> None:
+    """With less than RETRY_MARGIN_S left a second copy could hardly be confirmed: it would only be a duplicate."""
+    broker.mode = "silent"
+    assert publisher_module.RETRY_MARGIN_S > 0.4
+    async with connected(broker.url, amqp_connections=2, confirm_timeout_s=0.4) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        broker.sessions[broker.published[0].connection].drop()
+        assert list(await batch) == [UNKNOWN]
+        assert publisher.republished == 0
+        assert len(broker.published) == 1
+
+
+async def test_returned_then_lost_is_returned_and_not_tried_again(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        session = broker.sessions[broker.published[0].connection]
+        with session.together():
+            session.return_(1)
+            session.close_channel(406, "PRECONDITION_FAILED")
+        assert list(await batch) == [RETURNED]
+        assert len(broker.published) == 1

@@ -1,0 +1,188 @@
+"""A refused batch is certain: nothing of it was written."""
+
+import asyncio
+from functools import partial
+
+import pytest
+
+from gateway.amqp import publisher as publisher_module
+from gateway.amqp.publisher import Publisher
+from gateway.errors import Overloaded, QueueUnavailable
+from tests.support.eventually import eventually
+from tests.support.publishing import (
+    ACKED,
+    connected,
+    connections_of,
+    ids,
+    ids_of,
+    is_idle,
+    publish,
+    publish_batch,
+    publish_on,
+    settings_for,
+    usable_connections,
+)
+from tests.support.scripted_broker import ScriptedBroker
+
+
+async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroker) -> None:
+    async with connected(broker.url) as publisher:
+        now = asyncio.get_running_loop().time()
+        with pytest.raises(QueueUnavailable):
+            await publish_batch(publisher, 1, deadline=now + publisher_module.TOO_LATE_S / 2)
+        assert broker.published == []
+        assert list(await publish_batch(publisher, 1, deadline=now + 5)) == [ACKED]
+
+
+async def test_a_slow_broker_is_handed_less_and_callers_are_told_when_to_come_back(broker: ScriptedBroker) -> None:
+    """Whatever was on the wire past a sixteenth of the deadline narrows the window; here down to two full batches."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=2.0, max_unconfirmed_messages=3_000) as publisher:
+        for n in range(2):
+            batch = publish(publisher, 1, str(n))
+            await broker.wait_published(n + 1)
+            await asyncio.sleep(0.55)
+            broker.sessions[0].ack(n + 1)
+            assert list(await batch) == [ACKED]
+        full = [publish(publisher, 1_000, batch) for batch in "AB"]
+        await broker.wait_published(2_002)
+        with pytest.raises(Overloaded) as refused:
+            await publish(publisher, 1, "C")
+        assert refused.value.headers() == {"Retry-After": "1"}
+        broker.sessions[0].ack(2_002, multiple=True)
+        assert [list(await batch) for batch in full] == [[ACKED] * 1_000] * 2
+
+
+async def test_one_account_that_floods_does_not_lock_another_out(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, max_unconfirmed_messages=4_000) as publisher:
+        batches: list[asyncio.Task[bytes]] = []
+        while True:
+            task = publish(publisher, 500, account_id=1)
+            await asyncio.sleep(0)
+            if task.done():
+                break
+            batches.append(task)
+        assert isinstance(task.exception(), Overloaded)
+        assert len(batches) == 6
+        with pytest.raises(Overloaded):
+            publisher.refuse_if_full(1)
+        publisher.refuse_if_full(2)
+        batches.append(publish(publisher, 500, account_id=2))
+        await broker.wait_published(3_500)
+        broker.sessions[0].ack(3_500, multiple=True)
+        assert [list(await batch) for batch in batches] == [[ACKED] * 500] * 7
+        publisher.refuse_if_full(1)
+
+
+async def test_a_long_outage_is_told_to_be_long(broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with connected(broker.url) as publisher:
+        await broker.stop_listening()
+        broker.sessions[0].drop()
+        await eventually(lambda: not publisher.is_usable())
+        loop = asyncio.get_running_loop()
+        waits = []
+        now = loop.time()
+        for moment in (now, now + 7, now + 9_000):
+            monkeypatch.setattr(loop, "time", partial(float, moment))
+            with pytest.raises(QueueUnavailable) as refused:
+                await publish_batch(publisher, 1)
+            waits.append(refused.value.headers()["Retry-After"])
+            monkeypatch.undo()
+        assert waits == ["1", "4", "10"]
+
+
+async def test_not_connected_is_unavailable(broker: ScriptedBroker) -> None:
+    publisher = Publisher(settings_for(broker.url))
+    assert not publisher.is_usable()
+    with pytest.raises(QueueUnavailable):
+        await publish_batch(publisher, 1)
+    assert not publisher.was_connected
+
+
+async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: ScriptedBroker) -> None:
+    async with connected(broker.url) as publisher:
+        await broker.stop_listening()
+        broker.sessions[0].drop()
+        await eventually(lambda: not publisher.is_usable())
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1)
+        assert publisher.was_connected
+        await broker.start_listening()
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 1)) == [ACKED]
+
+
+async def test_under_an_alarm_nothing_is_written_and_after_it_all_is_well(broker: ScriptedBroker) -> None:
+    async with connected(broker.url) as publisher:
+        broker.sessions[0].blocked()
+        await eventually(lambda: not publisher.is_usable())
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1)
+        assert broker.published == []
+        broker.sessions[0].unblocked()
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 1)) == [ACKED]
+        assert len(broker.sessions) == 1, "an alarm costs no connection"
+
+
+async def test_a_batch_written_before_an_alarm_is_confirmed_under_it(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batch = publish(publisher, 2)
+        await broker.wait_published(2)
+        with broker.sessions[0].together():
+            broker.sessions[0].blocked()
+            broker.sessions[0].ack(2, multiple=True)
+        assert list(await batch) == [ACKED] * 2
+
+
+async def test_an_alarm_on_one_connection_leaves_the_other(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        broker.sessions[0].blocked()
+        await eventually(lambda: usable_connections(publisher) == 1)
+        for n in range(4):
+            assert list(await publish(publisher, 1, str(n))) == [ACKED]
+        assert {message.connection for message in broker.published} == {1}
+
+
+async def test_over_the_cap_of_messages_nothing_is_written(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2, max_unconfirmed_messages=3) as publisher:
+        first = publish(publisher, 2, "A")
+        await broker.wait_published(2)
+        with pytest.raises(Overloaded):
+            await publish(publisher, 2, "B")
+        last = publish(publisher, 1, "C")
+        await broker.wait_published(3)
+        assert sorted(ids_of(broker.published)) == [*ids(2, "A"), *ids(1, "C")]
+        broker.sessions[broker.published[0].connection].ack(3, multiple=True)
+        assert list(await first + await last) == [ACKED] * 3
+        broker.mode = "ack"
+        assert list(await publish(publisher, 2, "B")) == [ACKED] * 2
+
+
+async def test_over_the_cap_of_bytes_nothing_is_written(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, max_unconfirmed_bytes=100) as publisher:
+        first = publish(publisher, 1, "A")  # more than 100 bytes with its frames
+        await broker.wait_published(1)
+        assert publisher.unconfirmed_bytes > 100
+        with pytest.raises(Overloaded):
+            await publish(publisher, 1, "B")
+        broker.sessions[0].ack(1)
+        assert list(await first) == [ACKED]
+        assert len(broker.published) == 1
+
+
+async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker) -> None:
+    """Between the closing and its notice lies a turn of the loop, in which a write would be swallowed."""
+    async with connected(broker.url) as publisher:
+        (connection,) = connections_of(publisher)
+        connection.abort()
+        with pytest.raises(QueueUnavailable):
+            await publish_batch(publisher, 1)
+        with pytest.raises(QueueUnavailable):  # had it been chosen a moment earlier
+            await publish_on(connection, 1, within_s=1.0)
+        assert is_idle(publisher)
+    assert broker.published == []

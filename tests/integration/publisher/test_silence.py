@@ -1,0 +1,193 @@
+"""At the deadline silence is an unknown outcome; the messages are tracked on, and their connection is replaced."""
+
+import asyncio
+
+import pytest
+
+from gateway.amqp import connection as connection_module
+from gateway.amqp import publisher as publisher_module
+from gateway.errors import QueueUnavailable
+from tests.support.eventually import eventually
+from tests.support.publishing import (
+    ACKED,
+    UNKNOWN,
+    connected,
+    is_idle,
+    publish,
+    usable_connections,
+)
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
+
+
+async def test_silence_until_the_deadline_is_unknown_and_is_not_tried_again(broker: ScriptedBroker) -> None:
+    """The first copy is likely still coming: a second would double the load of a broker in trouble."""
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2, confirm_timeout_s=0.3) as publisher:
+        batch = publish(publisher, 3)
+        await broker.wait_published(3)
+        broker.sessions[broker.published[0].connection].ack(2)
+        assert list(await batch) == [UNKNOWN, ACKED, UNKNOWN]
+        assert publisher.republished == 0
+        assert len(broker.published) == 3
+        assert publisher.unconfirmed_messages == 3, "it is still on the wire"
+
+
+async def test_a_late_confirm_is_counted_and_gives_the_room_back(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.3, max_unconfirmed_messages=3) as publisher:
+        before = broker.sessions[0].bytes_received
+        assert list(await publish(publisher, 3)) == [UNKNOWN] * 3
+        assert (publisher.unconfirmed_messages, publisher.late_confirms) == (3, 0)
+        assert publisher.unconfirmed_bytes == broker.sessions[0].bytes_received - before
+        broker.mode = "ack"
+        broker.sessions[0].ack(3, multiple=True)
+        await eventually(lambda: publisher.late_confirms == 3)
+        assert is_idle(publisher)
+        assert list(await publish(publisher, 3, "B")) == [ACKED] * 3
+        assert publisher.late_confirms == 3
+
+
+async def test_a_connection_with_an_overdue_batch_takes_no_new_ones_while_another_does(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2, confirm_timeout_s=0.3) as publisher:
+        assert list(await publish(publisher, 1, "A")) == [UNKNOWN]
+        overdue = broker.published[0].connection
+        assert usable_connections(publisher) == 1
+        broker.on_publish = lambda session, message: session.ack(message.delivery_tag)
+        for n in range(5):
+            assert list(await publish(publisher, 1, str(n))) == [ACKED]
+        assert overdue not in {message.connection for message in broker.published[1:]}
+        broker.sessions[overdue].ack(1)
+        await eventually(lambda: usable_connections(publisher) == 2)
+
+
+async def test_with_every_connection_overdue_nothing_is_written(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.3) as publisher:
+        await publish(publisher, 1, "A")
+        assert not publisher.is_usable()
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1, "B")
+        assert len(broker.published) == 1
+
+
+async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2, abandon_timeout_s=0.3) as publisher:
+        assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
+        await broker.wait_opened(2)
+        await broker.sessions[0].closed.wait()
+        await eventually(publisher.is_usable)
+        assert is_idle(publisher)
+        assert publisher.late_confirms == 0, "what was given up has not been confirmed"
+        broker.mode = "ack"
+        assert list(await publish(publisher, 1, "B")) == [ACKED]
+        assert len(broker.published) == 3
+    assert "a batch is unconfirmed for" in caplog.text
+
+
+async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_confirms(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2, abandon_timeout_s=60) as publisher:
+        assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
+        await broker.wait_opened(2)
+        await eventually(publisher.is_usable)
+        assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
+        assert not broker.sessions[0].closed.is_set()
+        broker.sessions[0].ack(2, multiple=True)
+        await eventually(lambda: publisher.late_confirms == 2)
+        await broker.sessions[0].closed.wait()
+        assert is_idle(publisher)
+        broker.mode = "ack"
+        assert list(await publish(publisher, 1, "B")) == [ACKED]
+        assert broker.published[-1].connection == 1
+        assert len(broker.sessions) == 2
+
+
+async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are_confirms(
+    broker: ScriptedBroker,
+) -> None:
+    """The broker that left the first unconfirmed is most likely still in trouble: one batch finds out, not all."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
+        await publish(publisher, 1, "A")
+        await broker.wait_opened(2)
+        await eventually(publisher.is_usable)
+        probe = publish(publisher, 1, "B")
+        await broker.wait_published(2)
+        assert not publisher.is_usable()
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1, "C")
+        broker.sessions[1].ack(1)
+        assert list(await probe) == [ACKED]
+        others = [publish(publisher, 1, str(n)) for n in range(3)]
+        await broker.wait_published(5)
+        broker.sessions[1].ack(4, multiple=True)
+        assert [list(await other) for other in others] == [[ACKED]] * 3
+
+
+async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: ScriptedBroker) -> None:
+    """The broker has said what is wrong, and will confirm when the alarm is over. A new one would not be told."""
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        broker.sessions[0].blocked("low on memory")
+        assert list(await batch) == [UNKNOWN]
+        await asyncio.sleep(3 * publisher_module.WATCH_INTERVAL_S)
+        assert len(broker.sessions) == 1
+        broker.mode = "ack"
+        with broker.sessions[0].together():
+            broker.sessions[0].ack(1)
+            broker.sessions[0].unblocked()
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 1, "B")) == [ACKED]
+        assert len(broker.sessions) == 1
+
+
+async def test_a_connection_that_hangs_is_left_alone_while_another_confirms(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "STALLED_S", 0.2)
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        hanging = publish(publisher, 1, "A")
+        await broker.wait_published(1)
+        hung = broker.published[0].connection
+        large = b"x" * publisher_module.SHARED_CONNECTION_BYTES
+
+        def ack_small_ones_elsewhere(session: Session, message: Published) -> None:
+            if message.connection != hung and len(message.body) < len(large):
+                session.ack(message.delivery_tag)
+
+        broker.on_publish = ack_small_ones_elsewhere
+        await asyncio.sleep(0.3)
+        on_the_hung = publish(publisher, [large], "B")  # nothing shows yet that it hangs
+        await broker.wait_published(2)
+        assert list(await publish(publisher, 1, "C")) == [ACKED]
+        elsewhere = publish(publisher, [large] * 3, "D")
+        await broker.wait_published(6)
+        for n in range(5):  # by what is unconfirmed, the hung one would be the better choice
+            assert list(await publish(publisher, 1, str(n))) == [ACKED]
+        assert {message.connection for message in broker.published[2:]} == {1 - hung}
+        broker.sessions[hung].ack(2, multiple=True)
+        broker.sessions[1 - hung].ack(4, multiple=True)
+        assert [list(await hanging), list(await on_the_hung), list(await elsewhere)] == [[ACKED], [ACKED], [ACKED] * 3]
+
+
+async def test_a_caller_who_goes_away_stops_no_tracking(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batch = publish(publisher, 2)
+        await broker.wait_published(2)
+        batch.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await batch
+        assert publisher.unconfirmed_messages == 2
+        assert publisher.is_usable()
+        broker.sessions[0].ack(2, multiple=True)
+        await eventually(lambda: is_idle(publisher))
+        broker.mode = "ack"
+        assert list(await publish(publisher, 1, "B")) == [ACKED]

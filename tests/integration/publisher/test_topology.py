@@ -1,0 +1,99 @@
+"""Exchange, queue and dead letters are declared, or only checked."""
+
+from typing import Any
+
+import pytest
+from pamqp import commands
+from pamqp.base import Frame
+
+from gateway.errors import QueueUnavailable
+from tests.support.eventually import eventually
+from tests.support.publishing import (
+    ACKED,
+    connected,
+    publish,
+    started,
+)
+from tests.support.scripted_broker import Declare, ScriptedBroker
+
+
+def described(frame: Frame) -> tuple[Any, ...]:
+    match frame:
+        case commands.Exchange.Declare():
+            assert frame.durable or frame.passive
+            return ("check exchange" if frame.passive else "exchange", frame.exchange, frame.exchange_type)
+        case commands.Queue.Declare():
+            assert frame.durable or frame.passive
+            assert (frame.exclusive, frame.auto_delete) == (False, False)
+            return ("check queue" if frame.passive else "queue", frame.queue, frame.arguments or {})
+        case commands.Queue.Bind():
+            return ("bind", frame.queue, frame.exchange, frame.routing_key)
+        case _:
+            pytest.fail(f"{frame} was not asked for")
+
+
+@pytest.mark.parametrize("queue_type", ["quorum", "classic"])
+async def test_exchange_and_queue_are_declared_with_dead_letters_behind_them(
+    broker: ScriptedBroker, queue_type: str
+) -> None:
+    async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", amqp_queue_type=queue_type):
+        pass
+    assert list(map(described, broker.topology)) == [
+        ("exchange", "ex", "direct"),
+        ("exchange", "ex.dlx", "fanout"),
+        ("queue", "q.dead", {"x-queue-type": queue_type}),
+        ("bind", "q.dead", "ex.dlx", "q.dead"),  # a fanout exchange does not look at the key
+        ("queue", "q", {"x-queue-type": queue_type, "x-dead-letter-exchange": "ex.dlx"}),
+        ("bind", "q", "ex", "q"),
+    ]
+
+
+async def test_a_stream_has_no_dead_letters(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", amqp_queue_type="stream"):
+        pass
+    assert list(map(described, broker.topology)) == [
+        ("exchange", "ex", "direct"),
+        ("queue", "q", {"x-queue-type": "stream"}),
+        ("bind", "q", "ex", "q"),
+    ]
+
+
+async def test_where_topology_is_only_checked_nothing_is_declared(broker: ScriptedBroker) -> None:
+    """For operators whose gateway may not configure the broker."""
+    async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", amqp_topology="check"):
+        pass
+    assert [described(frame)[:2] for frame in broker.topology] == [("check exchange", "ex"), ("check queue", "q")]
+
+
+async def test_a_queue_with_other_arguments_is_said_so_and_tried_again(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(declare: Declare) -> tuple[int, str] | None:
+        if isinstance(declare, commands.Queue.Declare) and declare.queue == "sms.outbound":
+            return 406, "PRECONDITION_FAILED - inequivalent arg 'x-queue-type' for queue 'sms.outbound'"
+        return None
+
+    broker.on_declare = refuse
+    async with started(broker.url) as publisher:
+        await broker.wait_opened(3)
+        assert not publisher.is_usable()
+        assert not publisher.was_connected
+        with pytest.raises(QueueUnavailable):
+            await publish(publisher, 1)
+        broker.on_declare = None  # the operator has removed the old queue
+        await eventually(publisher.is_usable)
+        assert list(await publish(publisher, 1)) == [ACKED]
+    assert "inequivalent arg 'x-queue-type'" in caplog.text
+    assert "GATEWAY_AMQP_TOPOLOGY=check" in caplog.text
+
+
+async def test_a_missing_queue_is_said_so_and_tried_again(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.on_declare = lambda declare: (404, "NOT_FOUND - no exchange 'sms.outbound' in vhost '/'")
+    async with started(broker.url, amqp_topology="check") as publisher:
+        await broker.wait_opened(2)
+        assert not publisher.is_usable()
+        broker.on_declare = None
+        await eventually(publisher.is_usable)
+    assert "no exchange 'sms.outbound'" in caplog.text

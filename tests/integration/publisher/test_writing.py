@@ -1,0 +1,73 @@
+"""The publisher writes a batch whole, in order, persistent and mandatory, in one write."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from tests.support.publishing import (
+    ACKED,
+    connected,
+    connections_of,
+    ids,
+    ids_of,
+    payloads,
+    publish,
+    publish_batch,
+    scripted_broker,
+    transport_of,
+)
+from tests.support.scripted_broker import ScriptedBroker
+
+
+async def test_messages_arrive_whole_in_order_persistent_and_mandatory(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, amqp_exchange="my.exchange", amqp_queue="my.queue") as publisher:
+        await publish(publisher, 3)
+    assert ids_of(broker.published) == ids(3)
+    assert [message.body for message in broker.published] == payloads(3)
+    for message in broker.published:
+        assert (message.exchange, message.routing_key, message.mandatory) == ("my.exchange", "my.queue", True)
+        properties = message.properties
+        assert (properties.delivery_mode, properties.content_type) == (2, "application/json")
+        assert properties.message_type == "sms.v1"
+
+
+async def test_a_payload_over_the_brokers_frame_size_takes_several_frames() -> None:
+    """The broker closes a connection that sends it a larger frame than was agreed."""
+    async with scripted_broker(frame_max=4_096) as broker, connected(broker.url) as publisher:
+        large = [b"x" * 4_088, b"y" * 4_089, b"z" * 100_000, b"small"]
+        assert list(await publish_batch(publisher, large)) == [ACKED] * 4
+        assert [message.body for message in broker.published] == large
+        assert [message.body_frames for message in broker.published] == [1, 2, 25, 1]
+
+
+async def test_a_batch_of_a_thousand_is_one_write_and_one_future(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker.mode = "silent"
+    broker.on_publish = lambda session, message: session.ack(message.delivery_tag)
+    async with connected(broker.url) as publisher:
+        (connection,) = connections_of(publisher)
+        transport, loop = transport_of(connection), asyncio.get_running_loop()
+        write, create_future = transport.write, loop.create_future
+        writes: list[int] = []
+        futures: list[object] = []
+
+        def counting_write(data: bytes) -> None:
+            writes.append(len(data))
+            write(data)
+
+        def counting_create_future() -> "asyncio.Future[Any]":
+            if asyncio.current_task() is batch:
+                futures.append(1)
+            return create_future()
+
+        monkeypatch.setattr(transport, "write", counting_write)
+        monkeypatch.setattr(loop, "create_future", counting_create_future)
+        batch = publish(publisher, 1_000)
+        tasks = asyncio.all_tasks()
+        assert list(await batch) == [ACKED] * 1_000
+        assert len(writes) == 1
+        assert len(futures) == 1
+        assert asyncio.all_tasks() <= tasks, "no task was made for it"
+    assert ids_of(broker.published) == ids(1_000)
