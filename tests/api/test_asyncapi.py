@@ -13,7 +13,7 @@ import gateway as package
 from gateway.amqp.connection import ENVELOPE_TYPE, MESSAGE_TYPE
 from gateway.config import Settings
 from gateway.ingest.wire import MAX_MESSAGES, Payload
-from tests.conftest import MakeSettings, StartGateway
+from tests.support.gateways import MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 
 DOCUMENT: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "docs" / "asyncapi.yaml").read_text())

@@ -12,8 +12,9 @@ import pytest
 from gateway.cli.admin import Admin
 from gateway.ingest.message_ids import ids_at
 from gateway.postgres.queries import HeldKey, KnownKey
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.callers import make_caller
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
@@ -23,28 +24,18 @@ HOLD_FOR_A_MINUTE = 60.0
 
 
 def batch(gateway: GatewayUnderTest, count: int = 3, **changes: Any) -> bytes:
-    return msgspec.json.encode({"messages": [gateway.message(**changes)] * count})
+    return gateway.caller.body(count, **changes)
 
 
-async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.RequestRecord]:
+async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.Record]:
     connection = await asyncpg.connect(gateway.runtime.settings.database_url)
     try:
-        rows: Sequence[asyncpg.RequestRecord] = await connection.fetch(
-            "SELECT * FROM idempotency_keys WHERE account_id = $1 ORDER BY key", gateway.account_id
+        rows: Sequence[asyncpg.Record] = await connection.fetch(
+            "SELECT * FROM idempotency_keys WHERE account_id = $1 ORDER BY key", gateway.caller.account_id
         )
         return rows
     finally:
         await connection.close()
-
-
-async def call_as(other: GatewayUnderTest, one: GatewayUnderTest) -> None:
-    """Let one gateway be called with the other's account, as a retry on another process is."""
-    other.account_id, other.key, other.list_number, other.list_id = (
-        one.account_id,
-        one.key,
-        one.list_number,
-        one.list_id,
-    )
 
 
 async def test_the_same_again_is_answered_again_and_published_once(
@@ -79,7 +70,7 @@ async def test_another_body_under_the_same_key_is_refused(gateway: GatewayUnderT
 
 async def test_keys_are_each_accounts_own(gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin) -> None:
     assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 200
-    await gateway.become_someone(admin)
+    gateway.caller = await make_caller(admin)
     status, answer, headers = await gateway.post(batch(gateway, 2), Idempotency_Key="k")
     assert (status, answer["queued_count"], headers.get("Idempotent-Replayed")) == (200, 2, None)
 
@@ -92,7 +83,7 @@ async def test_a_bad_key_is_refused_before_anything_happens(
     gateway: GatewayUnderTest, queue: OutboundQueue, keys: list[bytes]
 ) -> None:
     headers = [b"Idempotency-Key: " + key for key in keys]
-    headers += [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(batch(gateway))]
+    headers += [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: %d" % len(batch(gateway))]
     answer = await exchange(gateway.url, headers=headers, body=batch(gateway))
     assert (answer.status, answer.json()["code"]) == (400, "invalid_idempotency_key")
     assert await queue.depth() == 0
@@ -111,9 +102,9 @@ async def test_who_is_refused_leaves_no_key_behind(gateway: GatewayUnderTest, ad
     assert (await gateway.post(batch(gateway, 1001), Idempotency_Key="k"))[0] == 413
     assert (await gateway.post(batch(gateway), Idempotency_Key="k", Content_Encoding="gzip"))[0] == 415
     assert (await gateway.post(batch(gateway), Idempotency_Key="k", X_Api_Key="trk_wrong"))[0] == 401
-    await admin.set_account_status(gateway.account_id, "suspended")
+    await admin.set_account_status(gateway.caller.account_id, "suspended")
     assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 403
-    await admin.set_account_status(gateway.account_id, "active")
+    await admin.set_account_status(gateway.caller.account_id, "active")
     assert await keys_of(gateway) == []
     assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 200
 
@@ -136,7 +127,7 @@ async def test_an_unknown_outcome_runs_again_elsewhere_with_the_same_ids(
     async with ScriptedBroker() as broker:
         settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
         one, other = await start_gateway(settings), await start_gateway(settings)
-        await call_as(other, one)
+        other.caller = one.caller
         broker.mode = "silent"
         assert (await one.post(batch(one), Idempotency_Key="k"))[0] == 504
         broker.mode = "ack"
@@ -203,7 +194,7 @@ async def leave_a_batch_unknown(
     """The gateway that did so, under the key `k`, and another one with the same callers."""
     settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
     gateway, other = await start_gateway(settings), await start_gateway(settings)
-    await call_as(other, gateway)
+    other.caller = gateway.caller
     broker.mode = "silent"
     assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
     return gateway, other
@@ -251,7 +242,7 @@ async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTe
 
     async def hold(first_id: int, hold_s: float, body: bytes = bytes(32)) -> HeldKey | KnownKey | None:
         return await store.hold_key(
-            gateway.account_id, "k", body, first_id=first_id, holder=first_id, hold_s=hold_s, numbers=[]
+            gateway.caller.account_id, "k", body, first_id=first_id, holder=first_id, hold_s=hold_s, numbers=[]
         )
 
     assert await hold(100, 0.3) == HeldKey(100, {})
@@ -259,9 +250,9 @@ async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTe
     await asyncio.sleep(0.4)
     assert await hold(300, HOLD_FOR_A_MINUTE, b"x" * 32) == KnownKey(is_same_body=False, answer=None)
     assert await hold(300, HOLD_FOR_A_MINUTE) == HeldKey(100, {}), "it carries the ids of the run that died"
-    await store.keep_answer(gateway.account_id, "k", 100, b"too late")
+    await store.keep_answer(gateway.caller.account_id, "k", 100, b"too late")
     assert await hold(400, HOLD_FOR_A_MINUTE) == KnownKey(is_same_body=True, answer=None)
-    await store.keep_answer(gateway.account_id, "k", 300, b"in time")
+    await store.keep_answer(gateway.caller.account_id, "k", 300, b"in time")
     assert await hold(400, HOLD_FOR_A_MINUTE) == KnownKey(is_same_body=True, answer=b"in time")
 
 
@@ -271,8 +262,8 @@ async def test_a_list_that_is_gone_by_the_second_run_shifts_nobodys_id(
     async with ScriptedBroker() as broker:
         settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
         gateway, other = await start_gateway(settings), await start_gateway(settings)
-        await call_as(other, gateway)
-        second = await admin.add_list(gateway.account_id, gateway.list_number[:-1] + "77")
+        other.caller = gateway.caller
+        second = await admin.add_list(gateway.caller.account_id, gateway.caller.list_number[:-1] + "77")
         messages = [gateway.message(list_number=second["number"]), gateway.message()]
         body = msgspec.json.encode({"messages": messages})
         broker.mode = "silent"
@@ -299,9 +290,9 @@ async def test_sweeps_at_once_remove_the_expired_and_nothing_else(gateway: Gatew
     """
     day, hour, minute = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
     try:
-        await connection.execute(insert, gateway.account_id, "old-", day + minute, -hour, 2_500)
-        await connection.execute(insert, gateway.account_id, "young-", day - hour, -hour, 10)
-        await connection.execute(insert, gateway.account_id, "running-", day + minute, minute, 10)
+        await connection.execute(insert, gateway.caller.account_id, "old-", day + minute, -hour, 2_500)
+        await connection.execute(insert, gateway.caller.account_id, "young-", day - hour, -hour, 10)
+        await connection.execute(insert, gateway.caller.account_id, "running-", day + minute, minute, 10)
     finally:
         await connection.close()
 

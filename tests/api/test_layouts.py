@@ -7,7 +7,8 @@ import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
-from tests.conftest import MakeSettings, StartGateway, new_number
+from tests.support.callers import new_number
+from tests.support.gateways import MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
@@ -19,7 +20,7 @@ async def test_envelopes_carry_every_counted_sms_of_one_list_in_order(
     settings = make_settings(messages_per_envelope=100, amqp_queue_type=queue_type)
     gateway = await start_gateway(settings)
     other = new_number()
-    other_id = (await admin.add_list(gateway.account_id, other))["id"]
+    other_id = (await admin.add_list(gateway.caller.account_id, other))["id"]
     messages = [gateway.message(body=f"{n} {{{{messageId}}}}") for n in range(1000)]
     for n in range(0, 1000, 4):
         messages[n]["list_number"] = other
@@ -35,7 +36,7 @@ async def test_envelopes_carry_every_counted_sms_of_one_list_in_order(
     assert Counter(len(sms) for sms in carried) == {100: 9, 49: 1, 50: 1}
     assert all(len({sms["list_id"] for sms in envelope}) == 1 for envelope in carried)
     everything = [sms for envelope in carried for sms in envelope]
-    for list_id in (gateway.list_id, other_id):
+    for list_id in (gateway.caller.list_id, other_id):
         indexes = [sms["index"] for sms in everything if sms["list_id"] == list_id]
         assert indexes == sorted(indexes)
     assert all(sms["body"] == f"{sms['index']} {sms['id']}" for sms in everything)
@@ -93,7 +94,7 @@ async def test_a_list_always_goes_to_the_same_shard_and_keeps_its_order(
     settings = make_settings(queue_shards=3, messages_per_envelope=messages_per_envelope)
     gateway = await start_gateway(settings)
     numbers = [new_number() for _ in range(5)]
-    list_ids = {(await admin.add_list(gateway.account_id, number))["id"] for number in numbers}
+    list_ids = {(await admin.add_list(gateway.caller.account_id, number))["id"] for number in numbers}
     for _ in range(2):
         messages = [gateway.message(list_number=numbers[n % 5], body=str(n)) for n in range(100)]
         assert (await gateway.send(messages))[1]["queued_count"] == 100

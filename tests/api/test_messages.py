@@ -6,7 +6,8 @@ import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
-from tests.conftest import GatewayUnderTest, new_number
+from tests.support.callers import make_caller, new_number
+from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -127,10 +128,8 @@ async def test_formats_are_checked_before_other_fields_and_those_before_ownershi
 async def test_a_foreign_an_inactive_and_an_unknown_list_look_the_same(
     gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin
 ) -> None:
-    stranger = (await admin.create_account("stranger"))["id"]
-    foreign, inactive, unknown = new_number(), new_number(), new_number()
-    await admin.add_list(stranger, foreign)
-    await admin.set_list_status((await admin.add_list(gateway.account_id, inactive))["id"], "inactive")
+    foreign, inactive, unknown = (await make_caller(admin)).list_number, new_number(), new_number()
+    await admin.set_list_status((await admin.add_list(gateway.caller.account_id, inactive))["id"], "inactive")
     _, answer = await gateway.send(
         [gateway.message(list_number=number) for number in (foreign, inactive, unknown)] + [gateway.message()]
     )
@@ -174,10 +173,10 @@ async def test_the_top_level_list_number_is_the_default(gateway: GatewayUnderTes
         gateway.message(list_number=""),
         gateway.message(list_number=other),
     ]
-    _, answer = await gateway.send(messages, list_number=gateway.list_number)
+    _, answer = await gateway.send(messages, list_number=gateway.caller.list_number)
     assert answer["queued_count"] == 3
     assert [(row["index"], row["code"]) for row in answer["errors"]] == [(3, "list_not_found")]
-    assert {payload["list_number"] for payload in await queue.take_payloads()} == {gateway.list_number}
+    assert {payload["list_number"] for payload in await queue.take_payloads()} == {gateway.caller.list_number}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +195,7 @@ async def test_unknown_fields_are_ignored(gateway: GatewayUnderTest, queue: Outb
     status, answer = await gateway.send([message], priority=9)
     assert (status, answer["queued_count"]) == (200, 1)
     (payload,) = await queue.take_payloads()
-    assert payload["account_id"] == gateway.account_id
+    assert payload["account_id"] == gateway.caller.account_id
     assert payload["id"] != "forged"
     assert set(payload) == {
         *("id", "account_id", "list_id", "list_number", "to", "body", "wrap_links"),

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 

@@ -12,20 +12,22 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.wire import MAX_BODY_BYTES
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.openapi_document import REQUEST, RESPONSES, example_of, faults_of
 from tests.support.raw_http import RawAnswer, exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
-FILE = Path(__file__).parents[2] / "gateway" / "openapi.json"
+FILE = Path(__file__).parents[2] / "gateway/web/openapi.json"
 ANSWERS = RESPONSES["200"]["content"]["application/json"]["examples"]
 LIST_NUMBER_OF_THE_EXAMPLES = "+18005551000"
 
 
 def in_the_callers_name(gateway: GatewayUnderTest, example: Any) -> bytes:
     """A request example, sent from the caller's list."""
-    return msgspec.json.encode(example).replace(LIST_NUMBER_OF_THE_EXAMPLES.encode(), gateway.list_number.encode())
+    return msgspec.json.encode(example).replace(
+        LIST_NUMBER_OF_THE_EXAMPLES.encode(), gateway.caller.list_number.encode()
+    )
 
 
 # The document is served
@@ -88,7 +90,7 @@ async def test_what_the_queue_does_not_take_is_a_row_as_shown(
         broker.mode = "silent"
         broker.on_publish = take_the_first
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.3))
-        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 2}))
+        status, answer, headers = await gateway.post(gateway.caller.body(2))
         assert faults_of(status, headers, msgspec.json.encode(answer)) == []
         for row in answer["errors"]:
             if "message_id" in row:
@@ -112,7 +114,7 @@ class Stage(NamedTuple):
         sent = self.good if body is None else body
         lines = [*headers, f"Content-Length: {len(sent)}"]
         if key is not None:
-            lines.append(f"X-Api-Key: {key or self.gateway.key}")
+            lines.append(f"X-Api-Key: {key or self.gateway.caller.key}")
         return await exchange(self.gateway.url, headers=[line.encode() for line in lines], body=sent)
 
     async def call(self, request_line: str) -> RawAnswer:
@@ -123,17 +125,17 @@ Refuse = Callable[[Stage], Awaitable[RawAnswer]]
 
 
 async def request_timeout(stage: Stage) -> RawAnswer:
-    headers = [f"X-Api-Key: {stage.gateway.key}".encode(), b"Content-Length: 100"]
+    headers = [f"X-Api-Key: {stage.gateway.caller.key}".encode(), b"Content-Length: 100"]
     return await exchange(stage.gateway.url, headers=headers, body=b"{")
 
 
 async def payload_too_large(stage: Stage) -> RawAnswer:
-    headers = [f"X-Api-Key: {stage.gateway.key}".encode(), b"Content-Length: %d" % (MAX_BODY_BYTES + 1)]
+    headers = [f"X-Api-Key: {stage.gateway.caller.key}".encode(), b"Content-Length: %d" % (MAX_BODY_BYTES + 1)]
     return await exchange(stage.gateway.url, headers=headers)
 
 
 async def account_suspended(stage: Stage) -> RawAnswer:
-    await stage.admin.set_account_status(stage.gateway.account_id, "suspended")
+    await stage.admin.set_account_status(stage.gateway.caller.account_id, "suspended")
     return await stage.post()
 
 

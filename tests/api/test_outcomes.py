@@ -1,9 +1,7 @@
 """contract.md, what becomes of messages that the broker does not simply confirm: a scripted broker, a real gateway."""
 
-import msgspec
-
-from tests.conftest import MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import MakeSettings, StartGateway
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 
@@ -47,7 +45,7 @@ async def test_when_nothing_is_confirmed_and_something_unknown_the_request_is(
         broker.mode = "silent"
         broker.on_publish = lambda session, published: session.nack(1) if published.delivery_tag == 2 else None
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.3))
-        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 2}))
+        status, answer, headers = await gateway.post(gateway.caller.body(2))
         assert (status, answer["code"], set(answer)) == (504, "outcome_unknown", {"error", "code"})
         assert "Retry-After" not in headers
 
@@ -59,7 +57,7 @@ async def test_when_everything_is_refused_nothing_was_queued(
         broker.mode = "silent"
         broker.on_publish = lambda session, published: session.nack(published.delivery_tag)
         gateway = await start_gateway(make_settings(amqp_url=broker.url))
-        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 2}))
+        status, answer, headers = await gateway.post(gateway.caller.body(2))
         assert (status, answer["code"]) == (503, "queue_unavailable")
         assert int(headers["Retry-After"]) > 0
 
@@ -71,7 +69,7 @@ async def test_a_blocked_broker_means_503_before_anything_is_written(
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1))
         broker.sessions[-1].blocked("low on memory")
         await eventually(lambda: not gateway.runtime.publisher.is_usable())
-        status, answer, _ = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}))
+        status, answer, _ = await gateway.post(gateway.caller.body())
         assert (status, answer["code"]) == (503, "queue_unavailable")
         assert broker.published == []
 
@@ -80,7 +78,7 @@ async def test_a_draining_gateway_says_so(start_gateway: StartGateway, make_sett
     async with ScriptedBroker() as broker:
         gateway = await start_gateway(make_settings(amqp_url=broker.url))
         gateway.runtime.draining = True
-        status, _, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}))
+        status, _, headers = await gateway.post(gateway.caller.body())
         assert (status, headers["Connection"]) == (200, "close")
         gateway.runtime.admission.closed = True
         status, answer, headers = await gateway.post(b"{}")

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from aio_pika import DeliveryMode
 
-from tests.conftest import GatewayUnderTest
+from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 
 
@@ -15,7 +15,7 @@ async def test_the_payload_is_exactly_the_documented_one(gateway: GatewayUnderTe
     before = datetime.now(UTC)
     body = f"""
     {{"messages": [{{
-        "to": "+14155551234", "list_number": "{gateway.list_number}", "wrap_links": true,
+        "to": "+14155551234", "list_number": "{gateway.caller.list_number}", "wrap_links": true,
         "body": "Your promo code is SAVE20. Ref: {{{{messageId}}}}",
         "contact_data": {{ "first_name": "Ann",  "custom_fields": {{"a": 1e400}} }},
         "metadata": {{"nested":
@@ -28,8 +28,8 @@ async def test_the_payload_is_exactly_the_documented_one(gateway: GatewayUnderTe
     accepted_at = msgspec.json.decode(message.body, type=dict[str, msgspec.Raw])["accepted_at"]
     assert re.fullmatch("[0-9A-Za-z]{8}", message_id)
     assert message.body.decode() == (
-        f'{{"id":"{message_id}","account_id":{gateway.account_id},"list_id":{gateway.list_id},'
-        f'"list_number":"{gateway.list_number}","to":"+14155551234",'
+        f'{{"id":"{message_id}","account_id":{gateway.caller.account_id},"list_id":{gateway.caller.list_id},'
+        f'"list_number":"{gateway.caller.list_number}","to":"+14155551234",'
         f'"body":"Your promo code is SAVE20. Ref: {message_id}","wrap_links":true,'
         '"contact_data":{ "first_name": "Ann",  "custom_fields": {"a": 1e400} },'
         '"metadata":{"nested":\n            [1, 2.50, "\\u00e9"]},'
@@ -116,9 +116,8 @@ async def test_what_was_not_sent_is_left_out(gateway: GatewayUnderTest, queue: O
 
 async def test_metadata_a_hundred_levels_deep_passes_unchanged(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
     deep = '{"a":' * 100 + "1" + "}" * 100
-    body = (
-        f'{{"messages":[{{"to":"+14155551234","list_number":"{gateway.list_number}","body":"x","metadata":{deep}}}]}}'
-    )
+    number = gateway.caller.list_number
+    body = f'{{"messages":[{{"to":"+14155551234","list_number":"{number}","body":"x","metadata":{deep}}}]}}'
     status, answer, _ = await gateway.post(body.encode())
     assert (status, answer["queued_count"]) == (200, 1)
     (message,) = await queue.take_all()

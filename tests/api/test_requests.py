@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import exchange
 
@@ -65,7 +65,7 @@ async def test_an_empty_key_is_no_key(gateway: GatewayUnderTest, key: str) -> No
 
 
 async def test_a_key_is_required(gateway: GatewayUnderTest) -> None:
-    async with gateway.session.post(gateway.url, data=b"{}", headers={"Authorization": gateway.key}) as response:
+    async with gateway.session.post(gateway.url, data=b"{}", headers={"Authorization": gateway.caller.key}) as response:
         assert response.status == 401
         assert await response.json() == {"error": "API key required", "code": "missing_api_key"}
 
@@ -84,7 +84,9 @@ async def test_a_key_is_required(gateway: GatewayUnderTest) -> None:
     ids=["last character", "unknown", "no prefix", "upper case", "too long", "7 kB", "another kind"],
 )
 async def test_a_wrong_key_is_invalid(gateway: GatewayUnderTest, change: Any) -> None:
-    sentence = await assert_refused(await gateway.post(b"{}", X_Api_Key=change(gateway.key)), 401, "invalid_api_key")
+    sentence = await assert_refused(
+        await gateway.post(b"{}", X_Api_Key=change(gateway.caller.key)), 401, "invalid_api_key"
+    )
     assert sentence == "Invalid API key"
 
 
@@ -94,24 +96,24 @@ async def test_a_wrong_key_is_invalid(gateway: GatewayUnderTest, change: Any) ->
     ids=["bytes over 127", "two headers", "two keys in one"],
 )
 async def test_a_key_that_no_client_should_send_is_invalid(gateway: GatewayUnderTest, lines: list[bytes]) -> None:
-    headers = [line.replace(b"KEY", gateway.key.encode()) for line in lines]
+    headers = [line.replace(b"KEY", gateway.caller.key.encode()) for line in lines]
     answer = await exchange(gateway.url, headers=[*headers, b"Content-Length: 2"], body=b"{}")
     await assert_refused((answer.status, answer.json(), None), 401, "invalid_api_key")
 
 
 async def test_only_the_digest_of_a_key_is_stored(gateway: GatewayUnderTest, admin: Admin) -> None:
-    (row,) = await admin.list_keys(gateway.account_id)
-    assert gateway.key not in str(row)
-    account = await gateway.runtime.store.find_account(hashlib.sha256(gateway.key.encode()).digest())
+    (row,) = await admin.list_keys(gateway.caller.account_id)
+    assert gateway.caller.key not in str(row)
+    account = await gateway.runtime.store.find_account(hashlib.sha256(gateway.caller.key.encode()).digest())
     assert account is not None
-    assert account.id == gateway.account_id
+    assert account.id == gateway.caller.account_id
 
 
 async def test_revocation_bites_on_the_next_request(
     gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin
 ) -> None:
     assert (await gateway.send([gateway.message()]))[0] == 200
-    await admin.revoke_key(gateway.key_id)
+    await admin.revoke_key(gateway.caller.key_id)
     await assert_refused(await gateway.post(b'{"messages":[]}'), 401, "invalid_api_key")
     assert await queue.depth() == 1
 
@@ -120,10 +122,10 @@ async def test_suspension_bites_on_the_next_request_and_so_does_its_end(
     gateway: GatewayUnderTest, admin: Admin
 ) -> None:
     assert (await gateway.send([gateway.message()]))[0] == 200
-    await admin.set_account_status(gateway.account_id, "suspended")
+    await admin.set_account_status(gateway.caller.account_id, "suspended")
     sentence = await assert_refused(await gateway.post(b'{"messages":[]}'), 403, "account_suspended")
     assert sentence == "Account is suspended"
-    await admin.set_account_status(gateway.account_id, "active")
+    await admin.set_account_status(gateway.caller.account_id, "active")
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 
@@ -136,9 +138,9 @@ async def test_deactivating_a_list_bites_on_the_next_request_and_so_does_its_end
         return count
 
     assert await queued() == 1
-    await admin.set_list_status(gateway.list_id, "inactive")
+    await admin.set_list_status(gateway.caller.list_id, "inactive")
     assert await queued() == 0
-    await admin.set_list_status(gateway.list_id, "active")
+    await admin.set_list_status(gateway.caller.list_id, "active")
     assert await queued() == 1
 
 
@@ -166,7 +168,7 @@ async def test_a_body_that_does_not_arrive_is_not_waited_for(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings(body_timeout_s=0.2))
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 100"]
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: 100"]
     answer = await exchange(gateway.url, headers=headers, body=b'{"messages"')
     await assert_refused((answer.status, answer.json(), None), 408, "request_timeout")
 
@@ -176,7 +178,7 @@ async def test_a_thousand_messages_are_taken_and_one_more_is_not(
 ) -> None:
     _, answer = await gateway.send([gateway.message()] * 1000)
     assert answer == {"queued_count": 1000, "error_count": 0, "errors": []}
-    body = msgspec.json.encode({"messages": [gateway.message()] * 1001})
+    body = gateway.caller.body(1001)
     await assert_refused(await gateway.post(body), 413, "too_many_messages")
     await assert_refused(await gateway.post(b'{"messages":[' + b"1," * 1000 + b"1]}"), 413, "too_many_messages")
     await assert_refused(await gateway.post(b'{"messages":[' + b"{}," * 139_000 + b"{}]}"), 413, "too_many_messages")
@@ -205,7 +207,7 @@ async def test_five_megabytes_are_taken_and_one_byte_more_is_not(
 
 
 async def test_a_body_announced_as_too_large_is_not_read(gateway: GatewayUnderTest) -> None:
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 10000000000"]
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: 10000000000"]
     answer = await exchange(gateway.url, headers=headers, body=b"")
     await assert_refused((answer.status, answer.json(), None), 413, "payload_too_large")
 
@@ -225,7 +227,7 @@ async def test_a_body_announced_as_too_large_is_not_read(gateway: GatewayUnderTe
     ids=str,
 )
 async def test_only_plain_json_is_taken(gateway: GatewayUnderTest, headers: dict[str, str]) -> None:
-    body = gzip.compress(msgspec.json.encode({"messages": [gateway.message()]}))
+    body = gzip.compress(gateway.caller.body())
     await assert_refused(await gateway.post(body, **headers), 415, "unsupported_media_type")
 
 
@@ -243,8 +245,8 @@ async def test_only_plain_json_is_taken(gateway: GatewayUnderTest, headers: dict
 async def test_json_may_be_announced_in_any_spelling_or_not_at_all(
     gateway: GatewayUnderTest, queue: OutboundQueue, line: bytes
 ) -> None:
-    body = msgspec.json.encode({"messages": [gateway.message()]})
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(body), line]
+    body = gateway.caller.body()
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: %d" % len(body), line]
     answer = await exchange(gateway.url, headers=headers, body=body)
     assert answer.status == 200
     assert await queue.depth() == 1
@@ -257,8 +259,8 @@ async def test_the_body_is_not_asked_for_without_a_good_key(gateway: GatewayUnde
 
 
 async def test_the_body_is_asked_for_with_a_good_key(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
-    body = msgspec.json.encode({"messages": [gateway.message()]})
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: %d" % len(body), b"Expect: 100-continue"]
+    body = gateway.caller.body()
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: %d" % len(body), b"Expect: 100-continue"]
     answer = await exchange(gateway.url, headers=headers, body=body)
     assert answer.raw.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 ")
     assert await queue.depth() == 1
@@ -277,8 +279,8 @@ async def test_no_expectation_is_met_where_nothing_is(
 
 
 async def test_an_old_client_is_not_told_to_continue(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
-    body = msgspec.json.encode({"messages": [gateway.message()]})
-    head = f"X-Api-Key: {gateway.key}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+    body = gateway.caller.body()
+    head = f"X-Api-Key: {gateway.caller.key}\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
     request = b"POST /api/v2/send/bulk HTTP/1.0\r\n" + head.encode() + body
     answer = await exchange(gateway.url, request=request)
     assert answer.raw.startswith(b"HTTP/1.0 200 ")
@@ -286,7 +288,7 @@ async def test_an_old_client_is_not_told_to_continue(gateway: GatewayUnderTest, 
 
 
 async def test_no_other_expectation_is_met(gateway: GatewayUnderTest) -> None:
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 2", b"Expect: miracles"]
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: 2", b"Expect: miracles"]
     answer = await exchange(gateway.url, headers=headers, body=b"{}")
     await assert_refused((answer.status, answer.json(), None), 417, "expectation_failed")
 
@@ -312,7 +314,7 @@ async def test_malformed_http_is_answered_in_json(gateway: GatewayUnderTest, req
 async def test_a_caller_that_hangs_up_in_the_middle_disturbs_nobody(
     gateway: GatewayUnderTest, queue: OutboundQueue, caplog: pytest.LogCaptureFixture
 ) -> None:
-    headers = [b"X-Api-Key: " + gateway.key.encode(), b"Content-Length: 100"]
+    headers = [b"X-Api-Key: " + gateway.caller.key.encode(), b"Content-Length: 100"]
     await exchange(gateway.url, headers=headers, body=b'{"messages"', hang_up=True)
     assert (await gateway.send([gateway.message()]))[0] == 200
     assert await queue.depth() == 1
@@ -323,7 +325,7 @@ async def test_a_caller_that_hangs_up_in_the_middle_disturbs_nobody(
 async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
     gateway: GatewayUnderTest, queue: OutboundQueue
 ) -> None:
-    body = msgspec.json.encode({"messages": [gateway.message()]})
+    body = gateway.caller.body()
     database = await asyncpg.connect(gateway.runtime.settings.database_url)
     try:
         async with database.transaction():
@@ -352,7 +354,7 @@ async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
 async def test_a_sane_request_id_comes_back_and_another_is_replaced(
     gateway: GatewayUnderTest, given: str, *, kept: bool
 ) -> None:
-    for body in (b"{}", msgspec.json.encode({"messages": [gateway.message()]})):
+    for body in (b"{}", gateway.caller.body()):
         _, _, headers = await gateway.post(body, X_Request_Id=given)
         assert (headers["X-Request-Id"] == given) is kept
 
@@ -388,7 +390,7 @@ async def test_an_answer_that_nobody_reads_is_given_up(
 ) -> None:
     gateway = await start_gateway(make_settings(answer_timeout_s=0.3))
     body = msgspec.json.encode({"messages": [gateway.message(to="x" * 5_000)] * 1000})  # all of it comes back
-    head = f"X-Api-Key: {gateway.key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"X-Api-Key: {gateway.caller.key}\r\nContent-Length: {len(body)}\r\n\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.api_url.rsplit(":", 1)[1]), limit=1024)
     try:
         writer.write(b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\n" + head.encode() + body)
@@ -407,7 +409,7 @@ async def test_a_bug_is_answered_without_a_traceback(
     gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
     gateway.runtime.ids = None  # type: ignore[assignment]  # the bug
-    body = msgspec.json.encode({"messages": [gateway.message()]})
+    body = gateway.caller.body()
     sentence = await assert_refused(await gateway.post(body, X_Request_Id="bug-1"), 500, "internal_error")
     assert "bug-1" in sentence
     assert "NoneType" not in sentence

@@ -1,10 +1,8 @@
 """The manifests at work: a process with the pod's settings, on a broker with the operators' topology."""
 
-import asyncio
 import os
 import signal
 import time
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,12 +11,11 @@ import aio_pika
 import aiohttp
 import pytest
 
-from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
-from tests.conftest import MakeSettings, StartGateway
+from testbed.servers import Servers
 from tests.deploy.manifests import environment_of, gateway_of, only, render
-from tests.integration.test_process import Caller, gateway_pid
+from tests.support.callers import Caller, Client
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayProcess, MakeSettings, StartGateway, new_name, running
 from tests.support.outbound_queue import OutboundQueue
 
 OUTBOUND = "sms.outbound"
@@ -75,9 +72,9 @@ async def test_the_operators_declare_what_the_gateway_would(
 
 @pytest.mark.parametrize("folder", ["base", "sidecar-example"])
 async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
-    folder: str, servers: Servers, admin: Admin
+    folder: str, servers: Servers, caller: Caller
 ) -> None:
-    name = f"test.{uuid.uuid4().hex[:12]}"
+    name = new_name()
     own = {"GATEWAY_API_PORT", "GATEWAY_OPS_PORT"}  # two runs on one machine cannot both have 8080
     pods = {key: value for key, value in environment_of(folder).items() if key not in own}
     # Nothing of a test listens to the network, whatever the pod does.
@@ -87,21 +84,18 @@ async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
     grace_s = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
     probes = {key: value["httpGet"]["path"] for key, value in gateway_of(deployment).items() if key.endswith("Probe")}
 
-    process = Gateway(pods | tests | names)
-    async with declared_by_the_operators(servers.amqp_url, name):
-        try:
-            await asyncio.to_thread(process.start)
-            async with aiohttp.ClientSession() as session, OutboundQueue(servers.amqp_url, name) as queue:
-                for path in set(probes.values()):
-                    async with session.get(process.ops_url + path) as answer:
-                        assert answer.status == 200, path
-                caller = Caller(process, session)
-                await caller.become_someone(admin)
-                assert (await caller.send(100))[0] == 200
-                assert await queue.depth() == 100
-                os.kill(gateway_pid(process), signal.SIGTERM)
-                told = time.monotonic()
-                await eventually(lambda: not process.is_running, timeout=grace_s)
-                assert time.monotonic() - told < grace_s
-        finally:
-            await asyncio.to_thread(process.close)
+    async with (
+        declared_by_the_operators(servers.amqp_url, name),
+        running(GatewayProcess(pods | tests | names)) as process,
+        aiohttp.ClientSession() as session,
+        OutboundQueue(servers.amqp_url, name) as queue,
+    ):
+        for path in set(probes.values()):
+            async with session.get(process.ops_url + path) as answer:
+                assert answer.status == 200, path
+        assert (await Client(process.url, session, caller).post(caller.body(100)))[0] == 200
+        assert await queue.depth() == 100
+        os.kill(process.pid, signal.SIGTERM)
+        told = time.monotonic()
+        await eventually(lambda: not process.is_running, timeout=grace_s)
+        assert time.monotonic() - told < grace_s

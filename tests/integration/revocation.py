@@ -22,28 +22,23 @@ from typing import NamedTuple
 
 import aiohttp
 import asyncpg
-import msgspec
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
-from tests.conftest import new_number, run_gateway
+from testbed.servers import Servers
+from tests.support.callers import Caller, Client, make_caller
+from tests.support.gateways import GatewayProcess, process_environment, run_gateway
 from tests.support.outbound_queue import OutboundQueue
-from tests.support.secrecy import BODY
 
 CALLERS = 4  # trials at a time, each with an account of its own
 KEYED = 0.25  # of the requests have an Idempotency-Key: their lists are found by another query
 PATIENCE_S = 30.0
 
 
-class Caller(NamedTuple):
-    """An account, with what can be taken from it; and another, that its list can go to."""
+@dataclass(frozen=True)
+class Target(Caller):
+    """A caller from whom a key, an account and a list can be taken; the list can go to another account."""
 
-    account: int
-    key_id: int
-    key: str
-    list_id: int
-    number: str
-    other_account: int
+    other_account_id: int = 0
 
 
 class Verdict(NamedTuple):
@@ -59,7 +54,7 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Tally:
-    """What the loop saw."""
+    """The results of the trials."""
 
     trials: Counter[str] = field(default_factory=Counter)
     broken: list[str] = field(default_factory=list)  # a sentence for each request that was not answered as it must be
@@ -67,11 +62,11 @@ class Tally:
     seconds: float = 0.0
 
 
-Change = Callable[["Loop", Caller], Awaitable[object]]
+Change = Callable[["Loop", Target], Awaitable[object]]
 
 
 class Taking(NamedTuple):
-    """A way to take something away, what the next request is told, and how it is given back."""
+    """A way to take something away, the verdict on the next request, and the way to give it back."""
 
     take: Change
     told: Verdict
@@ -85,9 +80,9 @@ TAKINGS = {
         lambda loop, caller: loop.execute("UPDATE api_keys SET revoked_at = NULL WHERE id = $1", caller.key_id),
     ),
     "account suspended": Taking(
-        lambda loop, caller: loop.admin.set_account_status(caller.account, "suspended"),
+        lambda loop, caller: loop.admin.set_account_status(caller.account_id, "suspended"),
         Verdict(403, "account_suspended"),
-        lambda loop, caller: loop.admin.set_account_status(caller.account, "active"),
+        lambda loop, caller: loop.admin.set_account_status(caller.account_id, "active"),
     ),
     "list deactivated": Taking(
         lambda loop, caller: loop.admin.set_list_status(caller.list_id, "inactive"),
@@ -95,9 +90,9 @@ TAKINGS = {
         lambda loop, caller: loop.admin.set_list_status(caller.list_id, "active"),
     ),
     "list moved": Taking(
-        lambda loop, caller: loop.move_list(caller.list_id, caller.other_account),
+        lambda loop, caller: loop.move_list(caller.list_id, caller.other_account_id),
         Verdict(200, "list_not_found"),
-        lambda loop, caller: loop.move_list(caller.list_id, caller.account),
+        lambda loop, caller: loop.move_list(caller.list_id, caller.account_id),
     ),
 }
 
@@ -122,7 +117,7 @@ class Loop:
     async def run(self, times: int, seed: int) -> Tally:
         """So many trials. Raises TimeoutError when the gateways do not answer at all."""
         began = time.monotonic()
-        callers = [await self._make_caller() for _ in range(CALLERS)]
+        callers = [await self._make_target() for _ in range(CALLERS)]
         chance = random.Random(seed)  # noqa: S311 - a draw that can be repeated
         trials = iter([chance.choice(list(TAKINGS)) for _ in range(times)])
         async with asyncio.timeout(PATIENCE_S + times), asyncio.TaskGroup() as group:
@@ -134,14 +129,11 @@ class Loop:
         self.tally.seconds = time.monotonic() - began
         return self.tally
 
-    async def _make_caller(self) -> Caller:
-        account, other = [(await self.admin.create_account(name))["id"] for name in ("caller", "other")]
-        key = await self.admin.create_key(account)
-        number = new_number()
-        made = await self.admin.add_list(account, number)
-        return Caller(account, key["id"], key["key"], made["id"], number, other)
+    async def _make_target(self) -> Target:
+        caller, other = await make_caller(self.admin), await make_caller(self.admin, "other")
+        return Target(**vars(caller), other_account_id=other.account_id)
 
-    async def _try(self, caller: Caller, trials: Iterator[str], chance: random.Random) -> None:
+    async def _try(self, caller: Target, trials: Iterator[str], chance: random.Random) -> None:
         for name in trials:
             taking = TAKINGS[name]
             await self._change(taking.take, caller)
@@ -155,27 +147,22 @@ class Loop:
             if not accepted.is_accepted:
                 self.tally.broken.append(f"{name}, and given back, then the next request: {accepted}")
 
-    async def _change(self, change: Change, caller: Caller) -> None:
+    async def _change(self, change: Change, caller: Target) -> None:
         async with self._turn:
             await change(self, caller)  # each is a statement of its own: committed when it returns
 
-    async def _send_beside(self, caller: Caller, url: str) -> None:
+    async def _send_beside(self, caller: Target, url: str) -> None:
         while True:
             self.tally.beside[await self._send(caller, url)] += 1
 
-    async def _send(self, caller: Caller, url: str, *, keyed: bool = False) -> Verdict:
-        message = {"to": "+14155551234", "list_number": caller.number, "body": BODY}
-        headers = {"X-Api-Key": caller.key, "Content-Type": "application/json"}
-        if keyed:
-            headers["Idempotency-Key"] = uuid.uuid4().hex
-        body = msgspec.json.encode({"messages": [message]})
-        async with self._session.post(f"{url}/api/v2/send/bulk", data=body, headers=headers) as response:
-            answer = msgspec.json.decode(await response.read())
+    async def _send(self, caller: Target, url: str, *, keyed: bool = False) -> Verdict:
+        headers = {"Idempotency_Key": uuid.uuid4().hex} if keyed else {}
+        status, answer, _ = await Client(url, self._session, caller).post(caller.body(), **headers)
         rows = answer.get("errors", [])
-        return Verdict(response.status, rows[0]["code"] if rows else answer.get("code", ""))
+        return Verdict(status, rows[0]["code"] if rows else answer.get("code", ""))
 
 
-async def play(urls: Sequence[str], database_url: str, *, times: int, seed: int) -> Tally:
+async def run_trials(urls: Sequence[str], database_url: str, *, times: int, seed: int) -> Tally:
     """Run the loop against gateways that are up."""
     async with AsyncExitStack() as stack:
         connector = aiohttp.TCPConnector(limit=0)
@@ -188,13 +175,12 @@ async def play(urls: Sequence[str], database_url: str, *, times: int, seed: int)
 @asynccontextmanager
 async def gateways(servers: Servers, count: int) -> AsyncIterator[list[str]]:
     """The URLs of so many gateway processes on the same servers; stopped at the end, their queue deleted."""
-    name = f"revocation.{uuid.uuid4().hex[:12]}"
-    settings = {**servers.environment(), "GATEWAY_AMQP_EXCHANGE": name, "GATEWAY_AMQP_QUEUE": name}
-    processes = [Gateway(settings) for _ in range(count)]
+    settings = process_environment(servers)
+    processes = [GatewayProcess(settings) for _ in range(count)]
     try:
         await asyncio.gather(*(asyncio.to_thread(process.start) for process in processes))
         yield [process.url for process in processes]
-        async with OutboundQueue(servers.amqp_url, name) as queue:
+        async with OutboundQueue(servers.amqp_url, settings["GATEWAY_AMQP_QUEUE"]) as queue:
             await queue.delete()
     finally:
         await asyncio.gather(*(asyncio.to_thread(process.close) for process in processes))
@@ -211,7 +197,7 @@ async def main(arguments: Sequence[str] | None = None) -> int:
     with Servers() as servers:
         run_gateway("migrate", database_url=servers.database_url).check_returncode()
         async with gateways(servers, options.processes) as urls:
-            tally = await play(urls, servers.database_url, times=options.times, seed=options.seed)
+            tally = await run_trials(urls, servers.database_url, times=options.times, seed=options.seed)
     for name, trials in sorted(tally.trials.items()):
         print(f"{name:<20}{trials:>8} trials")
     for verdict, requests in sorted(tally.beside.items()):

@@ -13,8 +13,8 @@ from pamqp.common import FieldTable
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.postgres import queries as store
 from testbed.servers import Servers
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 
 
@@ -72,7 +72,7 @@ async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, q
         exchange = await channel.get_exchange(settings.amqp_exchange)
         outbound = await channel.get_queue(settings.amqp_queue)
         await outbound.unbind(exchange, routing_key=settings.amqp_queue)
-        status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()] * 100}))
+        status, answer, headers = await gateway.post(gateway.caller.body(100))
         assert (status, answer["code"]) == (503, "queue_unavailable")
         assert int(headers["Retry-After"]) > 0
         assert await queue.depth() == 0
@@ -109,7 +109,7 @@ async def test_a_channel_that_stays_closed_leaves_the_outcome_unknown(
     connection = await aio_pika.connect(servers.amqp_url)
     async with connection, connection.channel() as channel:
         await channel.exchange_delete(settings.amqp_exchange)
-        status, answer, _ = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}))
+        status, answer, _ = await gateway.post(gateway.caller.body())
         assert (status, answer["code"]) == (504, "outcome_unknown")
         await channel.queue_delete(settings.amqp_queue)
 

@@ -8,7 +8,8 @@ import pytest
 
 from gateway import __version__
 from testbed.servers import Servers
-from tests.conftest import GatewayUnderTest, new_number, run_gateway
+from tests.support.callers import Caller, new_number
+from tests.support.gateways import GatewayUnderTest, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 
@@ -24,7 +25,7 @@ async def test_what_the_command_line_creates_can_send(
 ) -> None:
     number = new_number()
     account = run_json(servers, "account", "create", "Acme")
-    gateway.key = run_json(servers, "key", "create", str(account["id"]))["key"]
+    gateway.caller = Caller(key=run_json(servers, "key", "create", str(account["id"]))["key"])
     sending_list = run_json(servers, "list", "add", str(account["id"]), number)
     _, answer = await gateway.send([gateway.message(list_number=number)])
     assert answer["queued_count"] == 1
@@ -33,8 +34,8 @@ async def test_what_the_command_line_creates_can_send(
 
 
 async def test_what_the_command_line_takes_away_cannot_send(servers: Servers, gateway: GatewayUnderTest) -> None:
-    account, key, sending_list = str(gateway.account_id), str(gateway.key_id), str(gateway.list_id)
-    body = msgspec.json.encode({"messages": [gateway.message()]})
+    account, key, sending_list = str(gateway.caller.account_id), str(gateway.caller.key_id), str(gateway.caller.list_id)
+    body = gateway.caller.body()
     assert run_json(servers, "list", "deactivate", sending_list)["status"] == "inactive"
     assert (await gateway.post(body))[1]["errors"][0]["code"] == "list_not_found"
     assert run_json(servers, "list", "activate", sending_list)["status"] == "active"

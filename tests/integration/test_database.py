@@ -14,8 +14,8 @@ from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Database, connect_to_primary, find_primary
 from gateway.urls import urls_of_hosts
 from testbed.servers import Servers
-from tests.conftest import run_gateway
 from tests.support.eventually import eventually
+from tests.support.gateways import run_gateway
 from tests.support.tcp_proxy import TcpProxy
 
 

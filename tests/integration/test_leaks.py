@@ -6,20 +6,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 import psutil
 
-from gateway.cli.admin import open_admin
 from testbed.servers import Servers
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.tcp_proxy import TcpProxy
 
 ROUNDS = 8
 
 
 async def post(gateway: GatewayUnderTest, **headers: str) -> int:
-    body = msgspec.json.encode({"messages": [gateway.message()] * 20})
+    body = gateway.caller.body(20)
     status, _, _ = await gateway.post(body, **headers)
     return status
 
@@ -67,12 +65,8 @@ async def test_faults_leave_nothing_behind(
                 confirm_timeout_s=0.6,
                 database_timeout_s=0.3,
                 abandon_timeout_s=1.0,
-            ),
-            wait_until_ready=False,
+            )
         )
-        await eventually(lambda: gateway.runtime.database_was_reached and gateway.runtime.publisher.is_usable())
-        async with open_admin(servers.database_url) as admin:
-            await gateway.become_someone(admin)
 
         async def a_round(number: int) -> None:
             async with aiohttp.ClientSession() as gateway.session:  # whose connections are not the gateway's leak

@@ -19,8 +19,9 @@ from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
 from gateway.postgres import queries as store
 from gateway.postgres.pool import connect_to_primary
 from testbed.servers import Servers
-from tests.conftest import MakeSettings, StartGateway, run_gateway
+from tests.support.callers import make_caller
 from tests.support.eventually import eventually
+from tests.support.gateways import MakeSettings, StartGateway, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 # All that the gateway ever says to the database, by name; and what `status` asks about migrations.
@@ -209,7 +210,7 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
     await declare_topology(make_settings(**names))
     await eventually(gateway.runtime.publisher.is_usable)
     async with open_admin(servers.database_url) as admin:
-        await gateway.become_someone(admin)
+        gateway.caller = await make_caller(admin)
     async with OutboundQueue(servers.amqp_url, "sms.least") as queue:
         assert (await gateway.send([gateway.message()] * 3))[1]["queued_count"] == 3
         assert len(await queue.take_payloads()) == 3

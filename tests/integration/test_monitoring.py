@@ -12,7 +12,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gateway.web import metrics
-from tests.conftest import GatewayUnderTest
+from tests.support.gateways import GatewayUnderTest
 
 ROOT = Path(__file__).parents[2]
 RULES, RULES_TEST = ROOT / "deploy/prometheus/alerts.yaml", ROOT / "deploy/prometheus/alerts_test.yaml"

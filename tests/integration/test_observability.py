@@ -4,7 +4,6 @@ import asyncio
 import gzip
 import re
 import sys
-import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
-from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
-from tests.conftest import new_number
+from testbed.servers import Servers
+from tests.support.callers import RECIPIENT, SEND_PATH, Caller
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.outbound_queue import OutboundQueue
+from tests.support.secrecy import BODY
 
 CALLERS_TRACE, CALLERS_SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 STEPS = ["authenticate", "read", "validate", "resolve_lists", "build"]
@@ -75,31 +75,21 @@ async def collector() -> AsyncIterator[tuple[Collector, str]]:
 
 
 async def test_one_id_leads_through_answer_log_trace_and_payload(
-    servers: Servers, admin: Admin, collector: tuple[Collector, str]
+    servers: Servers, caller: Caller, collector: tuple[Collector, str]
 ) -> None:
     spans, collector_url = collector
-    name, number = f"test.{uuid.uuid4().hex[:12]}", new_number()
-    account_id = (await admin.create_account("observed"))["id"]
-    key = (await admin.create_key(account_id))["key"]
-    await admin.add_list(account_id, number)
-    process = Gateway(
-        {
-            **servers.environment(),
-            "GATEWAY_AMQP_EXCHANGE": name,
-            "GATEWAY_AMQP_QUEUE": name,
-            "GATEWAY_DRAIN_DELAY_S": "0",
-            "GATEWAY_TRACES": "on",
-            "OTEL_EXPORTER_OTLP_ENDPOINT": collector_url,
-            "OTEL_BSP_SCHEDULE_DELAY": "50",
-        }
+    settings = process_environment(
+        servers,
+        GATEWAY_TRACES="on",
+        OTEL_EXPORTER_OTLP_ENDPOINT=collector_url,
+        OTEL_BSP_SCHEDULE_DELAY="50",
     )
-    try:
-        await asyncio.to_thread(process.start)
-        message = {"to": "+447911123412", "list_number": number, "body": "nobody's business"}
-        body = msgspec.json.encode({"messages": [message, message | {"to": "1"}]})
-        headers = {"X-Api-Key": key, "X-Request-Id": "follow-me", "Content-Type": "application/json"}
+    name = settings["GATEWAY_AMQP_QUEUE"]
+    async with running(GatewayProcess(settings)) as process:
+        body = msgspec.json.encode({"messages": [caller.message(), caller.message(to="1")]})
+        headers = caller.headers | {"X-Request-Id": "follow-me"}
         traced = headers | {"traceparent": f"00-{CALLERS_TRACE}-{CALLERS_SPAN}-01", "tracestate": "vendor=1"}
-        url = f"{process.url}/api/v2/send/bulk"
+        url = process.url + SEND_PATH
         async with (
             OutboundQueue(servers.amqp_url, name) as queue,
             aiohttp.ClientSession() as session,
@@ -114,7 +104,7 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
             nothing = msgspec.json.encode({"messages": [{"to": "1"}]})
             async with session.post(url, data=nothing, headers=headers | {"X-Request-Id": "nothing"}) as response:
                 assert response.status == 200  # nothing to publish, and so no span of it
-            async with session.get(f"{process.url}/\udcff/{key}") as missing:
+            async with session.get(f"{process.url}/\udcff/{caller.key}") as missing:
                 assert missing.status == 404
             (queued,) = await queue.take_all()
             await queue.delete()
@@ -123,8 +113,6 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
         await eventually(
             lambda: "POST /api/v2/send/bulk" in spans.of_trace(CALLERS_TRACE) and len(spans.spans) == 7 + 1 + 6 + 1
         )
-    finally:
-        await asyncio.to_thread(process.close)
 
     trace = spans.of_trace(CALLERS_TRACE)
     request, publish = trace.pop("POST /api/v2/send/bulk"), trace.pop(f"publish {name}")
@@ -139,7 +127,7 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
         "http.response.status_code": 200,
         "http.request.body.size": len(body),
         "sms.request_id": "follow-me",
-        "sms.account_id": account_id,
+        "sms.account_id": caller.account_id,
         "sms.messages": 2,
         "sms.queued": 1,
         "sms.outcome": "partial",
@@ -166,7 +154,7 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
 
     others = {span.name: span for span in spans.spans if span.trace_id.hex() != CALLERS_TRACE}
     assert set(others) == {"POST /api/v2/send/bulk", "GET", *STEPS}
-    assert key not in str(spans.spans)
+    assert caller.key not in str(spans.spans)
     (other,) = [span for span in spans.spans if attributes(span).get("http.response.status_code") == 401]
     assert attributes(other)["http.response.status_code"] == 401
     assert not other.parent_span_id
@@ -178,7 +166,7 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
     assert line["trace_id"] == CALLERS_TRACE
     assert line["errors"] == {"invalid_phone": 1}
     assert list(line["stages_ms"]) == [*STEPS, "publish"]
-    assert not re.search(r"447911123412|nobody's business|trk_", str(lines))
+    assert not re.search(rf"{RECIPIENT[1:]}|{BODY}|trk_", str(lines))
 
 
 async def test_traces_without_their_packages_are_refused_at_start(servers: Servers, tmp_path: Any) -> None:

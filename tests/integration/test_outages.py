@@ -5,14 +5,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import pytest
 
 from gateway.cli.admin import open_admin
-from gateway.config import Settings
 from testbed.servers import Postgres, RabbitMQ, Server
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, run_gateway
+from tests.support.callers import Caller, make_caller
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 ROOM_S = 2.0  # beyond the deadline under test: the promise is 0.5 s; a busy test machine gets more
@@ -36,7 +35,7 @@ def postgres() -> Iterator[Postgres]:
 async def post(gateway: GatewayUnderTest) -> tuple[int, Any, float]:
     """Send one good message; status, answer, seconds it took."""
     started = time.monotonic()
-    status, answer, headers = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}))
+    status, answer, headers = await gateway.post(gateway.caller.body())
     if status == 503:
         assert int(headers["Retry-After"]) > 0
     return status, answer, time.monotonic() - started
@@ -102,7 +101,7 @@ async def test_a_hung_broker_means_an_unknown_outcome_in_time_and_then_503(
 async def test_a_killed_database_means_503_and_its_return_ends_it(
     start_gateway: StartGateway, make_settings: MakeSettings, postgres: Postgres
 ) -> None:
-    gateway = await start_own(start_gateway, make_settings(database_url=postgres.url), postgres)
+    gateway = await start_gateway(make_settings(database_url=postgres.url), database_url=postgres.url)
     assert (await post(gateway))[0] == 200
     await asyncio.to_thread(postgres.kill)
     for _ in range(3):
@@ -117,7 +116,7 @@ async def test_a_hung_database_means_503_in_time(
     start_gateway: StartGateway, make_settings: MakeSettings, postgres: Postgres
 ) -> None:
     settings = make_settings(database_url=postgres.url, database_timeout_s=0.5)
-    gateway = await start_own(start_gateway, settings, postgres)
+    gateway = await start_gateway(settings, database_url=postgres.url)
     assert (await post(gateway))[0] == 200
     postgres.pause()
     try:
@@ -127,15 +126,6 @@ async def test_a_hung_database_means_503_in_time(
     finally:
         postgres.resume()
     await serves_again(gateway)
-
-
-async def start_own(start_gateway: StartGateway, settings: Settings, postgres: Postgres) -> GatewayUnderTest:
-    """A gateway on a database of its own, with an account there."""
-    gateway: GatewayUnderTest = await start_gateway(settings, wait_until_ready=False)
-    await eventually(lambda: gateway.runtime.database_was_reached and gateway.runtime.publisher.is_usable())
-    async with open_admin(postgres.url) as admin:
-        await gateway.become_someone(admin)
-    return gateway
 
 
 async def test_started_before_its_servers_it_becomes_ready_by_itself(
@@ -153,8 +143,8 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
     status, body = await probe("/readyz")
     assert status == 503
     assert body["reasons"] == ["the broker has not been reached yet", "the database has not been reached yet"]
-    gateway.key = "trk_" + "a" * 32
-    assert (await post(gateway))[:2][0] == 503
+    gateway.caller = Caller(key="trk_" + "a" * 32)
+    assert (await post(gateway))[0] == 503
     await restart(postgres)
     await eventually(lambda: gateway.runtime.database_was_reached)
     assert (await probe("/readyz"))[1]["reasons"] == ["the broker has not been reached yet"]
@@ -162,5 +152,5 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
     await eventually(lambda: gateway.runtime.publisher.was_connected)
     assert await probe("/readyz") == (200, {"status": "ready"})
     async with open_admin(postgres.url) as admin:
-        await gateway.become_someone(admin)
+        gateway.caller = await make_caller(admin)
     await serves_again(gateway)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,98 +14,58 @@ import msgspec
 import psutil
 import pytest
 
-from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Port, Servers
-from tests.conftest import new_number
+from testbed.servers import Port, Servers
+from tests.support.callers import RECIPIENT, Caller, Client
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.secrecy import BODY, PASSWORD
-
-TEXT = f"the text of a message is {BODY}"
-
-
-class Caller:
-    """Someone with an account, who calls a gateway process."""
-
-    def __init__(self, process: Gateway, session: aiohttp.ClientSession) -> None:
-        self.process = process
-        self.session = session
-
-    async def become_someone(self, admin: Admin) -> None:
-        account_id = (await admin.create_account("caller"))["id"]
-        self.key = (await admin.create_key(account_id))["key"]
-        self.number = new_number()
-        await admin.add_list(account_id, self.number)
-
-    async def send(self, count: int) -> tuple[int, Any, str]:
-        """POST a batch; status, answer, and the Connection header."""
-        message = {"to": "+447911123412", "list_number": self.number, "body": TEXT}
-        url = f"{self.process.url}/api/v2/send/bulk"
-        body = msgspec.json.encode({"messages": [message] * count})
-        headers = {"X-Api-Key": self.key, "Content-Type": "application/json"}
-        async with self.session.post(url, data=body, headers=headers) as response:
-            return response.status, await response.json(), response.headers.get("Connection", "")
 
 
 @pytest.fixture
 def settings(servers: Servers) -> dict[str, str]:
     """The environment of a gateway process, with half a second of drain delay."""
-    name = f"test.{uuid.uuid4().hex[:12]}"
-    return {
-        **servers.environment(),
-        "GATEWAY_AMQP_EXCHANGE": name,
-        "GATEWAY_AMQP_QUEUE": name,
-        "GATEWAY_DRAIN_DELAY_S": "0.5",
-        "GATEWAY_LOG_LEVEL": "DEBUG",
-        "GATEWAY_TYPO": "1",
-    }
+    return process_environment(servers, GATEWAY_DRAIN_DELAY_S="0.5", GATEWAY_LOG_LEVEL="DEBUG", GATEWAY_TYPO="1")
 
 
 @pytest.fixture
-async def caller(settings: dict[str, str], admin: Admin) -> AsyncIterator[Caller]:
-    """A caller of a gateway that runs as a process of its own."""
-    process = Gateway(settings)
-    try:
-        await asyncio.to_thread(process.start)
-        async with aiohttp.ClientSession() as session:
-            someone = Caller(process, session)
-            await someone.become_someone(admin)
-            yield someone
-    finally:
-        await asyncio.to_thread(process.close)
+async def process(settings: dict[str, str]) -> AsyncIterator[GatewayProcess]:
+    """A gateway as a process of its own."""
+    async with running(GatewayProcess(settings)) as started:
+        yield started
 
 
 @pytest.fixture
-async def queue(servers: Servers, caller: Caller) -> AsyncIterator[OutboundQueue]:
-    """The queue behind the process."""
-    async with OutboundQueue(servers.amqp_url, caller.process.settings["GATEWAY_AMQP_QUEUE"]) as outbound:
+async def client(process: GatewayProcess, caller: Caller) -> AsyncIterator[Client]:
+    """A client of `process`."""
+    async with aiohttp.ClientSession() as session:
+        yield Client(process.url, session, caller)
+
+
+@pytest.fixture
+async def queue(servers: Servers, process: GatewayProcess) -> AsyncIterator[OutboundQueue]:
+    """The queue behind the process; deleted afterwards."""
+    async with OutboundQueue(servers.amqp_url, process.settings["GATEWAY_AMQP_QUEUE"]) as outbound:
         yield outbound
         await outbound.delete()
 
 
-def gateway_pid(process: Gateway) -> int:
-    """The gateway's own process, below its supervisor."""
-    (child,) = psutil.Process(process._supervisor.pid if process._supervisor else 0).children()
-    return int(child.pid)
-
-
-async def test_sigterm_loses_no_confirm(caller: Caller, queue: OutboundQueue) -> None:
+async def test_sigterm_loses_no_confirm(process: GatewayProcess, client: Client, queue: OutboundQueue) -> None:
     """Callers go on until they are told to leave: every answer is a 200, and all that was counted is in the queue."""
-    pid = gateway_pid(caller.process)
     counted: list[int] = []
     told_to_leave: list[bool] = []
 
     async def call_until_told_to_leave() -> None:
         while True:
-            status, answer, connection = await caller.send(200)
+            status, answer, headers = await client.post(client.caller.body(200))
             assert status == 200
             counted.append(answer["queued_count"])
-            if connection == "close":
+            if headers.get("Connection") == "close":
                 told_to_leave.append(True)
                 return
 
     async def probe() -> int:
-        async with caller.session.get(f"{caller.process.ops_url}/readyz") as response:
+        async with client.session.get(f"{process.ops_url}/readyz") as response:
             return response.status
 
     async with asyncio.TaskGroup() as calls:
@@ -114,58 +73,46 @@ async def test_sigterm_loses_no_confirm(caller: Caller, queue: OutboundQueue) ->
             calls.create_task(call_until_told_to_leave())
         await eventually(lambda: len(counted) >= 20)
         assert await probe() == 200
-        os.kill(pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         while await probe() == 200:  # noqa: ASYNC110 - the process sets no event of ours
             await asyncio.sleep(0.01)
-    await eventually(lambda: not caller.process.is_running)
+    await eventually(lambda: not process.is_running)
     assert len(told_to_leave) == 8
     assert sum(counted) == await queue.depth()
-    assert '"message":"stopped"' in caller.process.log.read_text()
+    assert '"message":"stopped"' in process.log.read_text()
 
 
-async def test_the_log_is_json_lines_without_texts_numbers_or_keys(caller: Caller, servers: Servers) -> None:
-    good_key = caller.key
-    assert (await caller.send(10))[0] == 200
-    caller.key += "x"
-    assert (await caller.send(10))[0] == 401
-    await asyncio.to_thread(caller.process._order, signal.SIGTERM)
-    text = caller.process.log.read_text()
+async def test_the_log_is_json_lines_without_texts_numbers_or_keys(process: GatewayProcess, client: Client) -> None:
+    caller, body = client.caller, client.caller.body(10)
+    assert (await client.post(body))[0] == 200
+    assert (await client.post(body, X_Api_Key=caller.key + "x"))[0] == 401
+    await asyncio.to_thread(process.stop)
+    text = process.log.read_text()
     lines = [msgspec.json.decode(line) for line in text.splitlines()]
     assert {"time", "level", "logger", "message"} <= set(lines[0])
     messages = [line["message"] for line in lines]
     assert "GATEWAY_TYPO is no setting of the gateway; is it misspelt?" in messages
-    for secret in (TEXT, "+447911123412", good_key, caller.number, PASSWORD):
+    for secret in (BODY, RECIPIENT, caller.key, caller.list_number, PASSWORD):
         assert secret not in text
 
 
-class SeveralWorkers(Gateway):
-    """The gateway as three processes."""
-
-    def _command(self) -> list[str]:
-        return [*super()._command(), "--workers", "3"]
-
-
 async def test_several_workers_serve_die_return_and_drain_as_one(
-    servers: Servers, admin: Admin, settings: dict[str, str]
+    servers: Servers, caller: Caller, settings: dict[str, str]
 ) -> None:
-    process = SeveralWorkers(settings)
-    try:
-        await asyncio.to_thread(process.start)
+    async with running(GatewayProcess(settings, workers=3)) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-            caller = Caller(process, session)
-            await caller.become_someone(admin)
+            client = Client(process.url, session, caller)
 
             async def probe(path: str) -> tuple[int, Any]:
                 async with session.get(process.ops_url + path) as response:
                     return response.status, await response.json()
 
             assert await probe("/readyz") == (200, {"workers": [{"status": "ready"}] * 3})
-            supervisor = psutil.Process(gateway_pid(process))
-            workers = {child.pid for child in supervisor.children()}
+            supervisor, workers = process.pid, process.workers
             assert len(workers) == 3
             counted = 0
             for _ in range(60):
-                status, answer, _ = await caller.send(10)
+                status, answer, _ = await client.post(caller.body(10))
                 assert status == 200
                 counted += answer["queued_count"]
 
@@ -175,12 +122,12 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
                 await asyncio.sleep(0.01)
             while (await probe("/readyz"))[0] != 200:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-            now = {child.pid for child in supervisor.children()}
+            now = process.workers
             assert len(now) == 3
             assert now >= workers
             assert victim not in now
 
-            os.kill(supervisor.pid, signal.SIGTERM)
+            os.kill(supervisor, signal.SIGTERM)
             await eventually(lambda: not process.is_running)
             assert not any(psutil.pid_exists(pid) for pid in now)
             lines = [msgspec.json.decode(line) for line in process.log.read_bytes().splitlines()]
@@ -190,8 +137,6 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
             await queue.delete()
         assert len(payloads) == counted
         assert len({payload["request_id"].split("-")[0] for payload in payloads}) == 3  # each of them served
-    finally:
-        await asyncio.to_thread(process.close)
 
 
 async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[str, str]) -> None:
@@ -229,7 +174,7 @@ async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[
 
 
 async def is_ready(session: aiohttp.ClientSession, url: str) -> bool:
-    """Whether the probe says so; False also while nobody listens."""
+    """Return True when the probe says so; False also while nobody listens."""
     try:
         async with session.get(url) as response:
             return response.status == 200

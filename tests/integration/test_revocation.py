@@ -2,15 +2,15 @@
 
 from gateway.postgres.queries import Account, Store
 from testbed.servers import Servers
-from tests.conftest import MakeSettings, StartGateway
-from tests.integration.revocation import TAKINGS, Verdict, gateways, play
+from tests.integration.revocation import TAKINGS, Verdict, gateways, run_trials
+from tests.support.gateways import MakeSettings, StartGateway
 
 TRIALS = 300
 
 
 async def test_what_is_taken_away_is_refused_from_the_commit_on_by_every_process(servers: Servers) -> None:
     async with gateways(servers, 3) as urls:
-        tally = await play(urls, servers.database_url, times=TRIALS, seed=1)
+        tally = await run_trials(urls, servers.database_url, times=TRIALS, seed=1)
     assert tally.broken == []
     assert sum(tally.trials.values()) == TRIALS
     assert set(tally.trials) == set(TAKINGS)
@@ -38,6 +38,6 @@ async def test_the_loop_notices_a_cache(
 ) -> None:
     gateway = await start_gateway(make_settings())
     gateway.runtime.store.__class__ = CachingStore
-    tally = await play([gateway.api_url], servers.database_url, times=40, seed=1)
+    tally = await run_trials([gateway.api_url], servers.database_url, times=40, seed=1)
     noticed = {broken.partition(",")[0] for broken in tally.broken}
     assert noticed == {"key revoked", "account suspended"}, "and nothing of lists, which are not cached"

@@ -5,6 +5,7 @@ import hashlib
 import os
 import signal
 import uuid
+from dataclasses import replace
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -15,8 +16,8 @@ from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Database
 from testbed.servers import Gateway, ServerError, Servers
-from tests.conftest import GatewayUnderTest, run_gateway
 from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, run_gateway
 from tests.support.secrecy import BODY
 
 TABLES = "SELECT quote_ident(table_name) FROM information_schema.tables WHERE table_schema = 'public'"
@@ -37,15 +38,13 @@ async def everything_in(database_url: str) -> str:
 async def test_a_key_is_shown_once_and_a_copy_of_the_database_lets_nobody_send(
     servers: Servers, gateway: GatewayUnderTest
 ) -> None:
-    arguments = ("key", "create", str(gateway.account_id), "--json")
+    arguments = ("key", "create", str(gateway.caller.account_id), "--json")
     created = await asyncio.to_thread(run_gateway, *arguments, database_url=servers.database_url)
     key = msgspec.json.decode(created.stdout)["key"]
-    gateway.key = key
-    _, answer, _ = await gateway.post(msgspec.json.encode({"messages": [gateway.message()]}), Idempotency_Key="kept")
+    gateway.caller = replace(gateway.caller, key=key)
+    _, answer, _ = await gateway.post(gateway.caller.body(), Idempotency_Key="kept")
     assert answer["queued_count"] == 1
-    _, answer, _ = await gateway.post(
-        msgspec.json.encode({"messages": [gateway.message(to="junk")]}), Idempotency_Key="refused"
-    )
+    _, answer, _ = await gateway.post(gateway.caller.body(to="junk"), Idempotency_Key="refused")
     assert answer["error_count"] == 1
 
     copy = await everything_in(servers.database_url)

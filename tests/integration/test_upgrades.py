@@ -9,7 +9,6 @@ import asyncio
 import re
 import subprocess
 import sys
-import uuid
 from pathlib import Path
 
 import aiohttp
@@ -18,8 +17,9 @@ import pytest
 
 from gateway.cli.admin import open_admin
 from testbed.servers import Gateway, Servers
-from tests.conftest import new_number, run_gateway
+from tests.support.callers import Client, make_caller
 from tests.support.eventually import eventually
+from tests.support.gateways import new_name, process_environment, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Servers, previous: Path) -> None:
     if servers.postgres is None:
         pytest.skip("needs a PostgreSQL of its own, to make a database in")
-    name = f"test.{uuid.uuid4().hex[:12]}"
+    name = new_name()
     database_url = await asyncio.to_thread(servers.postgres.create_database, name)
     migrated = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "gateway", "migrate"),
@@ -63,29 +63,20 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Se
     )
     assert await migrated.wait() == 0
     async with open_admin(database_url) as admin:
-        account_id = (await admin.create_account("between versions"))["id"]
-        key, number = (await admin.create_key(account_id))["key"], new_number()
-        await admin.add_list(account_id, number)
+        caller = await make_caller(admin, "between versions")
 
-    settings = {
-        "GATEWAY_DATABASE_URL": database_url,
-        "GATEWAY_AMQP_URL": servers.amqp_url,
-        "GATEWAY_AMQP_EXCHANGE": name,
-        "GATEWAY_AMQP_QUEUE": name,
-        "GATEWAY_DRAIN_DELAY_S": "0",
-    }
+    settings = process_environment(
+        servers, GATEWAY_DATABASE_URL=database_url, GATEWAY_AMQP_EXCHANGE=name, GATEWAY_AMQP_QUEUE=name
+    )
     old, new = Gateway(settings | {"PYTHONPATH": str(previous)}), Gateway(settings)
     serving = [old]
     answered = {old: 0, new: 0}
     failures: list[object] = []
     stop = asyncio.Event()
-    body = {"messages": [{"to": "+14155551234", "list_number": number, "body": "Ref {{messageId}}"}] * BATCH}
 
     async def send(session: aiohttp.ClientSession, gateway: Gateway, **headers: str) -> None:
-        url = f"{gateway.url}/api/v2/send/bulk"
-        async with session.post(url, json=body, headers={"X-Api-Key": key, **headers}) as response:
-            answer = await response.json()
-        if response.status != 200 or answer["queued_count"] != BATCH:
+        status, answer, _ = await Client(gateway.url, session, caller).post(caller.body(BATCH), **headers)
+        if status != 200 or answer["queued_count"] != BATCH:
             failures.append(answer)
         answered[gateway] += 1
 
@@ -112,7 +103,7 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Se
             await asyncio.to_thread(new.start)
             serving.append(new)
             await more_answers(old, new)
-            await send(session, new, **{"Idempotency-Key": "a-key"})  # what only the new one knows
+            await send(session, new, Idempotency_Key="a-key")  # what only the new one knows
             serving.remove(old)
             await more_answers(new)
             await asyncio.to_thread(old.stop)

@@ -19,7 +19,8 @@ from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
 from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, FIND_OWNED_LISTS
 from testbed.servers import Servers
-from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, new_number
+from tests.support.callers import make_caller, new_number
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import exchange
 from tests.support.tcp_proxy import TcpProxy
 
@@ -37,38 +38,38 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 
 async def refused_lists(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str]:
     """Numbers that `gateway`'s account cannot send from, each for another reason; all of the same length."""
-    numbers = {
-        name: new_number() for name in ("absent", "inactive", "foreign", "foreign, inactive", "foreign, suspended")
-    }
-    other, suspended = [(await admin.create_account(name))["id"] for name in ("other", "suspended")]
-    mine = await admin.add_list(gateway.account_id, numbers["inactive"])
+    other, suspended = await make_caller(admin, "other"), await make_caller(admin, "suspended")
+    numbers = {name: new_number() for name in ("absent", "inactive", "foreign, inactive")}
+    numbers |= {"foreign": other.list_number, "foreign, suspended": suspended.list_number}
+    mine = await admin.add_list(gateway.caller.account_id, numbers["inactive"])
     await admin.set_list_status(mine["id"], "inactive")
-    await admin.add_list(other, numbers["foreign"])
-    theirs = await admin.add_list(other, numbers["foreign, inactive"])
+    theirs = await admin.add_list(other.account_id, numbers["foreign, inactive"])
     await admin.set_list_status(theirs["id"], "inactive")
-    await admin.add_list(suspended, numbers["foreign, suspended"])
-    await admin.set_account_status(suspended, "suspended")
-    moved = await admin.add_list(gateway.account_id, number := new_number())
+    await admin.set_account_status(suspended.account_id, "suspended")
+    moved = await admin.add_list(gateway.caller.account_id, number := new_number())
     await admin.set_list_status(moved["id"], "inactive")
-    await admin.add_list(other, number)
+    await admin.add_list(other.account_id, number)
     return numbers | {"moved to another": number}
 
 
 async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str]:
     """Keys of the right form that let nobody in."""
-    revoked = await admin.create_key(gateway.account_id)
+    revoked = await admin.create_key(gateway.caller.account_id)
     await admin.revoke_key(revoked["id"])
-    suspended = await admin.create_account("suspended")
-    of_suspended = await admin.create_key(suspended["id"])
-    await admin.set_account_status(suspended["id"], "suspended")
-    await admin.revoke_key(of_suspended["id"])
-    return {"unknown": UNKNOWN_KEY, "revoked": revoked["key"], "revoked, of a suspended account": of_suspended["key"]}
+    suspended = await make_caller(admin, "suspended")
+    await admin.set_account_status(suspended.account_id, "suspended")
+    await admin.revoke_key(suspended.key_id)
+    return {"unknown": UNKNOWN_KEY, "revoked": revoked["key"], "revoked, of a suspended account": suspended.key}
 
 
 async def ask(gateway: GatewayUnderTest, messages: list[Any], *lines: bytes, key: str | None = None) -> bytes:
     """The whole answer to a request, byte for byte, but for its date."""
     body = msgspec.json.encode({"messages": messages})
-    keys = [] if any(line.startswith(b"X-Api-Key") for line in lines) else [f"X-Api-Key: {key or gateway.key}".encode()]
+    keys = (
+        []
+        if any(line.startswith(b"X-Api-Key") for line in lines)
+        else [f"X-Api-Key: {key or gateway.caller.key}".encode()]
+    )
     head = [b"Content-Length: %d" % len(body), b"X-Request-Id: the-same-for-all", *keys, *lines]
     answer = await exchange(gateway.url, headers=head, body=body)
     return _date.sub(b"", answer.raw)
@@ -92,7 +93,7 @@ async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_bytes(
     lines: dict[str, list[bytes]] = {
         reason: [f"X-Api-Key: {key}".encode()] for reason, key in (await refused_keys(gateway, admin)).items()
     }
-    good = gateway.key.encode()
+    good = gateway.caller.key.encode()
     lines |= {
         "too short": [b"X-Api-Key: " + good[:-1]],
         "too long": [b"X-Api-Key: " + good + b"0"],
@@ -228,9 +229,9 @@ def without_counts(plan: Any) -> Any:
 async def test_the_database_takes_the_same_way_to_a_list_whatever_its_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
-    numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.list_number}
+    numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.caller.list_number}
     plans = {
-        reason: await plan_of(crowded, FIND_OWNED_LISTS, [gateway.account_id], [number])
+        reason: await plan_of(crowded, FIND_OWNED_LISTS, [gateway.caller.account_id], [number])
         for reason, number in numbers.items()
     }
     assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from gateway.cli.admin import Admin
 from testbed.servers import Servers
-from tests.conftest import GatewayUnderTest
 from tests.properties import MORE
+from tests.support.callers import make_caller
+from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.secrecy import BODY
 
@@ -169,11 +170,11 @@ class World:
 
     async def make(self, owners: Sequence[Number], suspended: int | None, revoked: int | None) -> None:
         for account in range(ACCOUNTS):
-            self.ids.append((await self._admin.create_account(f"account {account}"))["id"])
-            created = await self._admin.create_key(self.ids[-1])
-            self.keys.append(created["key"])
+            caller = await make_caller(self._admin, f"account {account}")
+            self.ids.append(caller.account_id)
+            self.keys.append(caller.key)
             if account == revoked:
-                await self._admin.revoke_key(created["id"])
+                await self._admin.revoke_key(caller.key_id)
         if suspended is not None:
             await self._admin.set_account_status(self.ids[suspended], "suspended")
         rows = [

@@ -112,3 +112,6 @@ class LogWatch(logging.Handler):
             terminalreporter.section("secrets in logs", red=True)
             for leak in self.leaks:
                 terminalreporter.line(str(leak))
+
+
+watch = LogWatch()  # of this run; registered by tests/conftest.py
