@@ -26,10 +26,10 @@ def batch(gateway: GatewayUnderTest, count: int = 3, **changes: Any) -> bytes:
     return msgspec.json.encode({"messages": [gateway.message(**changes)] * count})
 
 
-async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.RequestRecord]:
+async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.Record]:
     connection = await asyncpg.connect(gateway.runtime.settings.database_url)
     try:
-        rows: Sequence[asyncpg.RequestRecord] = await connection.fetch(
+        rows: Sequence[asyncpg.Record] = await connection.fetch(
             "SELECT * FROM idempotency_keys WHERE account_id = $1 ORDER BY key", gateway.account_id
         )
         return rows
