@@ -18,7 +18,7 @@ from tests.support.openapi_document import REQUEST, RESPONSES, example_of, fault
 from tests.support.raw_http import RawAnswer, exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
-FILE = Path(__file__).parents[2] / "gateway" / "openapi.json"
+FILE = Path(__file__).parents[2] / "gateway" / "web" / "openapi.json"
 ANSWERS = RESPONSES["200"]["content"]["application/json"]["examples"]
 LIST_NUMBER_OF_THE_EXAMPLES = "+18005551000"
 
@@ -152,7 +152,7 @@ async def idempotency_key_reused(stage: Stage) -> RawAnswer:
 
 
 async def internal_error(stage: Stage) -> RawAnswer:
-    del stage.gateway.runtime.layout  # a bug of ours
+    del stage.gateway.runtime.pipeline  # a bug of ours
     return await stage.post()
 
 

@@ -117,7 +117,7 @@ async def test_a_channel_that_stays_closed_leaves_the_outcome_unknown(
 async def test_after_a_lost_connection_the_gateway_serves_on(
     servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
 ) -> None:
-    for connection in list(gateway.runtime.publisher._connections):
+    for connection in list(gateway.runtime.publisher.connections.open):
         connection._transports.abort()
     await eventually(lambda: not gateway.runtime.publisher.is_usable())
     await eventually(gateway.runtime.publisher.is_usable)
@@ -153,7 +153,7 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
     queries: list[str] = []
     for method in ("execute", "executemany", "fetch", "fetchrow", "fetchval"):
         monkeypatch.setattr(asyncpg.Connection, method, recording(getattr(asyncpg.Connection, method), queries))
-    (connection,) = gateway.runtime.publisher._connections
+    (connection,) = gateway.runtime.publisher.connections.open
     transport = CountingTransport(connection._transports._transport)
     monkeypatch.setattr(connection._transports, "_transport", transport)
     futures: list[object] = []

@@ -16,9 +16,12 @@ from pamqp.base import Frame
 
 from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
+from gateway.amqp import reconnection
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.connection import PublishConnection
-from gateway.amqp.publisher import Publisher, reconnect_delay_s
+from gateway.amqp.outgoing import Outgoing
+from gateway.amqp.publisher import Publisher
+from gateway.amqp.reconnection import reconnect_delay_s
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
 from tests.support.eventually import eventually
@@ -30,7 +33,7 @@ ACKED, NACKED, RETURNED, UNKNOWN = Outcome.ACKED, Outcome.NACKED, Outcome.RETURN
 
 @pytest.fixture(autouse=True)
 def reconnects_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher_module, "RECONNECT_DELAYS_S", (0.0, 0.01))
+    monkeypatch.setattr(reconnection, "RECONNECT_DELAYS_S", (0.0, 0.01))
 
 
 @pytest.fixture
@@ -79,7 +82,7 @@ async def connected(*urls: str, **changes: Any) -> AsyncIterator[Publisher]:
 
 
 def usable_connections(publisher: Publisher) -> int:
-    return sum(connection.is_usable() for connection in publisher._connections)
+    return sum(connection.is_usable() for connection in publisher.connections.open)
 
 
 def ids(count: int, batch: str = "A") -> list[str]:
@@ -91,7 +94,7 @@ def payloads(count: int) -> list[bytes]:
 
 
 def publish(publisher: Publisher, count: int, batch: str = "A") -> "asyncio.Task[bytes]":
-    return asyncio.create_task(publisher.publish(ids(count, batch), payloads(count)))
+    return asyncio.create_task(publisher.publish(Outgoing(ids(count, batch), payloads(count))))
 
 
 def ids_of(published: list[Published]) -> list[str]:
@@ -194,7 +197,7 @@ async def test_each_message_has_the_outcome_the_broker_gave_it(
             script(session)
         assert list(await batch) == SCRIPTS[script]
         assert is_idle(publisher)
-        assert (publisher.late_confirms, publisher.republished) == (0, 0)
+        assert (publisher.connections.late_confirms, publisher.republished) == (0, 0)
         assert len(broker.published) == 4
 
 
@@ -240,7 +243,7 @@ async def test_a_return_of_something_unknown_harms_nobody(
 
 async def test_nothing_to_publish_is_nothing_published(broker: ScriptedBroker) -> None:
     async with connected(broker.url) as publisher:
-        assert await publisher.publish([], []) == b""
+        assert await publisher.publish(Outgoing([], [])) == b""
     assert broker.published == []
 
 
@@ -263,7 +266,7 @@ async def test_a_payload_over_the_brokers_frame_size_takes_several_frames() -> N
     """The broker closes a connection that sends it a larger frame than was agreed."""
     async with scripted_broker(frame_max=4_096) as broker, connected(broker.url) as publisher:
         large = [b"x" * 4_088, b"y" * 4_089, b"z" * 100_000, b"small"]
-        assert list(await publisher.publish(ids(4), large)) == [ACKED] * 4
+        assert list(await publisher.publish(Outgoing(ids(4), large))) == [ACKED] * 4
         assert [message.body for message in broker.published] == large
         assert [message.body_frames for message in broker.published] == [1, 2, 25, 1]
 
@@ -274,7 +277,7 @@ async def test_a_batch_of_a_thousand_is_one_write_and_one_future(
     broker.mode = "silent"
     broker.on_publish = lambda session, message: session.ack(message.delivery_tag)
     async with connected(broker.url) as publisher:
-        (connection,) = publisher._connections
+        (connection,) = publisher.connections.open
         transport, loop = connection._transports._transport, asyncio.get_running_loop()
         assert transport is not None
         write, create_future = transport.write, loop.create_future
@@ -462,14 +465,14 @@ async def test_a_late_confirm_is_counted_and_gives_the_room_back(broker: Scripte
     async with connected(broker.url, confirm_timeout_s=0.3, max_unconfirmed_messages=3) as publisher:
         before = broker.sessions[0].bytes_received
         assert list(await publish(publisher, 3)) == [UNKNOWN] * 3
-        assert (publisher.unconfirmed_messages, publisher.late_confirms) == (3, 0)
+        assert (publisher.unconfirmed_messages, publisher.connections.late_confirms) == (3, 0)
         assert publisher.unconfirmed_bytes == broker.sessions[0].bytes_received - before
         broker.mode = "ack"
         broker.sessions[0].ack(3, multiple=True)
-        await eventually(lambda: publisher.late_confirms == 3)
+        await eventually(lambda: publisher.connections.late_confirms == 3)
         assert is_idle(publisher)
         assert list(await publish(publisher, 3, "B")) == [ACKED] * 3
-        assert publisher.late_confirms == 3
+        assert publisher.connections.late_confirms == 3
 
 
 async def test_a_connection_with_an_overdue_batch_takes_no_new_ones_while_another_does(broker: ScriptedBroker) -> None:
@@ -506,7 +509,7 @@ async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
         await broker.sessions[0].closed.wait()
         await eventually(publisher.is_usable)
         assert is_idle(publisher)
-        assert publisher.late_confirms == 0, "what was given up has not been confirmed"
+        assert publisher.connections.late_confirms == 0, "what was given up has not been confirmed"
         broker.mode = "ack"
         assert list(await publish(publisher, 1, "B")) == [ACKED]
         assert len(broker.published) == 3
@@ -522,7 +525,7 @@ async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_con
         assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
         assert not broker.sessions[0].closed.is_set()
         broker.sessions[0].ack(2, multiple=True)
-        await eventually(lambda: publisher.late_confirms == 2)
+        await eventually(lambda: publisher.connections.late_confirms == 2)
         await broker.sessions[0].closed.wait()
         assert is_idle(publisher)
         broker.mode = "ack"
@@ -561,7 +564,7 @@ async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: Scri
         await broker.wait_published(1)
         broker.sessions[0].blocked("low on memory")
         assert list(await batch) == [UNKNOWN]
-        await asyncio.sleep(3 * publisher_module.WATCH_INTERVAL_S)
+        await asyncio.sleep(3 * reconnection.WATCH_INTERVAL_S)
         assert len(broker.sessions) == 1
         broker.mode = "ack"
         with broker.sessions[0].together():
@@ -589,10 +592,12 @@ async def test_a_connection_that_hangs_is_left_alone_while_another_confirms(
 
         broker.on_publish = ack_small_ones_elsewhere
         await asyncio.sleep(0.3)
-        on_the_hung = asyncio.create_task(publisher.publish(ids(1, "B"), [large]))  # nothing shows yet that it hangs
+        on_the_hung = asyncio.create_task(
+            publisher.publish(Outgoing(ids(1, "B"), [large]))
+        )  # nothing shows yet that it hangs
         await broker.wait_published(2)
         assert list(await publish(publisher, 1, "C")) == [ACKED]
-        elsewhere = asyncio.create_task(publisher.publish(ids(3, "D"), [large] * 3))
+        elsewhere = asyncio.create_task(publisher.publish(Outgoing(ids(3, "D"), [large] * 3)))
         await broker.wait_published(6)
         for n in range(5):  # by what is unconfirmed, the hung one would be the better choice
             assert list(await publish(publisher, 1, str(n))) == [ACKED]
@@ -606,9 +611,9 @@ async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroke
     async with connected(broker.url) as publisher:
         now = asyncio.get_running_loop().time()
         with pytest.raises(QueueUnavailable):
-            await publisher.publish(ids(1), payloads(1), deadline=now + publisher_module.TOO_LATE_S / 2)
+            await publisher.publish(Outgoing(ids(1), payloads(1)), deadline=now + publisher_module.TOO_LATE_S / 2)
         assert broker.published == []
-        assert list(await publisher.publish(ids(1), payloads(1), deadline=now + 5)) == [ACKED]
+        assert list(await publisher.publish(Outgoing(ids(1), payloads(1)), deadline=now + 5)) == [ACKED]
 
 
 async def test_a_slow_broker_is_handed_less_and_callers_are_told_when_to_come_back(broker: ScriptedBroker) -> None:
@@ -635,7 +640,7 @@ async def test_one_account_that_floods_does_not_lock_another_out(broker: Scripte
     async with connected(broker.url, max_unconfirmed_messages=4_000) as publisher:
         batches: list[asyncio.Task[bytes]] = []
         while True:
-            task = asyncio.create_task(publisher.publish(ids(500), payloads(500), account_id=1))
+            task = asyncio.create_task(publisher.publish(Outgoing(ids(500), payloads(500), None, 1)))
             await asyncio.sleep(0)
             if task.done():
                 break
@@ -645,7 +650,7 @@ async def test_one_account_that_floods_does_not_lock_another_out(broker: Scripte
         with pytest.raises(Overloaded):
             publisher.refuse_if_full(1)
         publisher.refuse_if_full(2)
-        batches.append(asyncio.create_task(publisher.publish(ids(500), payloads(500), account_id=2)))
+        batches.append(asyncio.create_task(publisher.publish(Outgoing(ids(500), payloads(500), None, 2))))
         await broker.wait_published(3_500)
         broker.sessions[0].ack(3_500, multiple=True)
         assert [list(await batch) for batch in batches] == [[ACKED] * 500] * 7
@@ -663,7 +668,7 @@ async def test_a_long_outage_is_told_to_be_long(broker: ScriptedBroker, monkeypa
         for moment in (now, now + 7, now + 9_000):
             monkeypatch.setattr(loop, "time", partial(float, moment))
             with pytest.raises(QueueUnavailable) as refused:
-                await publisher.publish(ids(1), payloads(1))
+                await publisher.publish(Outgoing(ids(1), payloads(1)))
             waits.append(refused.value.headers()["Retry-After"])
             monkeypatch.undo()
         assert waits == ["1", "4", "10"]
@@ -692,8 +697,8 @@ async def test_not_connected_is_unavailable(broker: ScriptedBroker) -> None:
     publisher = Publisher(settings_for(broker.url))
     assert not publisher.is_usable()
     with pytest.raises(QueueUnavailable):
-        await publisher.publish(ids(1), payloads(1))
-    assert not publisher.was_connected
+        await publisher.publish(Outgoing(ids(1), payloads(1)))
+    assert not publisher.connections.was_connected
 
 
 async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: ScriptedBroker) -> None:
@@ -703,7 +708,7 @@ async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: Scr
         await eventually(lambda: not publisher.is_usable())
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
-        assert publisher.was_connected
+        assert publisher.connections.was_connected
         await broker.start_listening()
         await eventually(publisher.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
@@ -774,12 +779,12 @@ async def test_over_the_cap_of_bytes_nothing_is_written(broker: ScriptedBroker) 
 async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker) -> None:
     """Between the closing and its notice lies a turn of the loop, in which a write would be swallowed."""
     async with connected(broker.url) as publisher:
-        (connection,) = publisher._connections
+        (connection,) = publisher.connections.open
         connection._transports.abort()
         with pytest.raises(QueueUnavailable):
-            await publisher.publish(ids(1), payloads(1))
+            await publisher.publish(Outgoing(ids(1), payloads(1)))
         with pytest.raises(QueueUnavailable):  # had it been chosen a moment earlier
-            await connection.publish(ids(1), payloads(1), None, asyncio.get_running_loop().time() + 1)
+            await connection.publish(Outgoing(ids(1), payloads(1)), asyncio.get_running_loop().time() + 1)
         assert is_idle(publisher)
     assert broker.published == []
 
@@ -796,7 +801,7 @@ async def test_beyond_that_the_connection_with_less_on_the_wire_is_chosen(broker
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
         large = [b" " * 70_000]
-        batches = [asyncio.create_task(publisher.publish(ids(1, f"{n}"), large)) for n in range(6)]
+        batches = [asyncio.create_task(publisher.publish(Outgoing(ids(1, f"{n}"), large))) for n in range(6)]
         await broker.wait_published(6)
         by_connection = [message.connection for message in broker.published]
         assert by_connection.count(0) == by_connection.count(1) == 3
@@ -935,7 +940,7 @@ async def test_a_silent_peer_is_dead_soon_enough_to_publish_again_elsewhere(brok
 
 async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBroker) -> None:
     async with connected(broker.url, amqp_heartbeat_s=1) as publisher:
-        await asyncio.sleep(1 + publisher_module.HEARTBEAT_MARGIN_S + 1.0)
+        await asyncio.sleep(1 + reconnection.HEARTBEAT_MARGIN_S + 1.0)
         assert publisher.is_usable()
         assert len(broker.sessions) == 1
 
@@ -1003,7 +1008,7 @@ async def test_a_queue_with_other_arguments_is_said_so_and_tried_again(
     async with started(broker.url) as publisher:
         await broker.wait_opened(3)
         assert not publisher.is_usable()
-        assert not publisher.was_connected
+        assert not publisher.connections.was_connected
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         broker.on_declare = None  # the operator has removed the old queue
@@ -1046,7 +1051,7 @@ async def test_closing_settles_what_is_pending_as_unknown_at_once(broker: Script
     assert is_idle(publisher)
     assert not publisher.is_usable()
     with pytest.raises(QueueUnavailable):
-        await publisher.publish(ids(1), payloads(1))
+        await publisher.publish(Outgoing(ids(1), payloads(1)))
     assert len(broker.published) == 3
     await asyncio.gather(*(session.closed.wait() for session in broker.sessions))
 
@@ -1067,11 +1072,11 @@ async def test_closing_says_goodbye_to_the_broker(broker: ScriptedBroker) -> Non
 
 async def test_a_broker_that_reads_no_more_cannot_hold_the_closing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under an alarm: our goodbye would wait behind a batch that the broker does not take."""
-    monkeypatch.setattr(publisher_module, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(reconnection, "CLOSE_TIMEOUT_S", 0.1)
     async with asyncio.timeout(10.0), scripted_broker(receive_buffer=4_096) as broker:
         async with connected(broker.url) as publisher:
             broker.sessions[0].pause_reading()
-            batch = asyncio.create_task(publisher.publish(ids(1), [b"x" * 10_000_000]))
+            batch = asyncio.create_task(publisher.publish(Outgoing(ids(1), [b"x" * 10_000_000])))
             await eventually(lambda: publisher.unconfirmed_messages == 1)
         assert list(await batch) == [UNKNOWN]
         broker.sessions[0].resume_reading()  # to notice that we are gone
@@ -1095,7 +1100,7 @@ def no_message_text_in_logs(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
 
 
 def test_after_days_of_failures_the_delay_is_still_a_delay() -> None:
-    shortest, longest = publisher_module.RECONNECT_DELAYS_S
+    shortest, longest = reconnection.RECONNECT_DELAYS_S
     assert all(shortest <= reconnect_delay_s(failures) <= longest for failures in (0, 1, 10, 1_100, 10**6))
 
 

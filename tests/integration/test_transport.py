@@ -35,8 +35,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from yarl import URL
 
 from gateway import tls
-from gateway.amqp.connection import PublishConnection, stray_cancellation_is_loss
-from gateway.amqp.connection import reason as broker_reason
+from gateway.amqp.connection import PublishConnection
+from gateway.amqp.transport import reason as broker_reason
+from gateway.amqp.transport import stray_cancellation_is_loss
 from gateway.cli.admin import open_admin
 from gateway.config import ConfigurationError, Settings
 from gateway.postgres.pool import connect_to_primary, reason

@@ -9,7 +9,6 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 import gateway
 from gateway import errors
 from gateway.ingest import batch, idempotency, wire
-from gateway.ingest.auth import HEADER
 from gateway.web import answers, api
 from tests.support.openapi_document import COMPONENTS, DOCUMENT, REQUEST, RESPONSES, resolved, validator_of
 
@@ -107,9 +106,9 @@ def test_the_fields_are_those_of_the_wire() -> None:
 
 
 def test_the_headers_are_the_gateways() -> None:
-    assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == HEADER
-    assert set(COMPONENTS["parameters"]) == {idempotency.HEADER, answers.REQUEST_ID_HEADER}
-    assert idempotency.REPLAYED in RESPONSES["200"]["headers"]
+    assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == api.API_KEY_HEADER
+    assert set(COMPONENTS["parameters"]) == {api.IDEMPOTENCY_HEADER, answers.REQUEST_ID_HEADER}
+    assert api.REPLAYED.keys() <= RESPONSES["200"]["headers"].keys()
     assert set(resolved(RESPONSES["405"]["headers"]["Allow"])["schema"]["enum"]) == set(api.ALLOWED.values())
     for kind in ERRORS:
         sent = kind("POST") if kind is errors.MethodNotAllowed else kind()
