@@ -75,7 +75,9 @@ class Pipeline:
             if claim.is_retry:
                 outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
             answer = answer_for(batch, batch.outcomes_of_messages(outcomes))
-            record.queued, record.errors = answer.queued_count, Counter([row.code for row in answer.errors])
+            record.queued = answer.queued_count
+            if answer.errors:
+                record.errors = Counter([row.code for row in answer.errors])
             return await claim.keep(answer)
 
     async def _claim(self, request: BulkRequest, draft: Draft) -> Claim:
