@@ -96,7 +96,7 @@ class Payload(BaseModel):
 class IdGenerator:
     """8-character ids from leased blocks of a database sequence."""
 
-    def __init__(self, pool: "asyncpg.Pool[asyncpg.RequestRecord]") -> None:
+    def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
         self._lock = asyncio.Lock()
         self._next = self._end = 0

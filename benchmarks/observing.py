@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from benchmarks import machine
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
-from gateway.amqp.frames import PublishFramer
+from gateway.amqp.frames import Destination, PublishFramer
 from gateway.config import Settings
 from gateway.telemetry import log
 from gateway.telemetry.counters import AUTHENTICATE, BUILD, PUBLISH, READ, RESOLVE_LISTS, VALIDATE, Counters
@@ -29,7 +29,7 @@ REQUESTS, SAMPLES = 2_000, 9
 SHARES = (0.0, 0.01, 1.0)
 SETTINGS = Settings(database_url="postgres://localhost/", amqp_url="amqp://localhost/")
 COUNTERS = Counters()
-FRAMER = PublishFramer(channel=1, exchange="sms", routing_key="sms", message_type="sms.v1", frame_max=131_072)
+FRAMER = PublishFramer(Destination("sms", "sms", "sms.v1"), 1, 131_072)
 
 
 class Nowhere(SpanExporter):
@@ -54,7 +54,7 @@ def _request(access_log: RequestLog | None, tracing: Tracing | None) -> None:
     record.payloads = 1_000
     record.mark(BUILD)
     if tracing:
-        FRAMER.carrying(tracing.begin_publish(record))
+        FRAMER.carrying(tracing.begin_publish(record) or {})
     record.mark(PUBLISH)
     record.queued = 1_000
     record.end("0123456789abcdef-1f", 200, "")

@@ -23,7 +23,7 @@ from benchmarks import machine, traffic
 from benchmarks.figures import Figure
 from benchmarks.machine import Machine
 from gateway.amqp.confirms import ConfirmTracker
-from gateway.amqp.frames import IncomingFrames, PublishFramer, Settled
+from gateway.amqp.frames import Destination, IncomingFrames, PublishFramer, Settled
 from gateway.ingest import batch, wire
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
@@ -50,6 +50,7 @@ LIST_NUMBER = "+18005551000"
 LISTS = {LIST_NUMBER: 7}
 ACCEPTED_AT = "2026-11-23T11:00:00.123Z"
 REQUEST_ID = "0123456789abcdef" * 2
+ORIGIN = batch.Origin(42, REQUEST_ID, ACCEPTED_AT)
 FRAME_MAX = 131_072  # RabbitMQ's default
 CHANNEL = 1
 NAME = "sms.outbound"
@@ -116,11 +117,10 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     objects = _payload_objects(draft, ids)
     yield "build: its encoding alone", False, lambda: [wire.encode(one) for one in objects]
     enveloped = Layout(messages_per_envelope=ENVELOPE)
-    more_ids = LeasedIds(0).take(batch.ids_needed(draft, enveloped)).ids
-    yield f"build, envelopes of {ENVELOPE}", False, partial(_build, draft, more_ids, enveloped)
+    yield f"build, envelopes of {ENVELOPE}", False, partial(_build, draft, ids, enveloped)
 
-    payloads = _build(draft, ids).payloads
-    framer = PublishFramer(channel=CHANNEL, exchange=NAME, routing_key=NAME, message_type="sms.v1", frame_max=FRAME_MAX)
+    payloads = _build(draft, ids).outgoing.payloads
+    framer = PublishFramer(Destination(NAME, NAME, "sms.v1"), CHANNEL, FRAME_MAX)
     yield "frames", False, partial(framer.pack, ids, payloads)
     yield "bytes formatting", True, _frames_by_formatting(ids, payloads)
     yield "pamqp objects", True, partial(_frames_by_pamqp, ids, payloads)
@@ -148,7 +148,7 @@ def _body(size: int, bad: int = 0, flaw: dict[str, Any] = FORMAT) -> bytes:
 
 
 def _build(draft: batch.Draft, ids: list[str], layout: Layout = batch.PLAIN) -> batch.Batch:
-    return batch.build(draft, LISTS, ids, account_id=42, accepted_at=ACCEPTED_AT, request_id=REQUEST_ID, layout=layout)
+    return batch.build(draft, LISTS, batch.BatchIds(ids, ids), ORIGIN, layout=layout)
 
 
 def _payload_objects(draft: batch.Draft, ids: list[str]) -> list[Payload]:
@@ -328,12 +328,12 @@ def _measure_by_prometheus_client(size: int) -> Work:
 def _refusing(size: int) -> list[Refusing]:
     """Whole batches, decode to frames against decode to answer, sampled in turn."""
     clean = _body(size)
-    framer = PublishFramer(channel=CHANNEL, exchange=NAME, routing_key=NAME, message_type="sms.v1", frame_max=FRAME_MAX)
+    framer = PublishFramer(Destination(NAME, NAME, "sms.v1"), CHANNEL, FRAME_MAX)
     take_ids = _ids(size)
 
     def accept() -> None:
         built = _build(batch.validate(wire.decode_bulk(clean)), take_ids())  # type: ignore[arg-type]
-        framer.pack(built.ids, built.payloads)
+        framer.pack(built.outgoing.ids, built.outgoing.payloads)
 
     def refuse(body: bytes) -> None:
         draft = batch.validate(wire.decode_bulk(body))

@@ -7,7 +7,8 @@ from typing import Any
 
 import msgspec
 
-from gateway.ingest import batch, wire
+from gateway.ingest import wire
+from gateway.ingest.batch import BatchIds, Origin, build, validate
 
 SEED = 20261123
 # 50 characters of text make 111 bytes of JSON a message, and an AMQP payload of 270.
@@ -70,14 +71,9 @@ def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
     """What the gateway would publish for `count` good messages: the bare publisher sends the very same bytes."""
     number = "+18005551000"
     body = msgspec.json.encode({"messages": messages(count, [number], body_length=body_length)})
-    return batch.build(
-        batch.validate(wire.decode_bulk(body)),
-        {number: 7},
-        [f"{n:08}" for n in range(count)],
-        account_id=42,
-        accepted_at="2026-11-23T11:00:00.123Z",
-        request_id="0123456789abcdef" * 2,
-    ).payloads
+    origin = Origin(42, "0123456789abcdef" * 2, "2026-11-23T11:00:00.123Z")
+    ids = BatchIds([f"{n:08}" for n in range(count)], [])
+    return list(build(validate(wire.decode_bulk(body)), {number: 7}, ids, origin).outgoing.payloads)
 
 
 def envelopes(single: Sequence[bytes], sms_per_message: int) -> list[bytes]:

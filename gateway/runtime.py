@@ -1,10 +1,11 @@
-"""Everything a request needs, in one typed object: opened in order, closed in reverse."""
+"""All state of one gateway process, in one typed object: opened in order, closed in reverse."""
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from aiohttp import web
 
@@ -15,11 +16,12 @@ from gateway.ingest.admission import Admission
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Idempotency
+from gateway.ingest.pipeline import Pipeline
 from gateway.postgres.pool import Database
 from gateway.postgres.queries import Store
 from gateway.telemetry.counters import Counters, Histogram
 from gateway.telemetry.requests import RequestLog
-from gateway.telemetry.tracing import Tracing
+from gateway.telemetry.tracing import NoTracing, Tracing
 
 LAG_INTERVAL_S = 0.25
 
@@ -34,13 +36,26 @@ class Runtime:
     ids: IdSupply
     idempotency: Idempotency
     publisher: Publisher
+    pipeline: Pipeline
     admission: Admission
-    layout: Layout
-    request_log: RequestLog
     counters: Counters
-    tracing: Tracing | None = None
+    request_log: RequestLog
+    tracing: Tracing | NoTracing
     database_was_reached: bool = False
     draining: bool = False
+
+    def not_ready_reasons(self) -> list[str]:
+        """Return the reasons for which the process is not ready; none when it is.
+
+        A server that was reached once and is away does not count. It would take all replicas out of the load balancer
+        at once, and callers would get connection errors in place of a 503.
+        """
+        reasons = {
+            "draining": self.draining,
+            "the broker has not been reached yet": not self.publisher.connections.was_connected,
+            "the database has not been reached yet": not self.database_was_reached,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
 
 
 RUNTIME = web.AppKey("runtime", Runtime)
@@ -48,12 +63,10 @@ RUNTIME = web.AppKey("runtime", Runtime)
 
 @asynccontextmanager
 async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
-    """Open store, ids and publisher. Neither server needs to be up: the gateway becomes ready when they are."""
+    """Open pool, ids and publisher. Neither server has to be up: the process becomes ready when both have answered."""
     async with AsyncExitStack() as stack:
-        tracing = None
-        if settings.traces == "on":
-            tracing = Tracing(settings)
-            stack.push_async_callback(tracing.close)
+        tracing = Tracing(settings) if settings.traces == "on" else NoTracing()
+        stack.push_async_callback(tracing.close)
         database = Database(settings)
         await database.open()
         stack.push_async_callback(database.close)
@@ -65,24 +78,40 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         stack.push_async_callback(publisher.close)
         idempotency = Idempotency(store, longest_run_s=settings.confirm_timeout_s)
         stack.push_async_callback(idempotency.close)
-        admission = Admission(max_requests=settings.max_requests_in_flight, max_bytes=settings.max_bytes_in_flight)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
-        request_log = RequestLog(settings.request_log_sample)
         runtime = Runtime(
-            *(settings, database, store, ids, idempotency, publisher, admission, layout, request_log, Counters()),
+            settings=settings,
+            database=database,
+            store=store,
+            ids=ids,
+            idempotency=idempotency,
+            publisher=publisher,
+            pipeline=Pipeline(
+                store=store, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
+            ),
+            admission=Admission(max_requests=settings.max_requests_in_flight, max_bytes=settings.max_bytes_in_flight),
+            counters=Counters(),
+            request_log=RequestLog(settings.request_log_sample),
             tracing=tracing,
         )
-        reaching = asyncio.create_task(_reach_database(runtime), name="reach the database")
-        stack.push_async_callback(_stop, reaching)
-        sweeping = asyncio.create_task(idempotency.sweep_for_ever(), name="sweep idempotency keys")
-        stack.push_async_callback(_stop, sweeping)
-        lagging = asyncio.create_task(_watch_event_loop(runtime.counters.loop_lag_s), name="watch the event loop")
-        stack.push_async_callback(_stop, lagging)
+        _run(stack, _reach_database(runtime), "reach the database")
+        _run(stack, idempotency.sweep_for_ever(), "sweep idempotency keys")
+        _run(stack, _watch_event_loop(runtime.counters.loop_lag_s), "watch the event loop")
         yield runtime
 
 
+def _run(stack: AsyncExitStack, work: Coroutine[Any, Any, None], name: str) -> None:
+    """Run a task until the stack is closed."""
+    stack.push_async_callback(_stop, asyncio.create_task(work, name=name))
+
+
+async def _stop(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def _reach_database(runtime: Runtime) -> None:
-    """Lease the first ids; until that works the gateway is not ready."""
+    """Lease the first message ids; until that works the process is not ready."""
     while not runtime.database_was_reached:
         try:
             await runtime.ids.take(0)
@@ -92,14 +121,9 @@ async def _reach_database(runtime: Runtime) -> None:
 
 
 async def _watch_event_loop(lag_s: Histogram) -> None:
-    """How much later than asked for a task runs: the longest of what it waits for behind others."""
+    """Measure how late a timer fires: the delay that every request sees at least."""
     loop = asyncio.get_running_loop()
     while True:
         due_at = loop.time() + LAG_INTERVAL_S
         await asyncio.sleep(LAG_INTERVAL_S)
         lag_s.observe(max(0.0, loop.time() - due_at))
-
-
-async def _stop(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)

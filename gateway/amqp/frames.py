@@ -34,17 +34,26 @@ _CHANNEL_CLOSE = (20, 40)
 _BLOCKED, _UNBLOCKED = (10, 60), (10, 61)
 
 
-class PublishFramer:
-    """Packs publishes to one exchange and routing key on one channel: persistent, mandatory, JSON."""
+class Destination(NamedTuple):
+    """An exchange, a routing key, and the AMQP `type` of the messages sent there."""
 
-    def __init__(self, *, channel: int, exchange: str, routing_key: str, message_type: str, frame_max: int) -> None:
+    exchange: str
+    routing_key: str
+    message_type: str
+
+
+class PublishFramer:
+    """Packs publishes to one destination on one channel: persistent, mandatory, JSON."""
+
+    def __init__(self, destination: Destination, channel: int, frame_max: int) -> None:
         """`frame_max` is the negotiated size of a whole frame in bytes; 0 means that the broker sets none."""
         self._channel = channel
-        self._message_type = message_type
+        self._message_type = destination.message_type
         self._headers: FieldTable = {}
-        self._publish = pamqp.frame.marshal(
-            commands.Basic.Publish(exchange=exchange, routing_key=routing_key, mandatory=True), channel
+        publish = commands.Basic.Publish(
+            exchange=destination.exchange, routing_key=destination.routing_key, mandatory=True
         )
+        self._publish = pamqp.frame.marshal(publish, channel)
         self._max_body = (frame_max or DEFAULT_FRAME_MAX) - FRAME_OVERHEAD
         self._lay_out()
 
@@ -155,6 +164,8 @@ class IncomingFrames:
     def __init__(self) -> None:
         self.channel: int | None = None  # the publish channel, once it is open
         self._rest = b""
+        self._buffer = b""  # of the feed() in progress, like _events
+        self._events: list[Event] = []
         self._out_of_step = False
         self._returned_id: str | None = None
         self._returned_bytes = 0  # of the returned message's content that are still to come; below 0 until its header
@@ -164,8 +175,8 @@ class IncomingFrames:
         """Take bytes as they came; returns what is not for us, in whole frames, and the events, both in order."""
         if self._out_of_step:
             return data, []
-        buffer = self._rest + data if self._rest else data
-        events: list[Event] = []
+        buffer = self._buffer = self._rest + data if self._rest else data
+        events = self._events = []
         passed_on: list[bytes] = []
         start = end = 0
         try:
@@ -178,7 +189,7 @@ class IncomingFrames:
                     break
                 if buffer[next_end - 1] != END[0]:
                     raise _NotAFrame
-                if channel in (self.channel, 0) and self._take(kind, channel, buffer, end, next_end, events):
+                if channel in (self.channel, 0) and self._take(kind, channel, end, next_end):
                     passed_on.append(buffer[start:end])
                     start = next_end
                 end = next_end
@@ -186,11 +197,12 @@ class IncomingFrames:
             self._out_of_step = True
             end = len(buffer)
         passed_on.append(buffer[start:end])
-        self._rest = buffer[end:]
+        self._rest, self._buffer = buffer[end:], b""
         return b"".join(passed_on), events
 
-    def _take(self, kind: int, channel: int, buffer: bytes, start: int, end: int, events: list[Event]) -> bool:
-        """Turn the frame from `start` to `end` into an event; whether it was for us alone. Raises _NotAFrame."""
+    def _take(self, kind: int, channel: int, start: int, end: int) -> bool:
+        """Turn the frame from `start` to `end` into an event. Return True if it is for us alone. Raises _NotAFrame."""
+        buffer, events = self._buffer, self._events
         at = start + _frame_start.size
         size = end - start - FRAME_OVERHEAD
         if kind == _METHOD:

@@ -5,7 +5,8 @@ to its deadline, until all of them passed it: written, answered as unknown, sent
 that confirms take, as TCP's follows loss (RFC 5681, additive increase, multiplicative decrease): it grows by what was
 confirmed in time, while it is made use of (RFC 7661), and shrinks once for all that was on the wire together.
 
-One account may take three times what is free, and so leaves room for others (admission.py has the theory).
+One account may take up to SHARE times the free part, and so leaves room for others (ingest/admission.py has the
+theory).
 
 Loads are counted in messages; large ones weigh more (`weigh`), so that one window bounds messages and bytes.
 """
@@ -18,6 +19,11 @@ SHRINK = 0.7
 SHARE = 3
 SMOOTHING = 0.1
 MOST_REFUSED = 10_000  # accounts remembered as refused; beyond, all are forgotten
+
+
+def fits_fair_share(held: int, free: int) -> bool:
+    """Return True if an account may hold so much while `free` is free: up to SHARE times the free part."""
+    return held <= SHARE * free
 
 
 class ConfirmWindow:
@@ -40,7 +46,7 @@ class ConfirmWindow:
     def has_room(self, load: int, *, unconfirmed: int, account_id: int) -> bool:
         """Whether a batch may be written; one alone always may, and an account's only one where there is room."""
         mine, free = self.of[account_id], self.messages - unconfirmed
-        fits = not unconfirmed or (load <= free and (not mine or mine + load <= SHARE * free))
+        fits = not unconfirmed or (load <= free and (not mine or fits_fair_share(mine + load, free)))
         if fits:
             self._refused.pop(account_id, None)
         else:

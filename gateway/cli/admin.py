@@ -73,7 +73,7 @@ class AdminError(Exception):
 class Admin:
     """The administration's tasks, on one connection. Each returns the row or rows it made, changed or found."""
 
-    def __init__(self, connection: "asyncpg.Connection[asyncpg.RequestRecord]") -> None:
+    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
         self._connection = connection
 
     async def create_account(self, name: str) -> Row:

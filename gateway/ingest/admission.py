@@ -1,8 +1,8 @@
-"""A bounded place for requests in flight: what does not fit is refused before it costs anything.
+"""Admission: a bounded number of requests in flight, and of bytes reserved for their bodies.
 
-No account can fill the house: each may hold at most SHARE times what is free, of places and of bytes. Alone it gets
-three quarters of all; the more others hold, the less. (Dynamic thresholds, Choudhury and Hahne 1998: nothing to set
-per account, and nobody has to know who is active.)
+No account can take everything. Each may hold up to SHARE times the free part of slots and of bytes: alone, three
+quarters of all; less, the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account, and
+no need to know which accounts are active.)
 """
 
 import time
@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gateway.amqp.window import fits_fair_share
 from gateway.errors import Draining, Overloaded
 
-SHARE = 3
 SMOOTHING = 0.05
 
 
 class Admission:
-    """Counts the requests in flight and the bytes of their bodies, in all and by account."""
+    """Counts the requests in flight and the bytes reserved for their bodies, in total and by account."""
 
     def __init__(self, *, max_requests: int, max_bytes: int) -> None:
         self._max_requests = max_requests
@@ -26,36 +26,39 @@ class Admission:
         self.reserved_bytes = 0
         self.requests_of: Counter[int] = Counter()
         self.bytes_of: Counter[int] = Counter()
-        self.held_s = 0.0  # how long a request keeps its place, smoothed: when one may be free again
+        self.held_s = 0.0  # smoothed time that a request holds its slot: a slot may be free again after it
         self.closed = False
-        self.shed: Counter[str] = Counter()  # how many requests found no room, and what there was too little of
+        self.shed: Counter[str] = Counter()  # requests refused, by the resource that ran out
 
     @contextmanager
-    def admit(self) -> Iterator["Place"]:
-        """Hold a place for a request. Raises Overloaded or Draining."""
+    def admit(self) -> Iterator["Slot"]:
+        """Hold a slot for a request. Raises Overloaded or Draining."""
         if self.closed:
             raise Draining
         if self.requests >= self._max_requests:
             self.shed["slots"] += 1
             raise Overloaded(retry_after_s=self.held_s)
         self.requests += 1
-        place = Place(self)
+        slot = Slot(self)
         admitted_at = time.monotonic()
         try:
-            yield place
+            yield slot
         finally:
             self.requests -= 1
-            place.give_back()
+            slot.give_back()
             self.held_s += SMOOTHING * (time.monotonic() - admitted_at - self.held_s)
 
     def reserve(self, account_id: int, size: int) -> None:
-        """Take an account's share of the places, and room for a body; a Place gives them back."""
+        """Reserve an account's share of the slots, and `size` bytes for a body. Raises Overloaded."""
         requests, held = self.requests_of[account_id], self.bytes_of[account_id]
         free_requests, free_bytes = self._max_requests - self.requests, self._max_bytes - self.reserved_bytes
         has_no_room = size > free_bytes
         if has_no_room or (
-            requests  # its only one is nobody's loss
-            and (requests >= SHARE * (free_requests + 1) or held + size > SHARE * free_bytes)
+            requests  # an account's only request takes no share from others
+            and not (
+                # The request has its slot already, so one more was free.
+                fits_fair_share(requests + 1, free_requests + 1) and fits_fair_share(held + size, free_bytes)
+            )
         ):
             self.shed["bytes" if has_no_room else "account_share"] += 1
             raise Overloaded(retry_after_s=self.held_s)
@@ -64,7 +67,7 @@ class Admission:
         self.bytes_of[account_id] += size
 
     def give_back(self, account_id: int, size: int) -> None:
-        """What reserve() took."""
+        """Give back what reserve() took."""
         self.reserved_bytes -= size
         for counter, amount in ((self.requests_of, 1), (self.bytes_of, size)):
             counter[account_id] -= amount
@@ -72,8 +75,8 @@ class Admission:
                 del counter[account_id]
 
 
-class Place:
-    """One request's place, and what is reserved for it."""
+class Slot:
+    """The slot of one request in flight, and what is reserved for it."""
 
     __slots__ = ("_admission", "_reserved")
 
@@ -82,7 +85,7 @@ class Place:
         self._reserved: tuple[int, int] | None = None
 
     def reserve(self, account_id: int, size: int) -> None:
-        """Reserve room for a body of this account before any of it is read. Raises Overloaded."""
+        """Reserve `size` bytes for a body of this account before any of it is read. Raises Overloaded."""
         self._admission.reserve(account_id, size)
         self._reserved = (account_id, size)
 

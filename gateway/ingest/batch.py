@@ -12,6 +12,7 @@ from typing import NamedTuple
 from msgspec import UNSET
 
 from gateway import errors
+from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.envelopes import Layout, Placed, place
 from gateway.ingest.wire import (
     Bulk,
@@ -48,24 +49,33 @@ class Draft(NamedTuple):
         return list(set(self.list_numbers))
 
 
+class BatchIds(NamedTuple):
+    """The message ids of one batch."""
+
+    messages: list[str]  # one for each message of the request, by its index
+    envelopes: list[str]  # for AMQP messages that carry several SMS; unused by other layouts
+
+
+class Origin(NamedTuple):
+    """The fields that all payloads of one request share."""
+
+    account_id: int
+    request_id: str
+    accepted_at: str  # ISO 8601, UTC, milliseconds
+
+
 class Batch(NamedTuple):
-    """The messages that are the caller's to send, and the payloads that carry them."""
+    """The messages that the caller may send, and the AMQP messages that carry them."""
 
     ids: list[str]  # one for each of messages
     messages: list[Message]
-    indexes: Sequence[int]  # where each of messages stood in the request
+    indexes: Sequence[int]  # index of each of messages in the request
     rows: list[ErrorRow]
-    payload_ids: list[str]  # one for each of payloads: the AMQP message_id
-    payloads: list[bytes]
-    placed: list[Placed] | None = None  # what each payload carries, and where to; None: one message each, one queue
-
-    @property
-    def shards(self) -> list[int] | None:
-        """The shard of each payload, ascending; None where there is one queue."""
-        return [shard for shard, _ in self.placed] if self.placed is not None else None
+    outgoing: Outgoing
+    placed: list[Placed] | None = None  # contents and shard of each AMQP message; None: one message each, one queue
 
     def outcomes_of_messages(self, outcomes: bytes) -> bytes:
-        """One outcome per message, from one per payload: what becomes of an envelope becomes of all it carries."""
+        """Return one outcome per message, from one per AMQP message; an envelope's outcome holds for all it carries."""
         if self.placed is None:
             return outcomes
         spread = bytearray(len(self.messages))
@@ -151,32 +161,17 @@ def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal |
     return None
 
 
-def ids_needed(draft: Draft, layout: Layout) -> int:
-    """How many ids build() may use: one for each message of the request, and one for each envelope."""
-    return draft.size + layout.most_envelopes(draft.list_numbers)
+def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin, *, layout: Layout = PLAIN) -> Batch:
+    """Build the payloads of the draft's messages whose list is in `lists` (list number → list id, the account's own).
 
-
-def build(
-    draft: Draft,
-    lists: Mapping[str, int],
-    ids: list[str],
-    *,
-    account_id: int,
-    accepted_at: str,
-    request_id: str,
-    layout: Layout = PLAIN,
-) -> Batch:
-    """Payloads for the draft's messages whose list is among `lists` (list number → list id, the account's own).
-
-    `ids` holds ids_needed() ids. A message's id depends on its index alone, whatever else was refused: when the batch
-    runs again, on another version perhaps, or without a list that is gone, nobody's id has shifted.
+    The id of a message depends on its index alone. When a batch runs again without a list that is gone, the other
+    messages keep their ids.
     """
-    envelope_ids = ids[draft.size :]
     messages, list_numbers, indexes, rows, _ = draft
     if not lists.keys() >= set(list_numbers):
-        messages, list_numbers, indexes, rows, _ = _own(draft, lists)
-    if len(indexes) < draft.size:
-        ids = [ids[index] for index in indexes]
+        messages, list_numbers, indexes, rows, _ = _only_owned(draft, lists)
+    used = ids.messages if len(indexes) == draft.size else [ids.messages[index] for index in indexes]
+    account_id, request_id, accepted_at = origin
     contents = [
         Payload(
             message_id,
@@ -192,24 +187,30 @@ def build(
             request_id,
             index,
         )
-        for message, list_number, message_id, index in zip(messages, list_numbers, ids, indexes, strict=False)
+        for message, list_number, message_id, index in zip(messages, list_numbers, used, indexes, strict=True)
     ]
-    ids = ids[: len(contents)]
     if layout.is_plain:
-        return Batch(ids, messages, indexes, rows, ids, [encode(content) for content in contents])
+        outgoing = Outgoing(used, list(map(encode, contents)), None, account_id)
+        return Batch(used, messages, indexes, rows, outgoing)
     placed = place([content.list_id for content in contents], layout)
+    outgoing = _pack(contents, placed, ids.envelopes, layout)
+    return Batch(used, messages, indexes, rows, outgoing, placed)
+
+
+def _pack(contents: list[Payload], placed: list[Placed], envelope_ids: list[str], layout: Layout) -> Outgoing:
+    """Encode messages as `placed` says: each alone, or several of a list in one envelope."""
     if layout.messages_per_envelope == 1:
-        carried = [positions[0] for _, positions in placed]
-        payload_ids = [ids[position] for position in carried]
-        payloads = [encode(contents[position]) for position in carried]
+        carried = [contents[positions[0]] for _, positions in placed]
+        ids, payloads = [content.id for content in carried], list(map(encode, carried))
     else:
-        payload_ids = envelope_ids[: len(placed)]
+        ids = envelope_ids[: len(placed)]
         payloads = [encode([contents[position] for position in positions]) for _, positions in placed]
-    return Batch(ids, messages, indexes, rows, payload_ids, payloads, placed)
+    account_id = contents[0].account_id if contents else 0
+    return Outgoing(ids, payloads, [shard for shard, _ in placed], account_id)
 
 
-def _own(draft: Draft, lists: Mapping[str, int]) -> Draft:
-    """The draft without the messages whose list is not the caller's: each gets a row."""
+def _only_owned(draft: Draft, lists: Mapping[str, int]) -> Draft:
+    """Return the draft without the messages whose list is not the caller's; each of those gets a row."""
     mine = Draft([], [], indexes := [], list(draft.rows), draft.size)
     for message, list_number, index in zip(draft.messages, draft.list_numbers, draft.indexes, strict=True):
         if list_number in lists:

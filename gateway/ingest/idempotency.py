@@ -1,11 +1,12 @@
-"""The Idempotency-Key: a request sent again is answered as the first time, or runs again with the same message ids.
+"""The Idempotency-Key: a request sent again gets the first answer, or runs again with the same message ids.
 
-    absent ──hold──→ held ──keep──→ kept: the answer, for 24 hours ──sweep──→ absent
-                      ├── 503 of the first run ──→ absent: nothing was queued, as if never sent
+    absent ──hold──→ held ──keep──→ answered: the answer is stored for 24 hours ──sweep──→ absent
+                      ├── 503 in the first run ──→ absent: nothing was queued
                       └── unknown outcome, or the process died ──→ free: the next run takes the same ids
 
-The row is written in the round trip that finds the lists. A hold ends by itself, a moment after the longest that a run
-can take: nobody has to clean up behind a dead process. (Models: draft-ietf-httpapi-idempotency-key-header, and Stripe.)
+The row is written in the query that finds the lists. A hold expires by the database's clock, shortly after the longest
+possible run, so nothing has to clean up after a dead process. (Models: draft-ietf-httpapi-idempotency-key-header, and
+Stripe.)
 """
 
 import asyncio
@@ -15,10 +16,9 @@ import random
 import re
 import secrets
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
+from types import TracebackType
 from typing import Any, NamedTuple
-
-from multidict import CIMultiDictProxy
 
 from gateway.errors import (
     DatabaseUnavailable,
@@ -28,114 +28,170 @@ from gateway.errors import (
     OutcomeUnknown,
     Unavailable,
 )
-from gateway.ingest.batch import Draft
+from gateway.ingest.batch import BatchIds
 from gateway.ingest.message_ids import IdBlock, ids_at
 from gateway.ingest.wire import Answer, encode
 from gateway.postgres.queries import HeldKey, Store
 
 log = logging.getLogger(__name__)
 
-HEADER = "Idempotency-Key"
-REPLAYED = "Idempotent-Replayed"
 HOLD_MARGIN_S = 2.0  # beyond the longest run
-SETTLE_WAIT_S = 0.25  # for the row to be settled before the caller is answered; it is settled all the same
+SETTLE_WAIT_S = 0.25  # the answer waits so long for the row to be settled; the row is settled in any case
 SWEEP_INTERVAL_S = 60.0
-MOST_KEPT_BYTES = 256 * 1024  # rows echo what came in: beyond a thousand sane ones, the batch simply runs again
+MAX_KEPT_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 
 
-def sent_key(headers: "CIMultiDictProxy[str]") -> str | None:
-    """The request's key; None when it has none. Raises InvalidIdempotencyKey."""
-    keys = headers.getall(HEADER, [])
-    if not keys:
+def parse_key(values: Sequence[str]) -> str | None:
+    """Return the key of a request's Idempotency-Key headers; None without any. Raises InvalidIdempotencyKey."""
+    if not values:
         return None
-    if len(keys) > 1 or not _is_key(keys[0]):
+    if len(values) > 1 or not _is_key(values[0]):
         raise InvalidIdempotencyKey
-    return keys[0]
+    return values[0]
 
 
-class Sent(NamedTuple):
-    """The encoded answer of a request with a key."""
+class Submission(NamedTuple):
+    """One batch to be sent: whose it is, and what identifies a repetition of it."""
 
-    answer: bytes
-    is_replayed: bool
+    account_id: int
+    key: str
+    body: bytes
+    size: int  # messages in the request
+    list_numbers: list[str]  # distinct
+
+
+class Claim:
+    """A run of a request without an Idempotency-Key. Enter it before the first effect, and end with `keep`.
+
+    async with claim:
+        if claim.kept_answer is None:
+            …  # build and publish with claim.lists and claim.ids
+            encoded = await claim.keep(answer)
+    """
+
+    __slots__ = ("_account_id", "_numbers", "_store", "ids", "is_retry", "kept_answer", "lists")
+
+    def __init__(self, store: Store, account_id: int, list_numbers: list[str], ids: BatchIds) -> None:
+        self._store = store
+        self._account_id = account_id
+        self._numbers = list_numbers
+        self.ids = ids
+        self.lists: Mapping[str, int] = {}  # list number → list id: the account's active lists
+        self.is_retry = False  # an earlier run may have published messages
+        self.kept_answer: bytes | None = None  # of an earlier run, encoded
+
+    async def __aenter__(self) -> "Claim":
+        self.lists = await self._store.find_owned_lists(self._account_id, self._numbers)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    async def keep(self, answer: Answer) -> bytes:
+        """Return the encoded answer, after what has to be done before the caller gets it."""
+        return encode(answer)
+
+
+class KeyedClaim(Claim):
+    """A run of a request with an Idempotency-Key: its row is held until the run has ended."""
+
+    __slots__ = ("_block", "_holder", "_idempotency", "_submission")
+
+    def __init__(self, idempotency: "Idempotency", submission: Submission, block: IdBlock, ids: BatchIds) -> None:
+        super().__init__(idempotency.store, submission.account_id, submission.list_numbers, ids)
+        self._idempotency = idempotency
+        self._submission = submission
+        self._block = block
+        self._holder = secrets.randbits(63)
+
+    async def __aenter__(self) -> "KeyedClaim":
+        """Hold the key, or find the stored answer.
+
+        Raises IdempotencyInProgress, IdempotencyKeyReused or DatabaseUnavailable.
+        """
+        sent = self._submission
+        known = await self._store.hold_key(
+            sent.account_id,
+            sent.key,
+            hashlib.sha256(sent.body).digest(),
+            first_id=self._block.first,
+            holder=self._holder,
+            hold_s=self._idempotency.hold_s,
+            numbers=sent.list_numbers,
+        )
+        requests = self._idempotency.requests
+        if isinstance(known, HeldKey):
+            self.lists = known.lists
+            self.is_retry = known.first_id != self._block.first
+            requests["again" if self.is_retry else "first"] += 1
+            if self.is_retry:  # envelopes always get new ids: the layout may have changed
+                self.ids = self.ids._replace(messages=ids_at(known.first_id, sent.size))
+        elif known is None:  # removed between two looks at it: the next try finds the key free
+            requests["in_progress"] += 1
+            raise IdempotencyInProgress
+        elif not known.is_same_body:
+            requests["conflict"] += 1
+            raise IdempotencyKeyReused
+        elif known.answer is None:
+            requests["in_progress"] += 1
+            raise IdempotencyInProgress
+        else:
+            requests["replayed"] += 1
+            self.kept_answer = known.answer
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """After an error, free the key: for the same ids if messages may be queued, otherwise without a trace."""
+        if error is None:
+            return
+        if isinstance(error, Unavailable) and not self.is_retry:
+            await self._settle(self._store.forget_key(*self._row))
+            return
+        await self._settle(self._store.release_key(*self._row))
+        if isinstance(error, Unavailable):  # nothing of this run is queued, but the first run may have queued it all
+            raise OutcomeUnknown from error
+
+    async def keep(self, answer: Answer) -> bytes:
+        """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
+        encoded = encode(answer)
+        if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
+            await self._settle(self._store.release_key(*self._row))
+        else:
+            await self._settle(self._store.keep_answer(*self._row, encoded))
+        return encoded
+
+    @property
+    def _row(self) -> tuple[int, str, int]:
+        return self._submission.account_id, self._submission.key, self._holder
+
+    async def _settle(self, settling: Coroutine[Any, Any, None]) -> None:
+        await self._idempotency.settle(settling)
 
 
 class Idempotency:
-    """Runs requests with a key; their rows are in the database that all processes share."""
+    """Claims for requests with a key. The rows are in the database that all processes share."""
 
     def __init__(self, store: Store, *, longest_run_s: float) -> None:
-        self._store = store
-        self._hold_s = longest_run_s + HOLD_MARGIN_S
+        self.store = store
+        self.hold_s = longest_run_s + HOLD_MARGIN_S
         self._settling: set[asyncio.Task[None]] = set()
-        self.requests: Counter[str] = Counter()  # with a key, by what it led to
+        self.requests: Counter[str] = Counter()  # requests with a key, by result
 
-    async def send_once(
-        self,
-        account_id: int,
-        key: str,
-        body: bytes,
-        draft: Draft,
-        ids: IdBlock,
-        send: Callable[[dict[str, int], list[str], bool], Awaitable[Answer]],
-    ) -> Sent:
-        """The kept answer, or that of `send`, called with the draft's lists, the ids of the first run, and whether the
-        first run may have queued them already: then nothing can be said to be certainly not queued.
-
-        `ids` are used if this is the first. Raises IdempotencyInProgress, IdempotencyKeyReused, DatabaseUnavailable,
-        and whatever `send` raises.
-        """
-        holder = secrets.randbits(63)
-        digest = hashlib.sha256(body).digest()
-        known = await self._store.hold_key(
-            account_id,
-            key,
-            digest,
-            first_id=ids.first,
-            holder=holder,
-            hold_s=self._hold_s,
-            numbers=draft.distinct_list_numbers(),
-        )
-        if known is None:
-            self.requests["in_progress"] += 1
-            raise IdempotencyInProgress  # forgotten between two looks at it: the next try finds it free
-        if not isinstance(known, HeldKey):
-            if not known.is_same_body:
-                self.requests["conflict"] += 1
-                raise IdempotencyKeyReused
-            if known.answer is None:
-                self.requests["in_progress"] += 1
-                raise IdempotencyInProgress
-            self.requests["replayed"] += 1
-            return Sent(known.answer, is_replayed=True)
-        is_first = known.first_id == ids.first
-        self.requests["first" if is_first else "again"] += 1
-        # Envelopes' own ids, behind those of the messages, are fresh in any case: the layout may have changed.
-        same_ids = ids.ids if is_first else ids_at(known.first_id, draft.size) + ids.ids[draft.size :]
-        try:
-            answer = await send(known.lists, same_ids, not is_first)
-        except Unavailable as error:
-            if is_first:
-                await self._settle(self._store.forget_key(account_id, key, holder))
-                raise
-            await self._settle(self._store.release_key(account_id, key, holder))
-            raise OutcomeUnknown from error  # of this run nothing is queued, of the first perhaps all
-        except BaseException:
-            await self._settle(self._store.release_key(account_id, key, holder))
-            raise
-        encoded = encode(answer)
-        if len(encoded) > MOST_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
-            await self._settle(self._store.release_key(account_id, key, holder))
-        else:
-            await self._settle(self._store.keep_answer(account_id, key, holder, encoded))
-        return Sent(encoded, is_replayed=False)
+    def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> KeyedClaim:
+        """Return the claim of a request with a key. `ids`, from `block`, are used if this is the key's first run."""
+        return KeyedClaim(self, submission, block, ids)
 
     async def sweep_for_ever(self) -> None:
-        """Remove expired rows, now and then; a task of each process."""
+        """Remove expired rows at random intervals; a task of each process."""
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_INTERVAL_S)  # noqa: S311 - jitter
             try:
-                while await self._store.sweep_keys():
+                while await self.store.sweep_keys():
                     pass
             except DatabaseUnavailable:
                 log.warning("expired idempotency keys stay until the next sweep")
@@ -145,8 +201,11 @@ class Idempotency:
         if self._settling:
             await asyncio.wait(self._settling)
 
-    async def _settle(self, settling: Coroutine[Any, Any, None]) -> None:
-        """Settle a row. What fails here costs a later run, never a message: the hold ends by itself, the ids stay."""
+    async def settle(self, settling: Coroutine[Any, Any, None]) -> None:
+        """Run a query that settles a row; wait for it up to SETTLE_WAIT_S.
+
+        A failure costs no message: the hold expires by itself, and the next run takes the same ids.
+        """
         task = asyncio.create_task(settling, name="settle an idempotency key")
         self._settling.add(task)
         task.add_done_callback(self._settled)
@@ -155,4 +214,4 @@ class Idempotency:
     def _settled(self, task: "asyncio.Task[None]") -> None:
         self._settling.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("an idempotency key stays held until its time is over: %s", type(error).__name__)
+            log.warning("an idempotency key stays held until its hold expires: %s", type(error).__name__)

@@ -22,8 +22,9 @@ import msgspec
 from aiohttp import web
 
 from gateway.config import ConfigurationError, Settings
-from gateway.web import api, metrics
+from gateway.web import metrics
 from gateway.web import openapi as documents
+from gateway.web.answers import answer_every_request
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _hand_on_renewal(workers: list[Worker]) -> None:
 
 def make_probes_app(workers: list[Worker]) -> web.Application:
     """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
-    app = web.Application(middlewares=[api.answer_every_request])
+    app = web.Application(middlewares=[answer_every_request])
 
     async def live(_request: web.Request) -> web.Response:
         return web.json_response({"status": "alive"})

@@ -47,8 +47,25 @@ def check(settings: Settings) -> None:
             ) from None
 
 
+class NoTracing:
+    """Stands in for Tracing where traces are off."""
+
+    def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
+        """Do nothing."""
+
+    def begin_publish(self, record: RequestRecord) -> None:
+        """Return no AMQP headers."""
+
+    def end(self, record: RequestRecord) -> str:
+        """Return no trace id."""
+        return ""
+
+    async def close(self) -> None:
+        """Do nothing."""
+
+
 class Tracing:
-    """Starts and ends spans; what it needs of a request it reads from its RequestRecord."""
+    """Starts and ends spans, with the facts of a request's RequestRecord."""
 
     def __init__(
         self, settings: Settings, exporter: "SpanExporter | None" = None, sampler: "Sampler | None" = None
@@ -91,10 +108,10 @@ class Tracing:
             start_time=record.origin_ns,
         )
 
-    def begin_publish(self, record: RequestRecord) -> dict[str, str]:
-        """Start the span of the publish. Return AMQP headers with its context; none if nothing is published."""
+    def begin_publish(self, record: RequestRecord) -> Mapping[str, str] | None:
+        """Start the span of the publish. Return AMQP headers with its context; None if nothing is published."""
         if not record.payloads:
-            return {}
+            return None
         record.publish_span = span = self._tracer.start_span(
             f"publish {self._destination}",
             self._api.set_span_in_context(_span(record.span)),

@@ -29,7 +29,7 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway import errors
-from gateway.web import api
+from gateway.web import answers
 
 log = logging.getLogger(__name__)
 
@@ -358,15 +358,15 @@ class _Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer what the HTTP parser refused, and log a line where aiohttp logs a traceback."""
-        request_id = api.sane_request_id([])
+        request_id = answers.request_id_for([])
         if status == 400:
             self._server.noise.heard(f"malformed HTTP: {type(exc).__name__}")
-            response = api.refuse(exc if isinstance(exc, errors.MalformedHttp) else errors.MalformedHttp())
+            response = answers.refuse(exc if isinstance(exc, errors.MalformedHttp) else errors.MalformedHttp())
         else:
             log.error("request %s failed outside its handler", request_id, exc_info=exc)
-            response = api.refuse(errors.InternalError())
-        self._server.on_refused(response.status, response[api.REFUSED_WITH])
-        response.headers[api.REQUEST_ID_HEADER] = request_id
+            response = answers.refuse(errors.InternalError())
+        self._server.on_refused(response.status, response[answers.REFUSED_WITH])
+        response.headers[answers.REQUEST_ID_HEADER] = request_id
         response.force_close()
         return response
 
@@ -404,13 +404,13 @@ class _Rest:
 
 def _bytes(refusal: errors.GatewayError) -> bytes:
     """The answer to a caller whose request was not looked at, as it goes over the wire."""
-    response = api.refuse(refusal)
+    response = answers.refuse(refusal)
     headers = {
         **response.headers,
         "Content-Length": str(response.content_length),
         "Date": formatdate(usegmt=True),
         "Connection": "close",
-        api.REQUEST_ID_HEADER: api.sane_request_id([]),
+        answers.REQUEST_ID_HEADER: answers.request_id_for([]),
     }
     lines = [f"HTTP/1.1 {response.status} {response.reason}", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + bytes(response.body)  # type: ignore[arg-type]

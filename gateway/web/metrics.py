@@ -122,14 +122,14 @@ def _of_load(runtime: Runtime) -> Iterator[Metric]:
     )
     yield _counter("gateway_message_id_leases", "Blocks of message ids leased from the database.", (), {(): ids.leases})
     yield _gauge("gateway_message_ids_available", "Message ids left in the leases that are held.", ids.available)
-    is_ready = runtime.publisher.was_connected and runtime.database_was_reached and not runtime.draining
-    yield _gauge("gateway_ready", "1 when /readyz answers 200.", is_ready)
+    yield _gauge("gateway_ready", "1 when /readyz answers 200.", not runtime.not_ready_reasons())
     yield _gauge("gateway_draining", "1 from SIGTERM on.", runtime.draining)
 
 
 def _of_broker(runtime: Runtime) -> Iterator[Metric]:
     publisher = runtime.publisher
-    states = publisher.connection_states()
+    connections = publisher.connections
+    states = connections.states()
     yield _labelled_gauge(
         "gateway_broker_connections",
         "Publish connections: open, half_open (one batch at a time after a slow predecessor), blocked (a broker "
@@ -137,15 +137,15 @@ def _of_broker(runtime: Runtime) -> Iterator[Metric]:
         "state",
         {state: states[state] for state in (*STATES, "connecting", "draining")},
     )
-    yield _counter("gateway_broker_connects", "Publish connections opened.", (), {(): publisher.connected})
+    yield _counter("gateway_broker_connects", "Publish connections opened.", (), {(): connections.connected})
     yield _counter(
-        "gateway_broker_connect_failures", "Attempts to open one that failed.", (), {(): publisher.connect_failures}
+        "gateway_broker_connect_failures", "Attempts to open one that failed.", (), {(): connections.connect_failures}
     )
     yield _counter(
         "gateway_broker_blocked_seconds",
         "Time that broker alarms blocked publish connections, added up over connections.",
         (),
-        {(): publisher.blocked_s},
+        {(): connections.blocked_s},
     )
     yield _counter(
         "gateway_published",
@@ -161,7 +161,7 @@ def _of_broker(runtime: Runtime) -> Iterator[Metric]:
         "gateway_late_confirms",
         "AMQP messages of batches that the broker settled only after they had been answered as unknown.",
         (),
-        {(): publisher.late_confirms},
+        {(): connections.late_confirms},
     )
     yield _counter(
         "gateway_republished",

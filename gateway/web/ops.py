@@ -16,16 +16,7 @@ async def live(_request: web.Request) -> web.Response:
 
 async def ready(request: web.Request) -> web.Response:
     """200 once broker and database have been reached, until the drain begins; else 503 with what is missing."""
-    runtime = request.app[RUNTIME]
-    missing = [
-        reason
-        for reason, holds in (
-            ("draining", runtime.draining),
-            ("the broker has not been reached yet", not runtime.publisher.was_connected),
-            ("the database has not been reached yet", not runtime.database_was_reached),
-        )
-        if holds
-    ]
+    missing = request.app[RUNTIME].not_ready_reasons()
     if missing:
         return web.json_response({"status": "not ready", "reasons": missing}, status=503)
     return web.json_response({"status": "ready"})

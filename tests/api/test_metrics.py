@@ -120,7 +120,7 @@ async def test_what_the_broker_leaves_open_is_counted_when_it_is_answered_and_wh
         assert await counted(gateway, "gateway_messages_total") == expected
         assert await read(gateway, "gateway_unconfirmed_age_seconds") > 0.4
         broker.sessions[0].ack(5)
-        await eventually(lambda: gateway.runtime.publisher.late_confirms > 0)
+        await eventually(lambda: gateway.runtime.publisher.connections.late_confirms > 0)
         assert await read(gateway, "gateway_late_confirms_total") == 5
 
 

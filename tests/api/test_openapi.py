@@ -154,7 +154,7 @@ async def idempotency_key_reused(stage: Stage) -> RawAnswer:
 
 
 async def internal_error(stage: Stage) -> RawAnswer:
-    del stage.gateway.runtime.layout  # a bug of ours
+    del stage.gateway.runtime.pipeline  # a bug of ours
     return await stage.post()
 
 

@@ -406,9 +406,9 @@ async def test_an_answer_that_nobody_reads_is_given_up(
 
 
 async def test_a_bug_is_answered_without_a_traceback(
-    gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture
+    gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gateway.runtime.ids = None  # type: ignore[assignment]  # the bug
+    monkeypatch.setattr(gateway.runtime.ids, "take", None)  # the bug
     body = gateway.caller.body()
     sentence = await assert_refused(await gateway.post(body, X_Request_Id="bug-1"), 500, "internal_error")
     assert "bug-1" in sentence

@@ -16,6 +16,7 @@ from testbed.servers import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
+from tests.support.publishing import transport_of
 
 
 async def test_the_queue_holds_exactly_what_was_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
@@ -117,8 +118,8 @@ async def test_a_channel_that_stays_closed_leaves_the_outcome_unknown(
 async def test_after_a_lost_connection_the_gateway_serves_on(
     servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
 ) -> None:
-    for connection in list(gateway.runtime.publisher._connections):
-        connection._transports.abort()
+    for connection in list(gateway.runtime.publisher.connections.open):
+        connection.abort()
     await eventually(lambda: not gateway.runtime.publisher.is_usable())
     await eventually(gateway.runtime.publisher.is_usable)
     _, answer = await gateway.send([gateway.message()] * 10)
@@ -153,9 +154,10 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
     queries: list[str] = []
     for method in ("execute", "executemany", "fetch", "fetchrow", "fetchval"):
         monkeypatch.setattr(asyncpg.Connection, method, recording(getattr(asyncpg.Connection, method), queries))
-    (connection,) = gateway.runtime.publisher._connections
-    transport = CountingTransport(connection._transports._transport)
-    monkeypatch.setattr(connection._transports, "_transport", transport)
+    (connection,) = gateway.runtime.publisher.connections.open
+    transport = transport_of(connection)
+    writes: list[bytes] = []
+    monkeypatch.setattr(transport, "write", recording_writes(transport.write, writes))
     futures: list[object] = []
     monkeypatch.setattr(connection, "_loop", CountingLoop(connection._loop, futures))
 
@@ -163,7 +165,7 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
 
     assert answer["queued_count"] == 1000
     assert queries == [store.FIND_ACCOUNTS_BY_KEY, store.FIND_OWNED_LISTS]
-    assert transport.writes == 1
+    assert len(writes) == 1
     assert len(futures) == 1
 
 
@@ -177,20 +179,14 @@ def recording(method: Callable[..., Any], queries: list[str]) -> Callable[..., A
     return recorded
 
 
-class CountingTransport:
-    """The publish connection's transport; counts writes."""
+def recording_writes(write: Callable[[bytes], None], writes: list[bytes]) -> Callable[[bytes], None]:
+    """Return `write`, which now also records what is written."""
 
-    def __init__(self, transport: asyncio.Transport | None) -> None:
-        self._transport = transport
-        self.writes = 0
+    def recorded(data: bytes) -> None:
+        writes.append(data)
+        write(data)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def write(self, data: bytes) -> None:
-        self.writes += 1
-        assert self._transport is not None
-        self._transport.write(data)
+    return recorded
 
 
 class CountingLoop:

@@ -31,8 +31,10 @@ async def serves(gateway: GatewayUnderTest) -> None:
 async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
     """What the gateway holds once it has come to rest; connections are those to these ports."""
     runtime = gateway.runtime
-    await eventually(lambda: runtime.publisher.unconfirmed_messages == 0 and not runtime.publisher._draining)
-    await eventually(lambda: len(runtime.publisher._connections) == runtime.settings.amqp_connections)
+    await eventually(
+        lambda: runtime.publisher.unconfirmed_messages == 0 and not runtime.publisher.connections.states()["draining"]
+    )
+    await eventually(lambda: len(runtime.publisher.connections.open) == runtime.settings.amqp_connections)
     await eventually(lambda: not runtime.idempotency._settling)
     tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
     return {

@@ -149,7 +149,7 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
     await eventually(lambda: gateway.runtime.database_was_reached)
     assert (await probe("/readyz"))[1]["reasons"] == ["the broker has not been reached yet"]
     await restart(rabbitmq)
-    await eventually(lambda: gateway.runtime.publisher.was_connected)
+    await eventually(lambda: gateway.runtime.publisher.connections.was_connected)
     assert await probe("/readyz") == (200, {"status": "ready"})
     async with open_admin(postgres.url) as admin:
         gateway.caller = await make_caller(admin)

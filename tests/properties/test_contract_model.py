@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from gateway.amqp.confirms import Outcome
 from gateway.errors import GatewayError
 from gateway.ingest import batch
+from gateway.ingest.batch import BatchIds, Origin
+from gateway.ingest.pipeline import answer_for
 from gateway.ingest.wire import decode_bulk, encode
-from gateway.web import api
 from tests.properties import MORE
 from tests.unit.test_batch import (
     ACCEPTED_AT,
@@ -105,13 +106,11 @@ def gateway(body: bytes) -> Answer:
         draft = batch.validate(decode_bulk(body))
     except GatewayError as refusal:
         return Answer(refusal.code, [], [])
-    prepared = batch.build(
-        draft, OWNED, ids(draft.size), account_id=ACCOUNT_ID, accepted_at=ACCEPTED_AT, request_id=REQUEST_ID
-    )
-    answer = json.loads(encode(api._answer(prepared, bytes([Outcome.ACKED]) * len(prepared.payloads))))
+    prepared = batch.build(draft, OWNED, BatchIds(ids(draft.size), []), Origin(ACCOUNT_ID, REQUEST_ID, ACCEPTED_AT))
+    answer = json.loads(encode(answer_for(prepared, bytes([Outcome.ACKED]) * len(prepared.outgoing.payloads))))
     assert answer["queued_count"] + answer["error_count"] == draft.size
     assert answer["error_count"] == len(answer["errors"])
-    payloads = [json.loads(payload, parse_int=Digits, parse_float=Digits) for payload in prepared.payloads]
+    payloads = [json.loads(payload, parse_int=Digits, parse_float=Digits) for payload in prepared.outgoing.payloads]
     return Answer(
         "",
         [(row["index"], row["to"], row["code"]) for row in answer["errors"]],

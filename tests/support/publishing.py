@@ -1,7 +1,6 @@
 """A publisher of a test's own, its batches, and a scripted broker that fails the test when it has reason to complain.
 
-Every call of Publisher.publish in the tests of the publisher goes through publish_batch(), and every look at its
-connections through connections_of(): a change of either has one place here.
+Every call of Publisher.publish in the tests of the publisher goes through publish_batch().
 """
 
 import asyncio
@@ -11,6 +10,7 @@ from typing import Any
 
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.connection import PublishConnection
+from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
 from tests.support.eventually import eventually
@@ -62,14 +62,8 @@ async def connected(*urls: str, **changes: Any) -> AsyncIterator[Publisher]:
 
 
 def usable_connections(publisher: Publisher) -> int:
-    """Return how many connections would take a batch, a half-open one with a batch on it included."""
-    states = publisher.connection_states()
-    return states["open"] + states["half_open"]
-
-
-def connections_of(publisher: Publisher) -> list[PublishConnection]:
-    """Return the connections that may be given batches, for tests of one connection's own behaviour."""
-    return publisher._connections
+    """Return how many connections would take a batch."""
+    return sum(connection.is_usable() for connection in publisher.connections.open)
 
 
 def transport_of(connection: PublishConnection) -> asyncio.Transport:
@@ -99,7 +93,7 @@ async def publish_batch(
 ) -> bytes:
     """Publish one batch, of `messages` small payloads or of the payloads given; return its outcomes."""
     bodies = payloads(messages) if isinstance(messages, int) else messages
-    return await publisher.publish(ids(len(bodies), batch), bodies, deadline=deadline, account_id=account_id)
+    return await publisher.publish(Outgoing(ids(len(bodies), batch), bodies, None, account_id), deadline=deadline)
 
 
 def publish(
@@ -112,7 +106,7 @@ def publish(
 async def publish_on(connection: PublishConnection, count: int, *, within_s: float) -> bytes:
     """Publish one batch on this connection, passing by the publisher's choice."""
     deadline = asyncio.get_running_loop().time() + within_s
-    return await connection.publish(ids(count), payloads(count), None, deadline)
+    return await connection.publish(Outgoing(ids(count), payloads(count)), deadline)
 
 
 def ids_of(published: list[Published]) -> list[str]:

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.ingest import batch
-from gateway.ingest.batch import Batch, Draft
+from gateway.ingest.batch import Batch, BatchIds, Draft, Origin
 from gateway.ingest.wire import Bulk, decode_bulk
 
 EXAMPLES = settings(derandomize=True, max_examples=250, deadline=None)
@@ -112,14 +112,7 @@ def run(body: bytes) -> tuple[Draft, Batch]:
 
 
 def build(draft: Draft, lists: Mapping[str, int] = OWNED) -> Batch:
-    return batch.build(
-        draft,
-        lists,
-        ids(draft.size),
-        account_id=ACCOUNT_ID,
-        accepted_at=ACCEPTED_AT,
-        request_id=REQUEST_ID,
-    )
+    return batch.build(draft, lists, BatchIds(ids(draft.size), []), Origin(ACCOUNT_ID, REQUEST_ID, ACCEPTED_AT))
 
 
 def codes(body: bytes) -> dict[int, str]:
@@ -143,10 +136,10 @@ def assert_as_the_model_says(body: bytes) -> None:
 
     good = [index for index, code in expected.items() if code is None]
     assert list(prepared.indexes) == good
-    assert len(prepared.ids) == len(prepared.payloads) == len(prepared.messages) == len(good)
+    assert len(prepared.ids) == len(prepared.outgoing.payloads) == len(prepared.messages) == len(good)
     # Of its place in the request alone, so that a second run gives it to the same message, whatever else is refused.
     assert prepared.ids == [ids(len(messages))[index] for index in good]
-    for index, message_id, payload in zip(good, prepared.ids, prepared.payloads, strict=True):
+    for index, message_id, payload in zip(good, prepared.ids, prepared.outgoing.payloads, strict=True):
         expected_payload = model_payload(messages[index], default, index, message_id)
         assert list(json.loads(payload).items()) == list(expected_payload.items())
     assert {row.index for row in draft.rows} == {
@@ -250,7 +243,12 @@ def test_the_fast_way_and_the_slow_way_agree(sent: list[Any], top_level: dict[st
 def comparable(draft: Draft) -> tuple[Any, ...]:
     """What of a draft shows from outside: the payloads it leads to, and its rows."""
     lists = {number: n for n, number in enumerate(sorted(set(draft.list_numbers)))}
-    return build(draft, lists).payloads, list(draft.indexes), draft.list_numbers, msgspec.to_builtins(draft.rows)
+    return (
+        build(draft, lists).outgoing.payloads,
+        list(draft.indexes),
+        draft.list_numbers,
+        msgspec.to_builtins(draft.rows),
+    )
 
 
 GOOD = {"to": "+14155551234", "list_number": "+18005551000", "body": "Hi"}
@@ -262,7 +260,7 @@ def test_one_bad_message_costs_only_itself() -> None:
         _, prepared = run(request_of([GOOD] * 500 + [bad] + [GOOD] * 499))
         assert [row.index for row in prepared.rows] == [500]
         assert list(prepared.indexes) == [*range(500), *range(501, 1_000)]
-        assert len(prepared.payloads) == 999
+        assert len(prepared.outgoing.payloads) == 999
 
 
 @pytest.mark.parametrize(
@@ -315,7 +313,7 @@ def test_the_default_list_number_is_for_messages_that_carry_none() -> None:
     without = {name: value for name, value in GOOD.items() if name != "list_number"}
     sent = [without, without | {"list_number": None}, without | {"list_number": ""}, GOOD | {"list_number": 5}, GOOD]
     _, prepared = run(request_of(sent, list_number="+18005552000"))
-    assert [json.loads(payload)["list_id"] for payload in prepared.payloads] == [9, 9, 9, 7]
+    assert [json.loads(payload)["list_id"] for payload in prepared.outgoing.payloads] == [9, 9, 9, 7]
     assert [(row.index, row.code) for row in prepared.rows] == [(3, "invalid_list_number")]
 
 
@@ -353,13 +351,13 @@ def test_a_foreign_list_costs_a_row_and_its_id_and_nothing_else() -> None:
         (2, "bad", "invalid_phone"),
     ]
     assert list(prepared.indexes) == [0, 3]
-    assert [json.loads(payload)["id"] for payload in prepared.payloads] == prepared.ids
+    assert [json.loads(payload)["id"] for payload in prepared.outgoing.payloads] == prepared.ids
 
 
 def test_a_batch_none_of_which_is_ours_gives_rows_only() -> None:
     draft = batch.validate(decode_bulk(request_of([GOOD, GOOD])))
     prepared = build(draft, {})
-    assert (prepared.ids, prepared.payloads, prepared.messages, list(prepared.indexes)) == ([], [], [], [])
+    assert (prepared.ids, prepared.outgoing.payloads, prepared.messages, list(prepared.indexes)) == ([], [], [], [])
     assert [(row.index, row.code) for row in prepared.rows] == [(0, "list_not_found"), (1, "list_not_found")]
 
 
@@ -381,7 +379,7 @@ def test_one_query_asks_for_each_list_once() -> None:
 def only_payload(body: bytes) -> bytes:
     _, prepared = run(body)
     assert not prepared.rows
-    (payload,) = prepared.payloads
+    (payload,) = prepared.outgoing.payloads
     return payload
 
 
@@ -404,7 +402,7 @@ def test_a_payload_is_the_contracts_to_the_byte() -> None:
 def test_what_was_not_sent_or_is_null_is_left_out(nothing: dict[str, Any], neighbour: dict[str, Any]) -> None:
     """Whichever way the neighbours send the batch."""
     _, prepared = run(request_of([GOOD | nothing, neighbour]))
-    assert prepared.payloads[0] == (
+    assert prepared.outgoing.payloads[0] == (
         b'{"id":"Id000000","account_id":42,"list_id":7,"list_number":"+18005551000","to":"+14155551234",'
         b'"body":"Hi","wrap_links":false,"accepted_at":"2026-11-23T11:00:00.123Z","request_id":"req-1","index":0}'
     )
@@ -416,8 +414,8 @@ def test_a_pretty_printed_object_is_passed_on_byte_for_byte_and_its_neighbours_a
     plain = json.dumps(GOOD).encode()
     body = b'{"messages":[%s,%s,"metadata":%s,"contact_data" :%s },%s]}' % (plain, plain[:-1], pretty, pretty, plain)
     _, prepared = run(body)
-    assert [json.loads(payload)["index"] for payload in prepared.payloads] == [0, 1, 2]
-    assert b',"contact_data":' + pretty + b',"metadata":' + pretty + b',"accepted_at"' in prepared.payloads[1]
+    assert [json.loads(payload)["index"] for payload in prepared.outgoing.payloads] == [0, 1, 2]
+    assert b',"contact_data":' + pretty + b',"metadata":' + pretty + b',"accepted_at"' in prepared.outgoing.payloads[1]
 
 
 def test_metadata_100_levels_deep_is_passed_on() -> None:

@@ -5,6 +5,7 @@ from collections import defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.batch import Batch
 from gateway.ingest.envelopes import Layout, place
 
@@ -43,7 +44,7 @@ def test_what_becomes_of_an_envelope_becomes_of_each_sms_in_it(
 ) -> None:
     placed = place(lists, layout)
     outcomes = bytes(data.draw(st.lists(st.integers(2, 5), min_size=len(placed), max_size=len(placed))))
-    batch = Batch([], [None] * len(lists), [], [], [], [], placed)  # type: ignore[list-item]
+    batch = Batch([], [None] * len(lists), [], [], Outgoing([], []), placed)  # type: ignore[list-item]
     spread = batch.outcomes_of_messages(outcomes)
     assert len(spread) == len(lists)
     for (_, positions), outcome in zip(placed, outcomes, strict=True):

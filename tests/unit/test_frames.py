@@ -17,6 +17,7 @@ from gateway.amqp.frames import (
     HEARTBEAT_FRAME,
     Blocked,
     ChannelClosed,
+    Destination,
     Event,
     IncomingFrames,
     PublishFramer,
@@ -69,13 +70,7 @@ def unpack(buffer: bytes) -> list[Unpacked]:
 
 
 def framer(frame_max: int = FRAME_MAX) -> PublishFramer:
-    return PublishFramer(
-        channel=PUBLISH_CHANNEL,
-        exchange="sms.outbound",
-        routing_key="sms.queue",
-        message_type="sms.v1",
-        frame_max=frame_max,
-    )
+    return PublishFramer(Destination("sms.outbound", "sms.queue", "sms.v1"), PUBLISH_CHANNEL, frame_max)
 
 
 def ids(count: int) -> list[str]:
@@ -341,15 +336,15 @@ def test_a_thousand_acks_in_one_read_are_a_thousand_events() -> None:
 
 def test_a_broker_without_a_frame_limit_gets_bodies() -> None:
     """RabbitMQ says 0 where its frame_max is unlimited."""
-    unlimited = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=0)
-    limited = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=131_072)
+    unlimited = PublishFramer(Destination("x", "q", "sms.v1"), 1, 0)
+    limited = PublishFramer(Destination("x", "q", "sms.v1"), 1, 131_072)
     payloads = [b"{}", b" " * 200_000]
     assert unlimited.pack(["AbC12345"] * 2, payloads) == limited.pack(["AbC12345"] * 2, payloads)
 
 
 @pytest.mark.parametrize("payload", [b"{}", b"x" * 300_000])
 def test_the_headers_of_a_trace_go_with_each_message_of_their_batch_and_no_other(payload: bytes) -> None:
-    plain = PublishFramer(channel=1, exchange="x", routing_key="q", message_type="sms.v1", frame_max=131_072)
+    plain = PublishFramer(Destination("x", "q", "sms.v1"), 1, 131_072)
     before = plain.pack(["AbC12345"], [payload])
     headers = {"traceparent": "00-00000000000000000000000000000001-0000000000000002-01"}
     buffer, found = plain.carrying(headers).pack(["AbC12345", "AbC12346"], [payload, payload]), []

@@ -135,3 +135,29 @@ def test_a_pure_module_waits_for_nothing_and_knows_no_clock_and_no_chance(module
     waiting = (ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, ast.Await)
     assert not [node for node in ast.walk(tree_of(MODULES[module])) if isinstance(node, waiting)]
     assert not libraries_of(module) & IO_CLOCK_AND_CHANCE
+
+
+def functions_of(module: str) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(tree_of(MODULES[module])) if isinstance(node, kinds)]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if package_of(module) == "amqp"])
+def test_no_function_to_the_broker_has_more_than_four_parameters_beside_self(module: str) -> None:
+    for function in functions_of(module):
+        parameters = [one.arg for one in (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)]
+        assert len([name for name in parameters if name not in ("self", "cls")]) <= 4, function.name
+
+
+PACKAGES_ON_THE_PATH = ("web", "ingest", "amqp", "postgres")
+ON_THE_PATH = [module for module in MODULES if package_of(module) in PACKAGES_ON_THE_PATH and module != "web.metrics"]
+
+
+@pytest.mark.parametrize("module", ON_THE_PATH)
+def test_no_function_on_the_way_of_a_request_is_longer_than_40_lines(module: str) -> None:
+    """The docstring is not counted."""
+    for function in functions_of(module):
+        first = function.body[0]
+        has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+        start = (first.end_lineno or 0) + 1 if has_docstring else first.lineno
+        assert (function.end_lineno or 0) - start < 40, f"{function.name} in {module}"

@@ -9,8 +9,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 import gateway
 from gateway import errors
 from gateway.ingest import batch, idempotency, wire
-from gateway.ingest.auth import HEADER
-from gateway.web import api
+from gateway.web import answers, api
 from tests.support.openapi_document import COMPONENTS, DOCUMENT, REQUEST, RESPONSES, resolved, validator_of
 
 ERRORS = {
@@ -100,20 +99,20 @@ def test_the_fields_are_those_of_the_wire() -> None:
         ("ContactData", wire.ContactData),
         ("Answer", wire.Answer),
         ("ErrorRow", wire.ErrorRow),
-        ("Refused", api.Refused),
+        ("Refused", answers.Refused),
     ):
         assert set(schemas[schema]["properties"]) == set(struct.__struct_fields__), schema
     assert set(schemas["Bulk"]["properties"]) == set(wire.Bulk.__struct_fields__) - {"typed"}
 
 
 def test_the_headers_are_the_gateways() -> None:
-    assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == HEADER
-    assert set(COMPONENTS["parameters"]) == {idempotency.HEADER, api.REQUEST_ID_HEADER}
-    assert idempotency.REPLAYED in RESPONSES["200"]["headers"]
+    assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == api.API_KEY_HEADER
+    assert set(COMPONENTS["parameters"]) == {api.IDEMPOTENCY_HEADER, answers.REQUEST_ID_HEADER}
+    assert api.REPLAYED.keys() <= RESPONSES["200"]["headers"].keys()
     assert set(resolved(RESPONSES["405"]["headers"]["Allow"])["schema"]["enum"]) == set(api.ALLOWED.values())
     for kind in ERRORS:
         sent = kind("POST") if kind is errors.MethodNotAllowed else kind()
-        assert set(REFUSED[str(kind.status)]["headers"]) == {api.REQUEST_ID_HEADER, *sent.headers()}, kind
+        assert set(REFUSED[str(kind.status)]["headers"]) == {answers.REQUEST_ID_HEADER, *sent.headers()}, kind
 
 
 @pytest.mark.parametrize("good", ["!", "~" * 255, "7f9c24e8-3b12-4fef-91e0-4d5f2c3a9b10"])

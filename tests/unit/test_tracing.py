@@ -25,7 +25,7 @@ class Kept(SpanExporter):
         return SpanExportResult.SUCCESS
 
 
-async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[dict[str, str], int]:
+async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[Mapping[str, str], int]:
     """The AMQP headers of a request that came with these HTTP headers, and how many spans were recorded."""
     kept = Kept()
     tracing, record = Tracing(SETTINGS, kept, sampler), RequestRecord(Counters())
@@ -33,6 +33,7 @@ async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None =
     record.payloads = 1
     record.mark(BUILD)
     headers = tracing.begin_publish(record)
+    assert headers is not None
     record.end("id-1", 503, "queue_unavailable")
     tracing.end(record)
     await tracing.close()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from gateway.amqp import publisher as publisher_module
+from gateway.amqp import reconnection
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     scripted_broker,
@@ -16,7 +16,7 @@ from tests.support.scripted_broker import ScriptedBroker
 
 @pytest.fixture(autouse=True)
 def reconnects_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publisher_module, "RECONNECT_DELAYS_S", (0.0, 0.01))
+    monkeypatch.setattr(reconnection, "RECONNECT_DELAYS_S", (0.0, 0.01))
 
 
 @pytest.fixture

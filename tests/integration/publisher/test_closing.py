@@ -7,7 +7,7 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
-from gateway.amqp import publisher as publisher_module
+from gateway.amqp import reconnection
 from gateway.amqp.connection import PublishConnection
 from gateway.amqp.publisher import Publisher
 from gateway.errors import QueueUnavailable
@@ -67,7 +67,7 @@ async def test_closing_says_goodbye_to_the_broker(broker: ScriptedBroker) -> Non
 
 async def test_a_broker_that_reads_no_more_cannot_hold_the_closing_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under an alarm: our goodbye would wait behind a batch that the broker does not take."""
-    monkeypatch.setattr(publisher_module, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(reconnection, "CLOSE_TIMEOUT_S", 0.1)
     async with asyncio.timeout(10.0), scripted_broker(receive_buffer=4_096) as broker:
         async with connected(broker.url) as publisher:
             broker.sessions[0].pause_reading()

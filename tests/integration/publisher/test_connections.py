@@ -6,8 +6,8 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
-from gateway.amqp import publisher as publisher_module
-from gateway.amqp.publisher import reconnect_delay_s
+from gateway.amqp import reconnection
+from gateway.amqp.reconnection import reconnect_delay_s
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
@@ -172,7 +172,7 @@ async def test_a_silent_peer_is_dead_soon_enough_to_publish_again_elsewhere(brok
 
 async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBroker) -> None:
     async with connected(broker.url, amqp_heartbeat_s=1) as publisher:
-        await asyncio.sleep(1 + publisher_module.HEARTBEAT_MARGIN_S + 1.0)
+        await asyncio.sleep(1 + reconnection.HEARTBEAT_MARGIN_S + 1.0)
         assert publisher.is_usable()
         assert len(broker.sessions) == 1
 
@@ -181,5 +181,5 @@ async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBr
 
 
 def test_after_days_of_failures_the_delay_is_still_a_delay() -> None:
-    shortest, longest = publisher_module.RECONNECT_DELAYS_S
+    shortest, longest = reconnection.RECONNECT_DELAYS_S
     assert all(shortest <= reconnect_delay_s(failures) <= longest for failures in (0, 1, 10, 1_100, 10**6))

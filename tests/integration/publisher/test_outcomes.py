@@ -103,7 +103,7 @@ async def test_each_message_has_the_outcome_the_broker_gave_it(
             script(session)
         assert list(await batch) == SCRIPTS[script]
         assert is_idle(publisher)
-        assert (publisher.late_confirms, publisher.republished) == (0, 0)
+        assert (publisher.connections.late_confirms, publisher.republished) == (0, 0)
         assert len(broker.published) == 4
 
 

@@ -12,7 +12,6 @@ from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
     connected,
-    connections_of,
     ids,
     ids_of,
     is_idle,
@@ -97,7 +96,7 @@ async def test_not_connected_is_unavailable(broker: ScriptedBroker) -> None:
     assert not publisher.is_usable()
     with pytest.raises(QueueUnavailable):
         await publish_batch(publisher, 1)
-    assert not publisher.was_connected
+    assert not publisher.connections.was_connected
 
 
 async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: ScriptedBroker) -> None:
@@ -107,7 +106,7 @@ async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: Scr
         await eventually(lambda: not publisher.is_usable())
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
-        assert publisher.was_connected
+        assert publisher.connections.was_connected
         await broker.start_listening()
         await eventually(publisher.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
@@ -178,7 +177,7 @@ async def test_over_the_cap_of_bytes_nothing_is_written(broker: ScriptedBroker) 
 async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker) -> None:
     """Between the closing and its notice lies a turn of the loop, in which a write would be swallowed."""
     async with connected(broker.url) as publisher:
-        (connection,) = connections_of(publisher)
+        (connection,) = publisher.connections.open
         connection.abort()
         with pytest.raises(QueueUnavailable):
             await publish_batch(publisher, 1)

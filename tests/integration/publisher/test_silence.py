@@ -6,6 +6,7 @@ import pytest
 
 from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
+from gateway.amqp import reconnection
 from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
@@ -37,14 +38,14 @@ async def test_a_late_confirm_is_counted_and_gives_the_room_back(broker: Scripte
     async with connected(broker.url, confirm_timeout_s=0.3, max_unconfirmed_messages=3) as publisher:
         before = broker.sessions[0].bytes_received
         assert list(await publish(publisher, 3)) == [UNKNOWN] * 3
-        assert (publisher.unconfirmed_messages, publisher.late_confirms) == (3, 0)
+        assert (publisher.unconfirmed_messages, publisher.connections.late_confirms) == (3, 0)
         assert publisher.unconfirmed_bytes == broker.sessions[0].bytes_received - before
         broker.mode = "ack"
         broker.sessions[0].ack(3, multiple=True)
-        await eventually(lambda: publisher.late_confirms == 3)
+        await eventually(lambda: publisher.connections.late_confirms == 3)
         assert is_idle(publisher)
         assert list(await publish(publisher, 3, "B")) == [ACKED] * 3
-        assert publisher.late_confirms == 3
+        assert publisher.connections.late_confirms == 3
 
 
 async def test_a_connection_with_an_overdue_batch_takes_no_new_ones_while_another_does(broker: ScriptedBroker) -> None:
@@ -81,7 +82,7 @@ async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
         await broker.sessions[0].closed.wait()
         await eventually(publisher.is_usable)
         assert is_idle(publisher)
-        assert publisher.late_confirms == 0, "what was given up has not been confirmed"
+        assert publisher.connections.late_confirms == 0, "what was given up has not been confirmed"
         broker.mode = "ack"
         assert list(await publish(publisher, 1, "B")) == [ACKED]
         assert len(broker.published) == 3
@@ -97,7 +98,7 @@ async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_con
         assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
         assert not broker.sessions[0].closed.is_set()
         broker.sessions[0].ack(2, multiple=True)
-        await eventually(lambda: publisher.late_confirms == 2)
+        await eventually(lambda: publisher.connections.late_confirms == 2)
         await broker.sessions[0].closed.wait()
         assert is_idle(publisher)
         broker.mode = "ack"
@@ -136,7 +137,7 @@ async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: Scri
         await broker.wait_published(1)
         broker.sessions[0].blocked("low on memory")
         assert list(await batch) == [UNKNOWN]
-        await asyncio.sleep(3 * publisher_module.WATCH_INTERVAL_S)
+        await asyncio.sleep(3 * reconnection.WATCH_INTERVAL_S)
         assert len(broker.sessions) == 1
         broker.mode = "ack"
         with broker.sessions[0].together():

@@ -77,7 +77,7 @@ async def test_a_queue_with_other_arguments_is_said_so_and_tried_again(
     async with started(broker.url) as publisher:
         await broker.wait_opened(3)
         assert not publisher.is_usable()
-        assert not publisher.was_connected
+        assert not publisher.connections.was_connected
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         broker.on_declare = None  # the operator has removed the old queue

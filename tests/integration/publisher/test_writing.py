@@ -8,7 +8,6 @@ import pytest
 from tests.support.publishing import (
     ACKED,
     connected,
-    connections_of,
     ids,
     ids_of,
     payloads,
@@ -47,7 +46,7 @@ async def test_a_batch_of_a_thousand_is_one_write_and_one_future(
     broker.mode = "silent"
     broker.on_publish = lambda session, message: session.ack(message.delivery_tag)
     async with connected(broker.url) as publisher:
-        (connection,) = connections_of(publisher)
+        (connection,) = publisher.connections.open
         transport, loop = transport_of(connection), asyncio.get_running_loop()
         write, create_future = transport.write, loop.create_future
         writes: list[int] = []

@@ -9,8 +9,9 @@ import asyncpg
 import pytest
 from yarl import URL
 
-from gateway.amqp.connection import PublishConnection, stray_cancellation_is_loss
-from gateway.amqp.connection import reason as broker_reason
+from gateway.amqp.connection import PublishConnection
+from gateway.amqp.transport import reason as broker_reason
+from gateway.amqp.transport import stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.postgres.pool import connect_to_primary, reason
 from gateway.urls import with_tls

@@ -1,0 +1,210 @@
+"""The publish connections of a process, each replaced when it is lost, slow or silent."""
+
+import asyncio
+import logging
+import random
+from collections import Counter
+
+from yarl import URL
+
+from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
+from gateway.amqp.transport import reason, stray_cancellation_is_loss
+from gateway.config import Settings
+from gateway.errors import QueueUnavailable
+
+log = logging.getLogger(__name__)
+
+RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
+WATCH_INTERVAL_S = 0.25
+# Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
+# gives up after three intervals, when no deadline is left to publish elsewhere.
+HEARTBEAT_MARGIN_S = 1.0
+
+
+class PublishConnections:
+    """Keeps `amqp_connections` publish connections open, spread over the broker's nodes."""
+
+    def __init__(self, settings: Settings, *, first_node: int | None = None) -> None:
+        """`first_node` is the node of the first connection; None draws one, so that replicas spread over the nodes."""
+        self._settings = settings
+        nodes = len(settings.amqp_nodes())
+        self._first_node = random.randrange(nodes) if first_node is None else first_node  # noqa: S311 - no secret
+        self.open: list[PublishConnection] = []  # those that may be given batches
+        self._draining: set[PublishConnection] = set()  # replaced; they only wait for late confirms
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._unusable_since: float | None = None
+        self._changed = asyncio.Event()
+        self.is_closed = False
+        self.was_connected = False
+        self.connected = 0  # connections opened
+        self.connect_failures = 0
+        self.late_confirms = 0  # messages confirmed after they had been answered as unknown
+        self._blocked_s = 0.0  # of connections that are gone
+
+    def start(self) -> None:
+        """Start connecting, and go on until close(). Returns at once."""
+        for number in range(self._settings.amqp_connections):
+            self._start(asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}"))
+
+    def _start(self, task: asyncio.Task[None]) -> None:
+        task.add_done_callback(_log_if_ended)
+        task.add_done_callback(self._tasks.discard)
+        self._tasks.add(task)
+
+    async def close(self) -> None:
+        """Close every connection. Unconfirmed messages become unknown."""
+        self.is_closed = True
+        self._changed.set()  # wakes the waiters of wait_usable()
+        while running := {task for task in self._tasks if not task.done()}:
+            # Once may not be enough: in the middle of a handshake, aiormq absorbs a cancellation.
+            for task in running:
+                task.cancel()
+            await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
+
+    def usable(self) -> list[PublishConnection]:
+        """Return the connections that may be given a batch. Raises QueueUnavailable if there is none.
+
+        A connection whose batches wait, while younger ones are confirmed on another, is left out.
+        """
+        usable = [connection for connection in self.open if connection.is_usable()]
+        if not usable:
+            now = asyncio.get_running_loop().time()
+            self._unusable_since = self._unusable_since or now
+            raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage tends to go on
+        self._unusable_since = None
+        if len(usable) > 1:
+            latest = max(connection.confirmed_written_at for connection in usable)
+            usable = [one for one in usable if not one.is_stalled(latest)] or usable
+        return usable
+
+    def is_usable(self) -> bool:
+        """Return True if a batch could be written now."""
+        return any(connection.is_usable() for connection in self.open)
+
+    async def wait_usable(self) -> None:
+        """Wait until a connection is usable, or close() is called."""
+        while not (self.is_usable() or self.is_closed):
+            self._changed.clear()
+            await self._changed.wait()
+
+    @property
+    def all(self) -> list[PublishConnection]:
+        """The open and the draining connections."""
+        return [*self.open, *self._draining]
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds that broker alarms have blocked connections, added up over all connections so far."""
+        return self._blocked_s + sum(connection.blocked_s for connection in self.all)
+
+    def states(self) -> Counter[str]:
+        """Count connections by state: connection.STATES, `draining`, and `connecting` for the missing ones."""
+        states = Counter(connection.state for connection in self.open)
+        states["draining"] = len(self._draining)
+        states["connecting"] = self._settings.amqp_connections - len(self.open)
+        return states
+
+    async def _keep_connected(self, number: int) -> None:
+        """Connect, serve until the connection is lost, wait a moment, connect to the next node; for ever."""
+        nodes = self._settings.amqp_nodes()
+        number += self._first_node
+        attempt = 0
+        half_open = False
+        while not self.is_closed:
+            node = URL(nodes[(number + attempt) % len(nodes)])
+            connection = PublishConnection(self._settings, node, self._count_late, half_open=half_open)
+            try:
+                if await self._open(connection):
+                    attempt = 0
+                    if not self.is_closed:  # aiormq may have absorbed a cancellation
+                        await self._serve(connection)
+                    number += 1  # the next node first: this one has just failed
+                else:
+                    attempt += 1
+            finally:
+                half_open = await self._replace(connection)
+            await asyncio.sleep(reconnect_delay_s(attempt))
+
+    async def _open(self, connection: PublishConnection) -> bool:
+        """Open the connection and offer it for batches. Return False, after a line in the log, if that fails."""
+        node = connection.node
+        try:
+            async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
+                await connection.open()
+        except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
+            log.warning("cannot connect to the broker at %s:%s: %s", node.host, node.port, reason(error))
+            self.connect_failures += 1
+            return False
+        log.info("connected to the broker at %s:%s", node.host, node.port)
+        self.connected += 1
+        self.was_connected = True
+        self._unusable_since = None
+        self.open.append(connection)
+        self._changed.set()
+        return True
+
+    async def _replace(self, connection: PublishConnection) -> bool:
+        """Take the connection out of use. Return True if its successor starts half-open."""
+        self.open = [other for other in self.open if other is not connection]
+        is_overdue = connection.is_overdue()  # then the successor has to show that batches are confirmed again
+        if is_overdue and not connection.is_blocked and not self.is_closed:
+            self._draining.add(connection)
+            self._start(asyncio.create_task(self._drain(connection), name="amqp-draining"))
+        else:
+            await self._discard(connection)
+        return is_overdue
+
+    async def _serve(self, connection: PublishConnection) -> None:
+        """Return when the connection is lost, or a batch is past its deadline and no broker alarm explains that."""
+        receptions, silent_s = 0, 0.0
+        node = f"{connection.node.host}:{connection.node.port}"
+        while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):
+            self._changed.set()  # a broker alarm may have ended
+            # Counted in turns of this loop, not by the clock: after a pause of this process, the bytes that the broker
+            # sent meanwhile are still to be read.
+            silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
+            receptions = connection.receptions
+            if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
+                log.warning("heard nothing from %s for %.0f s", node, silent_s)
+                connection.abort()
+            if connection.is_overdue() and not connection.is_blocked:
+                log.warning("no confirms from the broker at %s in time", node)
+                return
+            if self._is_abandoned(connection):
+                return
+        log.warning("lost the connection to the broker at %s", node)
+
+    def _is_abandoned(self, connection: PublishConnection) -> bool:
+        if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:
+            log.warning("a batch is unconfirmed for %.0f s: closing its connection", age_s)
+            return True
+        return False
+
+    async def _drain(self, connection: PublishConnection) -> None:
+        """Wait for the late confirms of a replaced connection, then close it."""
+        try:
+            while connection.unconfirmed_messages and not self._is_abandoned(connection):
+                if await connection.wait_lost(timeout=WATCH_INTERVAL_S):
+                    break
+        finally:
+            self._draining.discard(connection)
+            await self._discard(connection)
+
+    async def _discard(self, connection: PublishConnection) -> None:
+        self._blocked_s += connection.blocked_s
+        await connection.close()
+
+    def _count_late(self, count: int) -> None:
+        self.late_confirms += count
+
+
+def _log_if_ended(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        log.critical("%s ended: its connection will not come back", task.get_name(), exc_info=task.exception())
+
+
+def reconnect_delay_s(failures: int) -> float:
+    """Return the delay after so many failures in a row, in seconds: full jitter within RECONNECT_DELAYS_S."""
+    shortest, longest = RECONNECT_DELAYS_S
+    doublings = min(failures + 1, 10)  # an outage may last for days: without the bound the power would overflow
+    return random.uniform(shortest, min(longest, shortest * 2**doublings))  # noqa: S311 - jitter

@@ -1,0 +1,144 @@
+"""The AMQP transport: aio-pika's connection, with a tap between the socket and aiormq's reader.
+
+aio-pika and aiormq own handshake, heartbeat, channels and topology. The publisher writes its frames to the transport
+itself, and the tap takes the confirms of the publish channel out of what the broker sends (docs/decisions).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import aio_pika
+import aiormq.exceptions
+from aiormq.connection import TransportFactory
+from yarl import URL
+
+from gateway import tls
+from gateway.amqp.frames import HEARTBEAT_FRAME, Event, IncomingFrames
+from gateway.config import Settings
+
+# aiormq, which sees no confirms, takes a broker that sends nothing else for dead.
+HEARTBEAT_EVERY_S = 1.0
+
+
+async def prepare_connection(settings: Settings, node: URL, name: str) -> aio_pika.Connection:
+    """Return a connection to one node, with heartbeat and TLS as set, still to be connected.
+
+    `name` is shown in RabbitMQ's list of connections. Raises OSError for certificate files that cannot be read.
+    """
+    connection = aio_pika.Connection(node.update_query(heartbeat=settings.amqp_heartbeat_s, name=name))
+    if node.scheme == "amqps":
+        connection.kwargs["context"] = await asyncio.to_thread(tls.broker_context, settings)
+    return connection
+
+
+@asynccontextmanager
+async def stray_cancellation_is_loss() -> AsyncIterator[None]:
+    """Turn a CancelledError of aiormq into ConnectionResetError; let a real cancellation through.
+
+    aiormq rejects the waiters of a dying connection with CancelledError. It would end the task that reconnects.
+    """
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionResetError("the connection was lost while it was being opened or closed") from None
+
+
+class _Tap(asyncio.StreamReaderProtocol):
+    """A protocol between the socket and aiormq's reader: turns the publish channel's frames into events."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, on_event: Callable[[Event], None], on_lost: Callable[[], None]
+    ) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(reader, loop=loop)
+        self.frames = IncomingFrames()
+        self._now = loop.time
+        self._on_event = on_event
+        self._on_lost = on_lost
+        self._passed_on_at = 0.0
+        self.receptions = 0
+
+    def data_received(self, data: bytes) -> None:
+        self.receptions += 1
+        passed_on, events = self.frames.feed(data)
+        for event in events:
+            self._on_event(event)
+        now = self._now()
+        if not passed_on and self.frames.channel and now - self._passed_on_at > HEARTBEAT_EVERY_S:
+            # A broker that sends confirms sends no heartbeats. aiormq gets one in their place.
+            passed_on = HEARTBEAT_FRAME
+        if passed_on:
+            self._passed_on_at = now
+            super().data_received(passed_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._on_lost()
+        super().connection_lost(exc)
+
+
+class TappedTransport(TransportFactory):
+    """A transport factory for aiormq that puts the tap in between, and keeps the transport to write to."""
+
+    def __init__(self, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
+        self._callbacks = (on_event, on_lost)
+        self._tap: _Tap | None = None
+        self._transport: asyncio.Transport | None = None
+
+    async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Connect as asyncio.open_connection does, with the tap as protocol. Called by aiormq."""
+        context_provider = kwargs.pop("ssl_context_provider")
+        context = await context_provider.get_context() if url.scheme == "amqps" else None
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(loop=loop)
+        tap = _Tap(reader, *self._callbacks)
+        try:
+            transport, _ = await loop.create_connection(
+                lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs
+            )
+        except OSError as error:
+            raise aiormq.exceptions.AMQPConnectionError(*error.args) from error
+        self._tap, self._transport = tap, transport
+        return reader, asyncio.StreamWriter(transport, tap, reader, loop)
+
+    def listen_to(self, channel: int) -> None:
+        """Take the confirms of this channel out of the stream from now on."""
+        assert self._tap is not None  # noqa: S101 - the channel was opened through it
+        self._tap.frames.channel = channel
+
+    @property
+    def receptions(self) -> int:
+        """The number of times that bytes have arrived, heartbeats included."""
+        return self._tap.receptions if self._tap is not None else 0
+
+    @property
+    def is_closing(self) -> bool:
+        """True before the transport is opened, and from its closing on."""
+        return self._transport is None or self._transport.is_closing()
+
+    def write(self, buffer: bytes) -> None:
+        """Hand whole frames to the socket. Raises ConnectionResetError if it is closing: then no byte was taken."""
+        if self._transport is None or self._transport.is_closing():
+            raise ConnectionResetError("the connection is closing")
+        self._transport.write(buffer)
+
+    def abort(self) -> None:
+        """Close the socket at once, without writing what is buffered."""
+        if self._transport is not None:
+            with suppress(AttributeError):  # raised by asyncio up to Python 3.11.3 where TLS has ended already
+                self._transport.abort()
+
+
+def reason(error: BaseException) -> str:
+    """Return a line for the log: the kind of error, its text, and what to do about it."""
+    if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
+        return (
+            f"{error}. A queue or exchange exists with other arguments: remove it, or set GATEWAY_AMQP_TOPOLOGY=check"
+        )
+    if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
+        return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
+    return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

@@ -1,0 +1,126 @@
+"""One batch from bytes to answer: decode, validate, resolve lists, build, publish, answer. No HTTP, SQL or AMQP here.
+
+ARCHITECTURE.md has the table of the steps. A bad message becomes an error row; a bad request raises a GatewayError.
+"""
+
+from collections import Counter
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
+from gateway.amqp.publisher import Publisher
+from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, OutcomeUnknown, QueueUnavailable
+from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, validate
+from gateway.ingest.envelopes import Layout
+from gateway.ingest.id_supply import IdSupply
+from gateway.ingest.idempotency import Claim, Idempotency, Submission
+from gateway.ingest.wire import Answer, ErrorRow, decode_bulk
+from gateway.postgres.queries import Store
+from gateway.telemetry.counters import BUILD, PUBLISH, RESOLVE_LISTS, VALIDATE
+from gateway.telemetry.requests import RequestRecord
+from gateway.telemetry.tracing import NoTracing, Tracing
+
+
+class BulkRequest(NamedTuple):
+    """An authenticated request whose body has been read."""
+
+    account_id: int
+    request_id: str
+    body: bytes
+    idempotency_key: str | None
+    deadline: float  # on the event loop's clock: the answer is due
+
+
+class Pipeline:
+    """Runs batches. One per process."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        ids: IdSupply,
+        idempotency: Idempotency,
+        publisher: Publisher,
+        layout: Layout,
+        tracing: Tracing | NoTracing,
+    ) -> None:
+        self._store = store
+        self._ids = ids
+        self._idempotency = idempotency
+        self._publisher = publisher
+        self._layout = layout
+        self._tracing = tracing
+
+    async def run(self, request: BulkRequest, record: RequestRecord) -> bytes:
+        """Return the encoded answer once the broker has settled every message, or the deadline has passed.
+
+        Sets `record.is_replayed` if the answer is the stored one of an earlier request. Raises the GatewayErrors of
+        decoding, of the Idempotency-Key, of the database, and Unavailable or OutcomeUnknown if nothing is confirmed.
+        """
+        draft = validate(decode_bulk(request.body))
+        record.hold(draft.size)
+        record.mark(VALIDATE)
+        async with await self._claim(request, draft) as claim:
+            if claim.kept_answer is not None:
+                record.is_replayed = True
+                return claim.kept_answer
+            record.mark(RESOLVE_LISTS)
+            origin = Origin(request.account_id, request.request_id, _now())
+            batch = build(draft, claim.lists, claim.ids, origin, layout=self._layout)
+            record.payloads = len(batch.outgoing)
+            record.mark(BUILD)
+            batch.outgoing.headers = self._tracing.begin_publish(record)
+            outcomes = await self._publisher.publish(batch.outgoing, deadline=request.deadline)
+            record.mark(PUBLISH)
+            if claim.is_retry:
+                outcomes = outcomes.translate(REFUSED_IS_UNKNOWN)
+            answer = answer_for(batch, batch.outcomes_of_messages(outcomes))
+            record.queued = answer.queued_count
+            if answer.errors:
+                record.errors = Counter([row.code for row in answer.errors])
+            return await claim.keep(answer)
+
+    async def _claim(self, request: BulkRequest, draft: Draft) -> Claim:
+        """Take message ids, and return the claim in which the batch runs."""
+        block = await self._ids.take(draft.size + self._layout.most_envelopes(draft.list_numbers))
+        ids = BatchIds(block.ids, []) if self._layout.is_plain else _split(block.ids, draft.size)
+        list_numbers = draft.distinct_list_numbers()
+        if request.idempotency_key is None:
+            return Claim(self._store, request.account_id, list_numbers, ids)
+        submission = Submission(request.account_id, request.idempotency_key, request.body, draft.size, list_numbers)
+        return self._idempotency.claim(submission, block, ids)
+
+
+def _split(ids: list[str], size: int) -> BatchIds:
+    return BatchIds(ids[:size], ids[size:])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def answer_for(batch: Batch, outcomes: bytes) -> Answer:
+    """Count the confirmed messages, and write a row for each of the others.
+
+    `outcomes` has one Outcome per message. Raises OutcomeUnknown or QueueUnavailable if there are messages and none is
+    confirmed.
+    """
+    queued = outcomes.count(Outcome.ACKED)
+    rows = batch.rows
+    if queued < len(outcomes):
+        if not queued:
+            raise OutcomeUnknown if Outcome.UNKNOWN in outcomes else QueueUnavailable
+        rows = rows + [
+            _unqueued_row(batch, position, outcome)
+            for position, outcome in enumerate(outcomes)
+            if outcome != Outcome.ACKED
+        ]
+    return Answer(queued, len(rows), sorted(rows, key=lambda row: row.index))
+
+
+def _unqueued_row(batch: Batch, position: int, outcome: int) -> ErrorRow:
+    index, to = batch.indexes[position], batch.messages[position].to
+    if outcome == Outcome.UNKNOWN:
+        code, sentence = OUTCOME_UNKNOWN
+        return ErrorRow(index, to, code, sentence, may_be_queued=True, message_id=batch.ids[position])
+    return ErrorRow(index, to, *QUEUE_REJECTED)

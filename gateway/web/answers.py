@@ -1,0 +1,87 @@
+"""JSON answers: refusals, request ids, and the middleware that gives every request exactly one answer."""
+
+import logging
+import re
+import secrets
+from collections.abc import Mapping
+from itertools import count
+from types import MappingProxyType
+
+import msgspec
+from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
+from aiohttp.typedefs import Handler
+
+from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound
+from gateway.runtime import RUNTIME
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID_HEADER = "X-Request-Id"
+REQUEST_ID = web.RequestKey("request_id", str)
+REFUSED_WITH = web.ResponseKey("refused_with", str)
+# Characters that a log line, a header and a JSON string can carry unescaped.
+_is_safe_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
+# Our own ids are a random prefix of the process and a counter: unique, without a call for randomness per request.
+_PROCESS, _requests = secrets.token_hex(8), count()
+_SPOKEN = (HttpVersion11, HttpVersion10)  # the parser accepts 0.9 and 2.0 as well
+
+
+class Refused(msgspec.Struct):
+    """The body of the answer to a request that was refused as a whole."""
+
+    error: str
+    code: str
+
+
+def json_answer(status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
+    """Return an answer with encoded JSON as its body."""
+    return web.Response(
+        status=status,
+        body=body,
+        headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway", **headers},
+    )
+
+
+def refuse(error: GatewayError) -> web.Response:
+    """Return the answer to a refused request."""
+    response = json_answer(error.status, msgspec.json.encode(Refused(str(error), error.code)), error.headers())
+    response[REFUSED_WITH] = error.code
+    return response
+
+
+def request_id_for(given: list[str]) -> str:
+    """Return the caller's request id if logs and headers can carry it, otherwise a new one."""
+    if len(given) == 1 and _is_safe_request_id(given[0]):
+        return given[0]
+    return f"{_PROCESS}-{next(_requests):x}"
+
+
+@web.middleware
+async def answer_every_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give every request an id, and turn every exception into its JSON answer."""
+    request_id = request[REQUEST_ID] = request_id_for(request.headers.getall(REQUEST_ID_HEADER, []))
+    try:
+        if request._version not in _SPOKEN:
+            request._version = HttpVersion11  # aiohttp answers in the version of the request
+            raise MalformedHttp
+        response = await handler(request)
+    except GatewayError as error:
+        response = refuse(error)
+        if isinstance(error, MalformedHttp):
+            response.force_close()  # the start of the connection's next request is unknown
+    except web.HTTPMethodNotAllowed as error:
+        response = refuse(MethodNotAllowed(", ".join(sorted(error.allowed_methods))))
+    except web.HTTPNotFound:
+        response = refuse(NotFound())
+    except Exception:
+        log.exception("request %s failed", request_id)
+        response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
+    response.headers[REQUEST_ID_HEADER] = request_id
+    runtime = request.app.get(RUNTIME)
+    if request._message.chunked:
+        # aiohttp 3.14.5 reads the last trailer of a chunked request as the first header of the connection's next
+        # request. Behind a load balancer that may be another caller's.
+        response.force_close()
+    if runtime is not None and runtime.draining:
+        response.force_close()  # the caller's next request then goes to a process that stays
+    return response
