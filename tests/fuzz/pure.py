@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["gateway"], enable_loader_override=Fals
     from gateway.ingest import batch, wire
 
 from tests.fuzz.requests import Requests
-from tests.unit.test_batch import OWNED, assert_as_the_model_says
+from tests.support.batch_model import OWNED, assert_as_the_model_says
 
 CHANNEL = 5
 

@@ -1,6 +1,9 @@
 """`python -m gateway …` as an operator types it, against the real database."""
 
+import os
 import re
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -138,3 +141,17 @@ def test_serve_refuses_a_bad_setting_by_its_name() -> None:
     completed = run_gateway("serve", database_url="")
     assert (completed.returncode, completed.stdout) == (2, "")
     assert completed.stderr.startswith("error: GATEWAY_DATABASE_URL is not set")
+
+
+def test_the_environment_of_the_process_is_the_default() -> None:
+    program = "from gateway import config; print(config.load().api_port, config.unknown_variables())"
+    settings = {"GATEWAY_DATABASE_URL": "postgres://h/x", "GATEWAY_AMQP_URL": "amqp://h/", "GATEWAY_TYPO": "1"}
+    completed = subprocess.run(  # noqa: S603 - our own program
+        [sys.executable, "-c", program],
+        env=os.environ | settings | {"GATEWAY_API_PORT": "8123"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert completed.stdout == "8123 ['GATEWAY_TYPO']\n", completed.stderr

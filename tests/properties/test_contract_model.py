@@ -1,6 +1,6 @@
 """Decode, validate and build against a slow reader of the contract: any document, in any spelling of JSON, damaged too.
 
-The reader is Python's own json and the model of tests/unit/test_batch.py, written from the contract alone. Where the
+The reader is Python's own json and the model of tests/support/batch_model.py, written from docs/api.md alone. Where the
 tests there vary what is said, here it is also varied how: white space, escapes, also in the names of fields, fields
 said twice, numbers of every size; and then single bytes are changed, and both must still agree.
 """
@@ -20,7 +20,7 @@ from gateway.ingest.batch import BatchIds, Origin
 from gateway.ingest.pipeline import answer_for
 from gateway.ingest.wire import decode_bulk, encode
 from tests.properties import MORE
-from tests.unit.test_batch import (
+from tests.support.batch_model import (
     ACCEPTED_AT,
     ACCOUNT_ID,
     OWNED,

@@ -1,257 +1,20 @@
-"""Validate and build against a model written from contract.md alone: slow, obvious, and one message at a time.
-
-The model works on the request as Python's own json reads it, and knows nothing of typed decoding, of fast paths,
-or of msgspec.
-"""
+"""Validation and payloads by example, as docs/api.md states them. Random batches: tests/properties/test_batch.py."""
 
 import json
-import re
-from collections.abc import Mapping
 from typing import Any
 
-import msgspec
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from gateway.ingest import batch
-from gateway.ingest.batch import Batch, BatchIds, Draft, Origin
-from gateway.ingest.wire import Bulk, decode_bulk
-
-EXAMPLES = settings(derandomize=True, max_examples=250, deadline=None)
-
-ACCOUNT_ID = 42
-ACCEPTED_AT = "2026-11-23T11:00:00.123Z"
-REQUEST_ID = "req-1"
-OWNED = {"+18005551000": 7, "+18005552000": 9}
-
-SENTENCES = {
-    "missing_to": "to is required",
-    "missing_list_number": "list_number is required",
-    "missing_body": "body is required and must be a non-empty string",
-    "invalid_phone": "to must be an E.164 phone number such as +14155551234",
-    "invalid_list_number": "list_number must be an E.164 phone number such as +18005551000",
-    "list_not_found": "No active list of this account has this list_number",
-}
-
-
-# The model
-
-
-def is_e164(value: object) -> bool:
-    """\\+[1-9][0-9]{1,14}, ASCII digits, the whole string; spelled out."""
-    if not isinstance(value, str) or not 3 <= len(value) <= 16:
-        return False
-    return value[0] == "+" and value[1] in "123456789" and all(character in "0123456789" for character in value[2:])
-
-
-def is_missing(value: object) -> bool:
-    return value is None or value == ""
-
-
-def is_valid_contact_data(value: object) -> bool:
-    if not isinstance(value, dict):
-        return False
-    texts_fit = all(isinstance(value.get(name), str | None) for name in ("first_name", "last_name", "timezone"))
-    return texts_fit and isinstance(value.get("custom_fields"), dict | None)
-
-
-def model_code(message: object, default: object, owned: Mapping[str, int] = OWNED) -> str | None:
-    """The first failing check, in the contract's order."""
-    if not isinstance(message, dict):
-        return "missing_to"
-    to, body = message.get("to"), message.get("body")
-    list_number = default if is_missing(message.get("list_number")) else message["list_number"]
-    checks = {
-        "missing_to": is_missing(to),
-        "missing_list_number": is_missing(list_number),
-        "missing_body": is_missing(body) or not isinstance(body, str),
-        "invalid_phone": not is_e164(to),
-        "invalid_list_number": not is_e164(list_number),
-        "invalid_field": not (
-            isinstance(message.get("wrap_links"), bool | None)
-            and (message.get("contact_data") is None or is_valid_contact_data(message["contact_data"]))
-            and isinstance(message.get("metadata"), dict | None)
-        ),
-        "list_not_found": not isinstance(list_number, str) or list_number not in owned,
-    }
-    return next((code for code, fails in checks.items() if fails), None)
-
-
-def model_payload(message: dict[str, Any], default: Any, index: int, message_id: str) -> dict[str, Any]:
-    list_number = message.get("list_number") or default
-    payload = {
-        "id": message_id,
-        "account_id": ACCOUNT_ID,
-        "list_id": OWNED[list_number],
-        "list_number": list_number,
-        "to": message["to"],
-        "body": message_id.join(message["body"].split("{{messageId}}")),
-        "wrap_links": bool(message.get("wrap_links")),
-    }
-    payload |= {
-        name: message[name] for name in ("contact_data", "metadata") if isinstance(message.get(name), dict)
-    }  # left out where the caller sent none
-    return payload | {"accepted_at": ACCEPTED_AT, "request_id": REQUEST_ID, "index": index}
-
-
-# The system under test
-
-
-def ids(count: int) -> list[str]:
-    return [f"Id{n:06}" for n in range(count)]
-
-
-def request_of(messages: Any, **top_level: Any) -> bytes:
-    return json.dumps({"messages": messages} | top_level).encode()
-
-
-def run(body: bytes) -> tuple[Draft, Batch]:
-    draft = batch.validate(decode_bulk(body))
-    return draft, build(draft)
-
-
-def build(draft: Draft, lists: Mapping[str, int] = OWNED) -> Batch:
-    return batch.build(draft, lists, BatchIds(ids(draft.size), []), Origin(ACCOUNT_ID, REQUEST_ID, ACCEPTED_AT))
-
-
-def codes(body: bytes) -> dict[int, str]:
-    """The code of each refused message, by index."""
-    return {row.index: row.code for row in run(body)[1].rows}
-
-
-def assert_as_the_model_says(body: bytes) -> None:
-    request = json.loads(body)
-    messages, default = request["messages"], request.get("list_number")
-    draft, prepared = run(body)
-
-    expected = {index: model_code(message, default) for index, message in enumerate(messages)}
-    assert {row.index: row.code for row in prepared.rows} == {n: code for n, code in expected.items() if code}
-    for row in prepared.rows:
-        sent = messages[row.index]
-        to = sent.get("to") if isinstance(sent, dict) else None
-        assert row.to == (to if isinstance(to, str) else None)
-        assert row.error == SENTENCES.get(row.code, row.error)
-        assert (row.may_be_queued, row.message_id) == (False, "")
-
-    good = [index for index, code in expected.items() if code is None]
-    assert list(prepared.indexes) == good
-    assert len(prepared.ids) == len(prepared.outgoing.payloads) == len(prepared.messages) == len(good)
-    # Of its place in the request alone, so that a second run gives it to the same message, whatever else is refused.
-    assert prepared.ids == [ids(len(messages))[index] for index in good]
-    for index, message_id, payload in zip(good, prepared.ids, prepared.outgoing.payloads, strict=True):
-        expected_payload = model_payload(messages[index], default, index, message_id)
-        assert list(json.loads(payload).items()) == list(expected_payload.items())
-    assert {row.index for row in draft.rows} == {
-        n for n, code in expected.items() if code not in (None, "list_not_found")
-    }
-
-
-# Strategies: mostly good values, so that batches mix good and bad; and everything that is nasty.
-
-numbers = st.sampled_from(["+14155551234", "+4915112345678", "+12", "+123456789012345"])
-nasty_numbers = st.sampled_from(
-    [
-        *["", "+", "+1", "+0155551234", "14155551234", "0014155551234", "+1234567890123456", "+1 415 555 1234"],
-        *["+14155551234\n", "\n+14155551234", "+14155551234\n+14155551235", "+14155551234\r", "+14155551234 "],
-        *["+١٤١٥٥٥٥١٢٣٤", "+１４１５５５５１２３４", "+1415555123४", "\u200f+14155551234", "+1415555\x001234"],
-        *["+14155551234'; DROP TABLE accounts; --", "{{messageId}}", "+" + "1" * 10_000, "\N{PILE OF POO}"],
-    ]
+from gateway.ingest.wire import decode_bulk
+from tests.support.batch_model import (
+    GOOD,
+    build,
+    codes,
+    only_payload,
+    request_of,
+    run,
 )
-wrong_types = st.sampled_from([0, 1, 14155551234, 1.5, 10**30, True, False, [], ["+14155551234"], {}, {"a": None}])
-owned_lists = st.sampled_from(sorted(OWNED))
-foreign_lists = st.sampled_from(["+18005553000", "+18005554000"])
-texts = st.sampled_from(
-    ["Hi", "{{messageId}}", "a{{messageId}}b{{messageId}}", "{{first_name}} \x00 \N{PILE OF POO} ‏x"]
-)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-10, 10) | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=4,
-)
-contact_data = st.fixed_dictionaries(
-    {},
-    optional={
-        "first_name": st.text(max_size=3) | json_values,
-        "last_name": st.text(max_size=3) | json_values,
-        "timezone": st.sampled_from(["Europe/Berlin", None, 5]),
-        "custom_fields": st.dictionaries(st.text(max_size=3), json_values, max_size=2) | json_values,
-        "unknown": json_values,
-    },
-)
-nothing = st.sampled_from([None, ""])
-
-good_messages = st.fixed_dictionaries({"to": numbers, "list_number": owned_lists, "body": texts})
-messages = st.one_of(
-    good_messages,
-    good_messages,
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "to": st.one_of(numbers, numbers, nasty_numbers, wrong_types, nothing),
-            "list_number": st.one_of(owned_lists, owned_lists, foreign_lists, nasty_numbers, wrong_types, nothing),
-            "body": st.one_of(texts, texts, st.text(max_size=5), wrong_types, nothing),
-            "wrap_links": st.sampled_from([True, False, None, 0, 1, "true", "", [], {}]),
-            "contact_data": contact_data | json_values,
-            "metadata": st.dictionaries(st.text(max_size=3), json_values, max_size=2) | json_values,
-            "unknown": json_values,
-        },
-    ),
-    st.tuples(good_messages, contact_data).map(lambda pair: pair[0] | {"contact_data": pair[1], "metadata": {"a": 1}}),
-    st.sampled_from([None, True, 1, 1.5, "x", "", [], [1], {}]),
-)
-batches = st.lists(messages, min_size=1, max_size=8)
-defaults = st.one_of(
-    st.just({}),
-    st.fixed_dictionaries(
-        {"list_number": st.one_of(owned_lists, owned_lists, foreign_lists, nasty_numbers, wrong_types, nothing)}
-    ),
-)
-
-
-@EXAMPLES
-@given(sent=batches, top_level=defaults)
-@example(sent=[{"to": 1, "to_": "x", "list_number": "+18005551000", "body": "Hi"}], top_level={})
-def test_every_batch_is_answered_as_the_contract_says(sent: list[Any], top_level: dict[str, Any]) -> None:
-    assert_as_the_model_says(request_of(sent, **top_level))
-
-
-@EXAMPLES
-@given(sent=st.lists(good_messages, min_size=1, max_size=8), top_level=defaults)
-def test_a_clean_batch_is_answered_as_the_contract_says(sent: list[Any], top_level: dict[str, Any]) -> None:
-    assert_as_the_model_says(request_of(sent, **top_level))
-
-
-@EXAMPLES
-@given(sent=batches, top_level=defaults)
-def test_the_fast_way_and_the_slow_way_agree(sent: list[Any], top_level: dict[str, Any]) -> None:
-    """Whichever of them a batch takes, it must not show: each message alone, and all the slow way, give the same."""
-    body = request_of(sent, **top_level)
-    whole = batch.validate(decode_bulk(body))
-    slow = batch._validate_each(decode_bulk(body))
-    assert comparable(whole) == comparable(slow)
-    untyped = decode_bulk(body)
-    assert comparable(batch.validate(Bulk(untyped.messages, untyped.list_number, typed=False))) == comparable(slow)
-    # A misfit beside it sends the whole batch through the slow decoder too.
-    beside_a_misfit = batch.validate(decode_bulk(request_of([*sent, {"to": 5}], **top_level)))
-    assert comparable(beside_a_misfit._replace(rows=beside_a_misfit.rows[:-1])) == comparable(slow)
-    alone = [batch.validate(decode_bulk(request_of([message], **top_level))) for message in sent]
-    assert [index for index, draft in enumerate(alone) if draft.messages] == list(whole.indexes)
-    assert [draft.rows[0].code for draft in alone if draft.rows] == [row.code for row in whole.rows]
-
-
-def comparable(draft: Draft) -> tuple[Any, ...]:
-    """What of a draft shows from outside: the payloads it leads to, and its rows."""
-    lists = {number: n for n, number in enumerate(sorted(set(draft.list_numbers)))}
-    return (
-        build(draft, lists).outgoing.payloads,
-        list(draft.indexes),
-        draft.list_numbers,
-        msgspec.to_builtins(draft.rows),
-    )
-
-
-GOOD = {"to": "+14155551234", "list_number": "+18005551000", "body": "Hi"}
 
 
 def test_one_bad_message_costs_only_itself() -> None:
@@ -376,13 +139,6 @@ def test_one_query_asks_for_each_list_once() -> None:
 # Payloads, to the byte
 
 
-def only_payload(body: bytes) -> bytes:
-    _, prepared = run(body)
-    assert not prepared.rows
-    (payload,) = prepared.outgoing.payloads
-    return payload
-
-
 def test_a_payload_is_the_contracts_to_the_byte() -> None:
     body = (
         b'{"messages": [{"metadata": {"b":1, "a" : [1.50, 1e400]},"contact_data":{"first_name":"J\\u00fcrgen"},'
@@ -450,14 +206,6 @@ def test_the_macro_is_filled_in_nowhere_but_in_the_body() -> None:
     macro = {"first_name": "{{messageId}}", "custom_fields": {"{{messageId}}": "{{messageId}}"}}
     payload = json.loads(only_payload(request_of([GOOD | {"contact_data": macro, "metadata": macro}])))
     assert (payload["contact_data"], payload["metadata"]) == (macro, macro)
-
-
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(text=st.text(min_size=1))
-def test_any_text_at_all_arrives_as_it_came(text: str) -> None:
-    payload = only_payload(msgspec.json.encode({"messages": [GOOD | {"body": text}]}))
-    assert json.loads(payload)["body"] == text.replace("{{messageId}}", "Id000000")
-    assert re.sub(rb"[^\n]", b"", payload) == b""
 
 
 @pytest.mark.parametrize("name", ["first_name", "last_name", "timezone", "custom_fields"])

@@ -1,8 +1,5 @@
 """Settings come from the environment: each from its variable, a bad one refused by name, no password told."""
 
-import os
-import subprocess
-import sys
 from urllib.parse import quote
 
 import msgspec
@@ -338,16 +335,3 @@ def test_what_can_be_read_or_forged_on_its_way_is_told(changes: dict[str, str], 
 def test_settings_do_not_change_once_read() -> None:
     with pytest.raises(AttributeError):
         config.load(URLS).api_port = 1  # type: ignore[misc]
-
-
-def test_the_environment_of_the_process_is_the_default() -> None:
-    program = "from gateway import config; print(config.load().api_port, config.unknown_variables())"
-    completed = subprocess.run(  # noqa: S603 - our own program
-        [sys.executable, "-c", program],
-        env=os.environ | URLS | {"GATEWAY_API_PORT": "8123", "GATEWAY_TYPO": "1"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert completed.stdout == "8123 ['GATEWAY_TYPO']\n", completed.stderr

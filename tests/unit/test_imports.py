@@ -53,6 +53,7 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@cache
 def imports_of(path: Path) -> set[str]:
     """Return full dotted names of all that is imported, at any depth of the source; `from a import b` gives a.b."""
     names: set[str] = set()
