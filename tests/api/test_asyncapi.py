@@ -1,4 +1,4 @@
-"""docs/asyncapi.yaml says what lies in the queue: real messages are judged by it, and so are its own examples."""
+"""docs/asyncapi.yaml describes the messages in the queue: real messages and its own examples are valid by it."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def assert_as_documented(message: AbstractIncomingMessage) -> None:
 
 
 @pytest.mark.parametrize("messages_per_envelope", [1, 3])
-async def test_what_lies_in_the_queue_is_as_documented(
+async def test_messages_in_the_queue_are_as_documented(
     start_gateway: StartGateway, make_settings: MakeSettings, messages_per_envelope: int
 ) -> None:
     settings = make_settings(messages_per_envelope=messages_per_envelope)

@@ -1,4 +1,7 @@
-"""contract.md, "Idempotency-Key": through HTTP and the real database; the broker is scripted where it must fail."""
+"""docs/api.md, "Idempotency-Key": through HTTP and the real database. The broker is scripted where it must fail.
+
+Promise 5.
+"""
 
 import asyncio
 from collections.abc import Sequence
@@ -38,7 +41,7 @@ async def keys_of(gateway: GatewayUnderTest) -> Sequence[asyncpg.Record]:
         await connection.close()
 
 
-async def test_the_same_again_is_answered_again_and_published_once(
+async def test_a_repeated_request_is_answered_again_and_published_once(
     gateway: GatewayUnderTest, queue: OutboundQueue
 ) -> None:
     messages = [gateway.message(), gateway.message(to="bad"), gateway.message(body="a body")]
@@ -96,7 +99,7 @@ async def test_any_visible_ascii_is_a_key(gateway: GatewayUnderTest, key: str) -
         assert (status, headers.get("Idempotent-Replayed")) == (200, replayed)
 
 
-async def test_who_is_refused_leaves_no_key_behind(gateway: GatewayUnderTest, admin: Admin) -> None:
+async def test_a_refused_request_leaves_no_key_behind(gateway: GatewayUnderTest, admin: Admin) -> None:
     assert (await gateway.post(b"{", Idempotency_Key="k"))[0] == 400
     assert (await gateway.post(b"{}", Idempotency_Key="k"))[0] == 400
     assert (await gateway.post(batch(gateway, 1001), Idempotency_Key="k"))[0] == 413
@@ -109,7 +112,9 @@ async def test_who_is_refused_leaves_no_key_behind(gateway: GatewayUnderTest, ad
     assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 200
 
 
-async def test_fifty_at_once_are_one(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+async def test_fifty_identical_requests_at_once_are_published_once(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
     outcomes = await asyncio.gather(*(gateway.post(batch(gateway), Idempotency_Key="k") for _ in range(50)))
     statuses = [status for status, _, _ in outcomes]
     assert set(statuses) <= {200, 409}
@@ -143,7 +148,7 @@ async def test_an_unknown_outcome_runs_again_elsewhere_with_the_same_ids(
         assert len(broker.published) == 6
 
 
-async def test_while_the_first_runs_the_same_again_is_told_to_wait(
+async def test_a_repeat_during_the_first_run_is_told_to_wait(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:
@@ -158,7 +163,7 @@ async def test_while_the_first_runs_the_same_again_is_told_to_wait(
         assert len(broker.published) == 3
 
 
-async def test_an_answer_with_an_unknown_row_is_not_the_last_word(
+async def test_an_answer_with_an_unknown_row_is_not_final(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:
@@ -191,7 +196,7 @@ async def test_after_a_503_nothing_is_remembered(start_gateway: StartGateway, ma
 async def leave_a_batch_unknown(
     broker: ScriptedBroker, start_gateway: StartGateway, make_settings: MakeSettings
 ) -> tuple[GatewayUnderTest, GatewayUnderTest]:
-    """The gateway that did so, under the key `k`, and another one with the same callers."""
+    """Leave a batch unknown under the key `k`; yield that gateway and another one with the same caller."""
     settings = make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5)
     gateway, other = await start_gateway(settings), await start_gateway(settings)
     other.caller = gateway.caller
@@ -203,7 +208,7 @@ async def leave_a_batch_unknown(
 async def test_what_a_second_run_refuses_may_still_be_queued_by_the_first(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """Were it said to be certainly not queued, the caller would send it again under a new key, with new ids."""
+    """A caller that is told `not queued` would send it again under a new key, with new ids."""
     async with ScriptedBroker() as broker:
         gateway, other = await leave_a_batch_unknown(broker, start_gateway, make_settings)
 
@@ -256,7 +261,7 @@ async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTe
     assert await hold(400, HOLD_FOR_A_MINUTE) == KnownKey(is_same_body=True, answer=b"in time")
 
 
-async def test_a_list_that_is_gone_by_the_second_run_shifts_nobodys_id(
+async def test_a_list_that_is_gone_by_the_second_run_shifts_no_id(
     start_gateway: StartGateway, make_settings: MakeSettings, admin: Admin
 ) -> None:
     async with ScriptedBroker() as broker:

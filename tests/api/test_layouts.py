@@ -60,7 +60,7 @@ async def test_an_envelope_in_a_stream_is_counted(start_gateway: StartGateway, m
 async def test_a_refused_or_unanswered_envelope_costs_each_sms_in_it(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """Three envelopes of two: acked, nacked, never answered."""
+    """Three envelopes of two SMS: acked, nacked, never answered."""
     async with ScriptedBroker() as broker:
         broker.mode = "silent"
 

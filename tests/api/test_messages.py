@@ -1,4 +1,4 @@
-"""contract.md, "Per-message codes": every row, through HTTP, against the real servers."""
+"""docs/api.md, "Per-message codes": every row, through HTTP, against the real servers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""/metrics, through HTTP: known traffic gives exact counts, and nothing that callers send makes it grow."""
+"""/metrics, through HTTP: known traffic gives exact counts, and callers cannot create series."""
 
 import asyncio
 import re
@@ -27,7 +27,7 @@ async def scrape(gateway: GatewayUnderTest, **headers: str) -> str:
 
 
 def samples_of(text: str) -> Samples:
-    """Name → labels → value."""
+    """Return the samples: name → labels → value."""
     found: Samples = {}
     for family in parse(text):
         for sample in family.samples:
@@ -40,7 +40,7 @@ async def read(gateway: GatewayUnderTest, name: str, **labels: str) -> float:
 
 
 async def counted(gateway: GatewayUnderTest, name: str) -> dict[str, float]:
-    """The series of a counter that are not 0, by the values of their labels."""
+    """Return the series of a counter that are not 0, by the values of their labels."""
     series = samples_of(await scrape(gateway))[name]
     return {"/".join(value for _, value in labels): number for labels, number in series.items() if number}
 
@@ -87,7 +87,7 @@ async def test_known_traffic_gives_exact_counts(gateway: GatewayUnderTest) -> No
     assert found["gateway_ready"][()] == 1
 
 
-async def test_what_the_broker_leaves_open_is_counted_when_it_is_answered_and_when_it_comes_late(
+async def test_unconfirmed_messages_are_counted_when_answered_and_when_confirmed_late(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:
@@ -138,7 +138,7 @@ async def test_a_broker_alarm_shows(start_gateway: StartGateway, make_settings: 
         assert await counted(gateway, "gateway_messages_total") == {"queue_unavailable": 7}
 
 
-async def test_what_is_shed_says_why(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+async def test_shed_requests_are_counted_by_reason(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     gateway = await start_gateway(make_settings(max_requests_in_flight=1))
     with gateway.runtime.admission.admit():
         status, _ = await gateway.send([gateway.message()])
@@ -200,7 +200,7 @@ async def test_a_scrape_under_load_sees_counters_that_only_rise(gateway: Gateway
     assert await read(gateway, "gateway_messages_total", outcome="queued") == 3000
 
 
-async def test_callers_do_not_reach_it(gateway: GatewayUnderTest) -> None:
+async def test_callers_cannot_reach_metrics(gateway: GatewayUnderTest) -> None:
     async with gateway.session.get(f"{gateway.api_url}/metrics") as response:
         assert response.status == 404
 
@@ -212,8 +212,8 @@ async def test_probes_and_scrapes_are_no_requests(gateway: GatewayUnderTest) -> 
     assert await counted(gateway, "gateway_requests_total") == {}
 
 
-async def test_it_is_shown_also_when_both_servers_are_gone(gateway: GatewayUnderTest) -> None:
-    """That is when somebody looks."""
+async def test_metrics_are_served_while_both_servers_are_gone(gateway: GatewayUnderTest) -> None:
+    """An outage is when metrics are needed."""
     await gateway.runtime.publisher.close()
     await gateway.runtime.database.close()
     found = samples_of(await scrape(gateway))

@@ -1,4 +1,4 @@
-"""The OpenAPI document is served, and tells the truth: its examples are sent, and the answers are those it shows."""
+"""The OpenAPI document is served, and is true: its examples are sent, and the answers are those in it."""
 
 import asyncio
 import re
@@ -24,7 +24,7 @@ LIST_NUMBER_OF_THE_EXAMPLES = "+18005551000"
 
 
 def in_the_callers_name(gateway: GatewayUnderTest, example: Any) -> bytes:
-    """A request example, sent from the caller's list."""
+    """Return a request example with the caller's list number."""
     return msgspec.json.encode(example).replace(
         LIST_NUMBER_OF_THE_EXAMPLES.encode(), gateway.caller.list_number.encode()
     )
@@ -77,7 +77,7 @@ async def test_each_request_example_gives_the_answer_of_the_same_name(gateway: G
 
 
 @pytest.mark.parametrize("code", ["queue_rejected", "outcome_unknown"])
-async def test_what_the_queue_does_not_take_is_a_row_as_shown(
+async def test_a_message_that_the_queue_refuses_is_a_row_as_documented(
     start_gateway: StartGateway, make_settings: MakeSettings, code: str
 ) -> None:
     def take_the_first(session: Session, published: Published) -> None:
@@ -99,7 +99,7 @@ async def test_what_the_queue_does_not_take_is_a_row_as_shown(
 
 
 class Stage(NamedTuple):
-    """What a refusal is brought about on: a gateway on a broker that does as it is told."""
+    """A gateway on a scripted broker, on which each refusal is brought about."""
 
     gateway: GatewayUnderTest
     broker: ScriptedBroker
@@ -110,7 +110,7 @@ class Stage(NamedTuple):
         return msgspec.json.encode({"messages": [self.gateway.message()]})
 
     async def post(self, body: bytes | None = None, *headers: str, key: str | None = "") -> RawAnswer:
-        """`key`: instead of the caller's own; None sends none."""
+        """POST a request; return the raw answer. `key` replaces the caller's own; None sends none."""
         sent = self.good if body is None else body
         lines = [*headers, f"Content-Length: {len(sent)}"]
         if key is not None:

@@ -1,4 +1,4 @@
-"""contract.md, what becomes of messages that the broker does not simply confirm: a scripted broker, a real gateway."""
+"""docs/api.md, "Answer": messages that the broker refuses, returns or does not confirm. Promises 2, 3 and 4."""
 
 from tests.support.eventually import eventually
 from tests.support.gateways import MakeSettings, StartGateway
@@ -8,7 +8,7 @@ from tests.support.scripted_broker import Published, ScriptedBroker, Session
 async def test_what_is_refused_or_unanswered_is_a_row_and_the_rest_is_counted(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """Of six messages: two are acked, one nacked, one returned and then acked, two never answered."""
+    """Of six messages two are acked, one is nacked, one returned and then acked, two are never answered."""
     async with ScriptedBroker() as broker:
         broker.mode = "silent"
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5))
@@ -38,7 +38,7 @@ async def test_what_is_refused_or_unanswered_is_a_row_and_the_rest_is_counted(
         assert broker.violations == []
 
 
-async def test_when_nothing_is_confirmed_and_something_unknown_the_request_is(
+async def test_a_request_with_nothing_confirmed_and_something_unknown_is_unknown(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     async with ScriptedBroker() as broker:

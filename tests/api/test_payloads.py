@@ -1,4 +1,4 @@
-"""contract.md, "What the consumer gets", "Message ids" and the macro: read from the real queue, byte for byte."""
+"""docs/api.md, "What the consumer gets", "Message ids" and the macro: read from the real queue, byte for byte."""
 
 import re
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""contract.md, "Request-level errors" and the answer's form: every row through HTTP, against the real servers."""
+"""docs/api.md, "Request-level errors" and the answer's form: every row through HTTP, against the real servers."""
 
 import asyncio
 import gzip
@@ -17,7 +17,7 @@ from tests.support.raw_http import exchange
 
 
 async def assert_refused(outcome: tuple[int, Any, Any], status: int, code: str) -> str:
-    """A whole request was refused: exactly these two keys. Returns the sentence."""
+    """Assert that a whole request was refused, with exactly the keys `error` and `code`; return the sentence."""
     got_status, answer, _ = outcome
     assert (got_status, answer.get("code")) == (status, code)
     assert set(answer) == {"error", "code"}
@@ -54,7 +54,7 @@ BAD_JSON = {
 
 
 @pytest.mark.parametrize("body", BAD_JSON.values(), ids=BAD_JSON)
-async def test_bad_json_is_said_to_be(gateway: GatewayUnderTest, body: bytes) -> None:
+async def test_bad_json_is_refused_as_such(gateway: GatewayUnderTest, body: bytes) -> None:
     await assert_refused(await gateway.post(body), 400, "invalid_json")
 
 
@@ -109,7 +109,7 @@ async def test_only_the_digest_of_a_key_is_stored(gateway: GatewayUnderTest, adm
     assert account.id == gateway.caller.account_id
 
 
-async def test_revocation_bites_on_the_next_request(
+async def test_revocation_takes_effect_on_the_next_request(
     gateway: GatewayUnderTest, queue: OutboundQueue, admin: Admin
 ) -> None:
     assert (await gateway.send([gateway.message()]))[0] == 200
@@ -118,7 +118,7 @@ async def test_revocation_bites_on_the_next_request(
     assert await queue.depth() == 1
 
 
-async def test_suspension_bites_on_the_next_request_and_so_does_its_end(
+async def test_suspension_takes_effect_on_the_next_request_and_so_does_its_end(
     gateway: GatewayUnderTest, admin: Admin
 ) -> None:
     assert (await gateway.send([gateway.message()]))[0] == 200
@@ -129,7 +129,7 @@ async def test_suspension_bites_on_the_next_request_and_so_does_its_end(
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 
-async def test_deactivating_a_list_bites_on_the_next_request_and_so_does_its_end(
+async def test_deactivating_a_list_takes_effect_on_the_next_request_and_so_does_its_end(
     gateway: GatewayUnderTest, admin: Admin
 ) -> None:
     async def queued() -> int:
@@ -186,7 +186,7 @@ async def test_a_thousand_messages_are_taken_and_one_more_is_not(
 
 
 def padded(gateway: GatewayUnderTest, size: int) -> bytes:
-    """A good request of exactly so many bytes."""
+    """Return a valid request of exactly `size` bytes."""
     body = msgspec.json.encode({"messages": [gateway.message()], "padding": ""})
     return body[:-2] + b" " * (size - len(body)) + body[-2:]
 
@@ -268,7 +268,7 @@ async def test_the_body_is_asked_for_with_a_good_key(gateway: GatewayUnderTest, 
 
 @pytest.mark.parametrize("expectation", [b"100-continue", b"miracles"])
 @pytest.mark.parametrize(("line", "status"), [(b"POST /nope", 404), (b"PUT /api/v2/send/bulk", 405)])
-async def test_no_expectation_is_met_where_nothing_is(
+async def test_no_expectation_is_met_on_an_unknown_path(
     gateway: GatewayUnderTest, line: bytes, status: int, expectation: bytes
 ) -> None:
     request = line + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\nExpect: " + expectation + b"\r\n\r\n{}"
@@ -351,7 +351,7 @@ async def test_a_caller_that_hangs_up_after_the_body_is_still_served(
         ('quote"', False),
     ],
 )
-async def test_a_sane_request_id_comes_back_and_another_is_replaced(
+async def test_a_valid_request_id_is_returned_and_any_other_is_replaced(
     gateway: GatewayUnderTest, given: str, *, kept: bool
 ) -> None:
     for body in (b"{}", gateway.caller.body()):
@@ -359,7 +359,7 @@ async def test_a_sane_request_id_comes_back_and_another_is_replaced(
         assert (headers["X-Request-Id"] == given) is kept
 
 
-async def test_more_requests_than_places_are_refused_before_they_cost_anything(
+async def test_requests_beyond_the_slots_are_refused_before_they_cost_anything(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings(max_requests_in_flight=1))
@@ -370,7 +370,9 @@ async def test_more_requests_than_places_are_refused_before_they_cost_anything(
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 
-async def test_more_bytes_than_room_are_refused(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+async def test_bodies_beyond_the_limit_of_bytes_are_refused(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
     gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
     await assert_refused(await gateway.post(b" " * 1001), 503, "overloaded")
     assert (await gateway.send([gateway.message()]))[0] == 200
@@ -385,7 +387,7 @@ async def test_room_for_a_body_is_taken_only_by_those_with_a_key(
     await assert_refused((answer.status, answer.json(), None), 401, "invalid_api_key")
 
 
-async def test_an_answer_that_nobody_reads_is_given_up(
+async def test_an_answer_that_the_caller_does_not_read_is_abandoned(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings(answer_timeout_s=0.3))

@@ -1,9 +1,9 @@
-"""Promise 7: what is taken away is refused from the commit on, by every process. A loop that tries to catch one.
+"""Promise 7: every process refuses a revoked key, account or list from the commit on. A loop of trials.
 
-A trial takes something away (a key, an account, a list) and commits, then sends at once to a process drawn at random:
-that request must be refused. Then it is given back, and the next request, to any process, must be accepted. Meanwhile
-the same caller's other requests are in flight to all processes, all the time, so that their questions to the database
-are out when the commit comes; what becomes of those is not judged, for they may have begun before it.
+A trial revokes a key, an account or a list, commits, and sends at once to a random process: that request must be
+refused. Then the trial restores it, and the next request, to any process, must be accepted. Meanwhile other requests
+of the same caller are in flight to all processes, so that their queries are under way during the commit. The answers
+to those are not judged, because they may have begun before the commit.
 
     python -m tests.integration.revocation --times 5000 --processes 4 --seed 7
 """
@@ -42,7 +42,7 @@ class Target(Caller):
 
 
 class Verdict(NamedTuple):
-    """An answer, as far as it matters here."""
+    """The status and code of an answer."""
 
     status: int
     code: str  # of the request's refusal, or of its message's
@@ -115,7 +115,7 @@ class Loop:
         await self.execute("UPDATE sending_lists SET account_id = $2 WHERE id = $1", list_id, account)
 
     async def run(self, times: int, seed: int) -> Tally:
-        """So many trials. Raises TimeoutError when the gateways do not answer at all."""
+        """Run `times` trials. Raises TimeoutError if the gateways do not answer at all."""
         began = time.monotonic()
         callers = [await self._make_target() for _ in range(CALLERS)]
         chance = random.Random(seed)  # noqa: S311 - a draw that can be repeated
@@ -174,7 +174,7 @@ async def run_trials(urls: Sequence[str], database_url: str, *, times: int, seed
 
 @asynccontextmanager
 async def gateways(servers: Servers, count: int) -> AsyncIterator[list[str]]:
-    """The URLs of so many gateway processes on the same servers; stopped at the end, their queue deleted."""
+    """Start `count` gateway processes on the same servers; yield their URLs; stop them and delete their queue."""
     settings = process_environment(servers)
     processes = [GatewayProcess(settings) for _ in range(count)]
     try:
@@ -187,7 +187,7 @@ async def gateways(servers: Servers, count: int) -> AsyncIterator[list[str]]:
 
 
 async def main(arguments: Sequence[str] | None = None) -> int:
-    """The long form; 1 when anything was accepted that had been taken away."""
+    """Run the long form; return 1 if anything was accepted that had been revoked."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--times", type=int, default=5_000, help="trials")
     parser.add_argument("--processes", type=int, default=4)

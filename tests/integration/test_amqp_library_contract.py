@@ -1,7 +1,7 @@
-"""The names and habits of aio-pika, aiormq and pamqp that publisher.py and frames.py rest on.
+"""The names and behaviour of aio-pika, aiormq and pamqp that gateway/amqp relies on.
 
-The publisher passes by the libraries' own publishing, at places that are no promise of theirs. After an update of one
-of them this file says, before any other test gets confused, what of the publisher no longer stands.
+The publisher bypasses the libraries' own publishing, through names that they do not document. After an update of a
+library, these tests show which of them has changed.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ async def broker() -> AsyncIterator[ScriptedBroker]:
 
 
 class Recorder(TransportFactory):
-    """A transport factory as the publisher's: remembers how it was called, puts a protocol of our own in between."""
+    """A transport factory like the publisher's: it records its calls, and puts a protocol of its own in between."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[URL, dict[str, Any]]] = []
@@ -156,7 +156,7 @@ async def test_a_channel_opened_with_publisher_confirms_is_in_confirm_mode(broke
 
 
 async def test_delivery_tags_count_from_1_for_frames_written_past_the_library(broker: ScriptedBroker) -> None:
-    """ConfirmTracker counts for itself; nothing that aiormq does on opening may take a tag away."""
+    """ConfirmTracker counts by itself: aiormq must not use up a tag while opening."""
     async with Opened(broker) as opened:
         assert opened.transports.transport is not None
         frames: list[Any] = [commands.Basic.Publish(exchange="", routing_key="q"), ContentHeader(body_size=1)]
@@ -167,7 +167,7 @@ async def test_delivery_tags_count_from_1_for_frames_written_past_the_library(br
 
 
 async def test_aiormq_reads_what_a_protocol_of_ours_feeds_it_and_takes_our_heartbeat(broker: ScriptedBroker) -> None:
-    """_Tap is a StreamReaderProtocol: it feeds a heartbeat of its own, and aiormq then holds the peer for alive."""
+    """_Tap is a StreamReaderProtocol: it feeds a heartbeat of its own, and aiormq takes the peer for alive."""
     async with Opened(broker) as opened:
         stamp = "_Connection__last_frame_time"
         connection = opened.aiormq_connection
@@ -180,7 +180,7 @@ async def test_aiormq_reads_what_a_protocol_of_ours_feeds_it_and_takes_our_heart
 
 
 async def test_a_heartbeat_before_the_first_frame_is_not_taken(broker: ScriptedBroker) -> None:
-    """Why _Tap must not make heartbeats up before the connection is open."""
+    """_Tap must not invent heartbeats before the connection is open."""
 
     class TooEarly(Recorder):
         async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -196,13 +196,13 @@ async def test_a_heartbeat_before_the_first_frame_is_not_taken(broker: ScriptedB
 
 
 async def test_the_grace_before_a_silent_peer_is_given_up_is_known(broker: ScriptedBroker) -> None:
-    """publisher.py says why it does not wait for aiormq: that gives up after 3 × (heartbeat + 1) s."""
+    """aiormq gives up after 3 × (heartbeat + 1) s, which is too late for the publisher."""
     async with Opened(broker, heartbeat=4) as opened:
         assert opened.aiormq_connection._Connection__heartbeat_grace_timeout == 15  # type: ignore[attr-defined]
 
 
 async def test_the_loss_of_the_transport_reaches_a_stream_reader_protocol(broker: ScriptedBroker) -> None:
-    """_Tap.connection_lost is how the publisher hears of a loss; aiormq must not swap the protocol."""
+    """The publisher learns of a loss by _Tap.connection_lost: aiormq must not swap the protocol."""
     opened = Opened(broker)
     async with opened:
         assert opened.transports.transport is not None
@@ -212,7 +212,7 @@ async def test_the_loss_of_the_transport_reaches_a_stream_reader_protocol(broker
 
 
 async def test_a_channel_close_is_answered_and_a_connection_close_ends_the_transport(broker: ScriptedBroker) -> None:
-    """The tap only takes note of them; the answers are aiormq's to give."""
+    """The tap only notes them; aiormq answers."""
     answered: list[object] = []
 
     def listen(session: object, channel: int, method: object) -> bool:

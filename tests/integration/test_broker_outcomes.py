@@ -1,4 +1,4 @@
-"""Acks, nacks, returns, a closed channel and a lost connection, as the real broker makes them: counts are exact."""
+"""Acks, nacks, returns, a closed channel and a lost connection of a real broker: counts are exact. Promises 1 to 3."""
 
 import asyncio
 from collections.abc import Callable
@@ -85,7 +85,7 @@ async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, q
 async def test_what_a_closed_channel_left_unknown_is_published_once_more(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """The exchange is deleted: the broker closes the channel; the next connection declares it anew, and tries again."""
+    """Without its exchange the broker closes the channel. The next connection declares it, and publishes again."""
     settings = make_settings(amqp_connections=1)
     gateway = await start_gateway(settings)
     connection = await aio_pika.connect(settings.amqp_url)
@@ -170,7 +170,7 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
 
 
 def recording(method: Callable[..., Any], queries: list[str]) -> Callable[..., Any]:
-    """The same method of asyncpg's connection, which also writes down the SQL."""
+    """Return the same method of asyncpg's connection, which also records the SQL."""
 
     async def recorded(self: object, sql: str, *arguments: object, **options: object) -> object:
         queries.append(sql)

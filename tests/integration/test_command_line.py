@@ -17,7 +17,7 @@ from tests.support.outbound_queue import OutboundQueue
 
 
 def run_json(servers: Servers, *arguments: str) -> Any:
-    """A command's --json output, decoded."""
+    """Run a command with --json; return its decoded output."""
     completed = run_gateway(*arguments, "--json", database_url=servers.database_url)
     assert completed.returncode == 0, completed.stderr
     return msgspec.json.decode(completed.stdout)
@@ -85,7 +85,7 @@ def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
         (("account", "create", " "), "an account needs a name"),
     ],
 )
-def test_a_task_that_cannot_be_done_says_why(servers: Servers, arguments: tuple[str, ...], says: str) -> None:
+def test_a_command_that_cannot_be_carried_out_says_why(servers: Servers, arguments: tuple[str, ...], says: str) -> None:
     completed = run_gateway(*arguments, database_url=servers.database_url)
     assert completed.returncode == 2
     assert completed.stderr == f"error: {says}\n"

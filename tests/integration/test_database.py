@@ -1,4 +1,4 @@
-"""The pool finds the primary, whatever the other hosts do, and waits for no database that is known to be away."""
+"""The pool finds the primary among hosts, and does not wait for a database that is known to be down."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 
 def through(url: str, *ports: int) -> str:
-    """The URL with these ports of 127.0.0.1 as its hosts."""
+    """Return the URL with these ports of 127.0.0.1 as its hosts."""
     parts = urlsplit(url)
     hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
     return parts._replace(netloc=parts.netloc.rpartition("@")[0] + "@" + hosts).geturl()
@@ -70,7 +70,7 @@ async def test_a_host_that_hangs_or_refuses_does_not_hide_the_next(servers: Serv
             assert database.is_up
 
 
-async def test_when_two_agree_one_is_taken_and_the_other_let_go(servers: Servers) -> None:
+async def test_when_two_hosts_answer_one_connection_is_kept(servers: Servers) -> None:
     async with proxy_to(servers) as one, proxy_to(servers) as other:
         connection = await connect_to_primary(through(servers.database_url, one.port, other.port))
         assert await connection.fetchval("SELECT 1") == 1
@@ -78,14 +78,14 @@ async def test_when_two_agree_one_is_taken_and_the_other_let_go(servers: Servers
         await eventually(lambda: not one._links and not other._links)
 
 
-async def test_when_nobody_agrees_the_last_reason_is_said(servers: Servers) -> None:
+async def test_when_no_host_accepts_the_last_reason_is_raised(servers: Servers) -> None:
     async with proxy_to(servers) as one:
         url = through(servers.database_url, one.port) + "&application_name=x"
         with pytest.raises(asyncpg.InvalidCatalogNameError):
             await connect_to_primary(url.replace("/gateway?", "/nosuchdatabase?"))
 
 
-async def test_while_nobody_answers_questions_are_refused_at_once_and_then_no_longer(servers: Servers) -> None:
+async def test_during_an_outage_queries_fail_at_once_and_afterwards_succeed(servers: Servers) -> None:
     async with (
         proxy_to(servers) as proxy,
         opened(through(servers.database_url, proxy.port), database_timeout_s=1.0) as db,
@@ -135,7 +135,7 @@ async def test_it_closes_in_time_while_the_database_is_away(servers: Servers) ->
         assert time.monotonic() - started < 5.0
 
 
-async def test_tools_that_know_one_host_are_led_to_the_primary(servers: Servers) -> None:
+async def test_tools_that_take_one_host_get_the_primary(servers: Servers) -> None:
     async with proxy_to(servers) as dead, proxy_to(servers) as alive:
         dead.black_hole()
         url = through(servers.database_url, dead.port, alive.port)
@@ -152,8 +152,8 @@ async def test_migrations_and_administration_take_a_url_with_several_hosts(serve
             assert completed.returncode == 0, completed.stderr
 
 
-async def test_one_slow_question_among_others_that_are_answered_is_no_outage(servers: Servers) -> None:
-    """As a commit that waits for a standby: to expire the pool for it would make an outage of it."""
+async def test_one_slow_query_among_quick_ones_is_no_outage(servers: Servers) -> None:
+    """A commit may wait for a standby. Expiring the pool because of it would cause an outage."""
     async with opened(servers.database_url, database_timeout_s=0.5) as db:
 
         async def slow() -> None:
@@ -170,7 +170,7 @@ async def test_one_slow_question_among_others_that_are_answered_is_no_outage(ser
         assert await ask(db) == 1
 
 
-async def test_questions_of_one_kind_take_turns_within_their_time(servers: Servers) -> None:
+async def test_queries_of_one_kind_take_turns_within_their_timeout(servers: Servers) -> None:
     async with opened(servers.database_url, database_timeout_s=0.8) as db:
         turns = asyncio.Semaphore(1)
 

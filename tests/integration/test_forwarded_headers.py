@@ -1,11 +1,11 @@
-"""What proxies say of a request changes nothing."""
+"""Headers that proxies add to a request change nothing."""
 
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 
 
-async def test_what_proxies_say_of_a_request_changes_nothing(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
-    """Anybody can send these: who believes them lets callers choose who they are."""
+async def test_forwarded_headers_change_nothing(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    """Anybody can send these headers, so a server that trusts them lets callers forge their address."""
     body = gateway.caller.body()
     said = {
         "Forwarded": "for=10.0.0.1;host=evil.example;proto=https",

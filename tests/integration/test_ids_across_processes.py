@@ -33,7 +33,7 @@ asyncio.run(main())
 
 
 async def live(servers: Servers, lives: int) -> list[str]:
-    """One gateway that is started `lives` times; the ids it took."""
+    """Start a process that takes ids, `lives` times one after the other; return the ids."""
     ids: list[str] = []
     for _ in range(lives):
         process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""Round after round of faults nothing stays behind: tasks, descriptors, places, confirms. For hours: scripts/soak."""
+"""Rounds of faults leave no task, connection, slot or unconfirmed message behind. Promise 15. Longer: scripts/soak."""
 
 import asyncio
 from collections import Counter
@@ -29,7 +29,7 @@ async def serves(gateway: GatewayUnderTest) -> None:
 
 
 async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
-    """What the gateway holds once it has come to rest; connections are those to these ports."""
+    """Return all that an idle gateway holds; connections are those to these ports."""
     runtime = gateway.runtime
     await eventually(
         lambda: runtime.publisher.unconfirmed_messages == 0 and not runtime.publisher.connections.states()["draining"]

@@ -36,7 +36,7 @@ class Role(NamedTuple):
 
 @pytest.fixture(scope="module")
 def role(servers: Servers) -> Iterator[Role]:
-    """A database role to serve as, made and given its rights as README and docs/operations.md say."""
+    """A database role for serving, created and granted its rights as docs/operations.md says."""
     if servers.postgres is None:
         pytest.skip("makes and drops a database role: needs a PostgreSQL of its own")
     name = f"service {uuid.uuid4().hex[:8]}"  # no name that could go unquoted
@@ -67,7 +67,7 @@ async def owner(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def may_run(connection: asyncpg.Connection, sql: str) -> bool:
-    """Whether the rights suffice. Planned only, without arguments; a sequence looks at them when it runs."""
+    """Return True if the role may run the statement. The statement is only planned, except one with a sequence."""
     try:
         if "nextval" in sql:
             await connection.execute(sql)
@@ -84,7 +84,7 @@ async def test_the_role_may_run_each_statement_of_the_gateway(service: asyncpg.C
 
 
 def single_rights() -> list[tuple[str, str]]:
-    """SERVICE_RIGHTS one by one, columns too: ("accounts", "SELECT (id)"), …"""
+    """Return SERVICE_RIGHTS one by one, columns too: ("accounts", "SELECT (id)"), …"""
     return [
         (what, f"{action} ({column.strip()})" if columns else action)
         for what, rights in SERVICE_RIGHTS.items()
@@ -142,7 +142,7 @@ async def test_the_role_may_not(service: asyncpg.Connection, sql: str) -> None:
         await service.execute(sql)
 
 
-async def test_the_gateway_serves_as_the_role_keys_and_all(
+async def test_the_gateway_serves_as_the_role_with_idempotency_keys(
     role: Role, make_settings: MakeSettings, start_gateway: StartGateway
 ) -> None:
     gateway = await start_gateway(make_settings(database_url=role.url))
@@ -186,7 +186,7 @@ async def test_granting_again_takes_away_what_was_given_beyond(
 
 @pytest.fixture
 async def broker_user(servers: Servers) -> AsyncIterator[str]:
-    """The URL of a user who may write to sms.least, and nothing else; the command is that of docs/security.md."""
+    """The URL of a user who may only write to sms.least, created by the command of docs/security.md."""
     if servers.rabbitmq is None:
         pytest.skip("makes and removes a broker user: needs a RabbitMQ of its own")
     user = f"service-{uuid.uuid4().hex[:8]}"
@@ -245,6 +245,8 @@ async def get_from(channel: AbstractChannel, queue: str) -> None:
     await (await channel.get_queue(queue, ensure=False)).get()
 
 
-async def test_who_may_not_declare_is_told_what_to_do(broker_user: str, make_settings: MakeSettings) -> None:
+async def test_a_user_who_may_not_declare_gets_an_error_that_says_what_to_do(
+    broker_user: str, make_settings: MakeSettings
+) -> None:
     with pytest.raises(OSError, match="set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"):
         await declare_topology(make_settings(amqp_url=broker_user, amqp_exchange="other.least"))

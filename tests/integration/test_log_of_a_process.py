@@ -1,11 +1,11 @@
-"""The log of a process: written whole, and never what keeps the process from ending."""
+"""The log of a process is written whole, and never keeps the process from ending."""
 
 import json
 import subprocess
 import sys
 
 
-def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
+def test_a_process_ends_although_nobody_reads_its_log() -> None:
     program = (
         "import logging, time; from gateway.telemetry import log; log.configure('INFO');"
         "[logging.info('x' * 1000) for _ in range(200)]; time.sleep(0.2)"  # three times what a pipe holds
@@ -18,7 +18,7 @@ def test_a_process_whose_log_nobody_reads_ends_all_the_same() -> None:
         process.communicate()
 
 
-def test_the_last_words_of_a_process_are_written() -> None:
+def test_the_last_lines_of_a_process_are_written() -> None:
     program = (
         "import logging; from gateway.telemetry import log; log.configure('INFO'); "
         "[logging.info(n) for n in range(5000)]"

@@ -1,4 +1,4 @@
-"""Dashboard, rules and runbook speak of metrics and labels that are there, and each alert leads to what to do."""
+"""Dashboard, rules and runbook use existing metrics and labels, and each alert has its entry in the runbook."""
 
 import re
 import shutil
@@ -48,7 +48,7 @@ EXPRESSIONS = {
 
 @pytest.fixture
 async def exposed(gateway: GatewayUnderTest) -> dict[str, set[str]]:
-    """Every sample's name, with the names of its labels: of a process, and of a supervisor with one worker."""
+    """Return every sample's name with the names of its labels: of one process, and of a supervisor with one worker."""
     async with gateway.session.get(f"{gateway.ops_url}/metrics") as response:
         text = await response.text()
     workers = metrics.WorkersMetrics({0: text}, restarts=0).collect()
@@ -59,7 +59,7 @@ async def exposed(gateway: GatewayUnderTest) -> dict[str, set[str]]:
     return found
 
 
-async def test_every_query_asks_for_what_there_is(exposed: dict[str, set[str]]) -> None:
+async def test_every_query_uses_existing_metrics_and_labels(exposed: dict[str, set[str]]) -> None:
     wrong = []
     for where, expression in EXPRESSIONS.items():
         selectors = _SELECTOR.findall(expression)
@@ -80,7 +80,7 @@ async def test_every_query_asks_for_what_there_is(exposed: dict[str, set[str]]) 
     assert wrong == []
 
 
-async def test_the_runbook_speaks_of_metrics_that_are_there(exposed: dict[str, set[str]]) -> None:
+async def test_the_runbook_names_existing_metrics(exposed: dict[str, set[str]]) -> None:
     named = set(re.findall(r"`((?:gateway|process)_[a-z_]+)", RUNBOOK))
     bare = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exposed}
     assert named - set(exposed) - bare == set()

@@ -1,4 +1,4 @@
-"""One request, followed through answer, log, trace and queue: a gateway process, and a collector that speaks OTLP."""
+"""One request, followed through answer, log, trace and queue: a gateway process and an OTLP collector."""
 
 import asyncio
 import gzip
@@ -29,7 +29,7 @@ STEPS = ["authenticate", "read", "validate", "resolve_lists", "build"]
 
 
 class Collector:
-    """Takes spans over OTLP/HTTP, as an OpenTelemetry collector does."""
+    """A collector that receives spans over OTLP/HTTP."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
@@ -53,7 +53,7 @@ def attributes(span: Span) -> dict[str, Any]:
 
 
 def span_as_documented(message: AbstractIncomingMessage) -> ReadableSpan:
-    """A consumer's span, by the very lines of docs/observability.md."""
+    """Return a consumer's span, made by the code in docs/observability.md."""
     text = (Path(__file__).parents[2] / "docs/observability.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.+?)```", text, re.DOTALL)
     names: dict[str, Any] = {"message": message, "tracer": TracerProvider().get_tracer("consumer")}

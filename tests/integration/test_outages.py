@@ -1,4 +1,4 @@
-"""Broker and database die, hang and come back under a running gateway: 503 in time, never a hang or a 500."""
+"""Broker and database die, hang and return under a running gateway. Promises 9 and 14."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 async def post(gateway: GatewayUnderTest) -> tuple[int, Any, float]:
-    """Send one good message; status, answer, seconds it took."""
+    """Send one valid message; return status, answer and seconds."""
     started = time.monotonic()
     status, answer, headers = await gateway.post(gateway.caller.body())
     if status == 503:
@@ -42,7 +42,7 @@ async def post(gateway: GatewayUnderTest) -> tuple[int, Any, float]:
 
 
 async def serves_again(gateway: GatewayUnderTest) -> None:
-    """Wait until a message is queued again; on the way there is nothing but honest refusals."""
+    """Wait until a message is queued again; until then every answer must be 503 or 504."""
     async with asyncio.timeout(30):
         while True:
             status, answer, _ = await post(gateway)

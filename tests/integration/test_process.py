@@ -1,4 +1,4 @@
-"""The gateway as a process of its own: ready, serving, drained by SIGTERM, and what it writes to its log."""
+"""The gateway as a process: readiness, serving, drain after SIGTERM, workers, log. Promise 11."""
 
 import asyncio
 import os
@@ -51,7 +51,7 @@ async def queue(servers: Servers, process: GatewayProcess) -> AsyncIterator[Outb
 
 
 async def test_sigterm_loses_no_confirm(process: GatewayProcess, client: Client, queue: OutboundQueue) -> None:
-    """Callers go on until they are told to leave: every answer is a 200, and all that was counted is in the queue."""
+    """Callers send until they get Connection: close. Every answer is 200, and every counted message is in the queue."""
     counted: list[int] = []
     told_to_leave: list[bool] = []
 
@@ -140,7 +140,7 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
 
 
 async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[str, str]) -> None:
-    """Started without the tests' own supervision, which would end them for us."""
+    """Started without the testbed's supervisor, which would end the workers itself."""
     api_port, ops_port = Port(), Port()
     ports = {"GATEWAY_API_PORT": str(api_port), "GATEWAY_OPS_PORT": str(ops_port), "GATEWAY_DRAIN_DELAY_S": "5"}
     process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""Promise 7 in its short form, and whether the loop would notice a broken one. Long: CONTRIBUTING.md."""
+"""Promise 7 in a short form, and a check that the loop notices a broken gateway. Long form: CONTRIBUTING.md."""
 
 from gateway.postgres.queries import Account, Store
 from testbed.servers import Servers
@@ -8,7 +8,7 @@ from tests.support.gateways import MakeSettings, StartGateway
 TRIALS = 300
 
 
-async def test_what_is_taken_away_is_refused_from_the_commit_on_by_every_process(servers: Servers) -> None:
+async def test_every_process_refuses_from_the_commit_of_a_revocation_on(servers: Servers) -> None:
     async with gateways(servers, 3) as urls:
         tally = await run_trials(urls, servers.database_url, times=TRIALS, seed=1)
     assert tally.broken == []
@@ -21,7 +21,7 @@ async def test_what_is_taken_away_is_refused_from_the_commit_on_by_every_process
 
 
 class CachingStore(Store):
-    """The mistake that the loop is there to catch: remembers the accounts it has let in."""
+    """A store with the fault that the loop exists to find: it caches accounts."""
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         cache: dict[bytes, Account] = self.__dict__.setdefault("cache", {})

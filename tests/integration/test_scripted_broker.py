@@ -1,4 +1,4 @@
-"""The scripted broker keeps its word, as seen by a client that knows nothing of it: stock aio-pika."""
+"""The scripted broker behaves as its script says, as seen by an independent client: aio-pika."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ async def test_what_a_hook_settled_the_default_ack_leaves_alone(broker: Scripted
 
 
 class Wire(asyncio.Protocol):
-    """A client that says what it is told and keeps each chunk as the kernel handed it over."""
+    """A client that sends given bytes and keeps each chunk as the kernel returned it."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
@@ -159,7 +159,7 @@ class Wire(asyncio.Protocol):
         self.transport.write(b"".join(marshal(frame, channel) for frame in frames))
 
     def publish(self, body: bytes) -> None:
-        """With the frames of the body left to the caller, unless it is empty."""
+        """Send a publish. The caller sends the frames of the body, unless the body is empty."""
         self.say(1, commands.Basic.Publish(routing_key="q"), ContentHeader(body_size=len(body)))
 
     def frames(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The watch over the logs of a test run can fail, and fails for nothing else: runs of pytest within this one."""
+"""The watch over the logs of a test run fails for every leak and for nothing else: runs of pytest within this one."""
 
 import os
 import subprocess
@@ -86,7 +86,7 @@ def run_pytest(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[st
     )
 
 
-def test_whatever_leaks_fails_the_run_and_is_named(tmp_path: Path) -> None:
+def test_each_leak_fails_the_run_and_is_named(tmp_path: Path) -> None:
     completed = run_pytest(tmp_path, "-k", "not clean")
     assert completed.returncode == 1, completed.stdout
     assert "9 passed" in completed.stdout, "no single test notices"

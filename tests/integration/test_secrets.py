@@ -1,4 +1,4 @@
-"""Secrets against the real servers: keys are shown once and stored as digests, and no refusal of a server tells one."""
+"""Secrets on real servers: keys are shown once and stored as digests, and no refusal of a server is logged with one."""
 
 import asyncio
 import hashlib
@@ -24,7 +24,7 @@ TABLES = "SELECT quote_ident(table_name) FROM information_schema.tables WHERE ta
 
 
 async def everything_in(database_url: str) -> str:
-    """All rows of all tables, as text."""
+    """Return all rows of all tables as text."""
     connection = await asyncpg.connect(database_url)
     try:
         tables = [name for (name,) in await connection.fetch(TABLES)]
@@ -55,7 +55,7 @@ async def test_a_key_is_shown_once_and_a_copy_of_the_database_lets_nobody_send(
         assert text not in copy, "no text is kept, with an Idempotency-Key neither"
 
 
-async def test_what_postgresql_tells_of_a_row_stays_out_of_the_log(
+async def test_values_quoted_by_postgresql_stay_out_of_the_log(
     servers: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
     database = Database(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
@@ -79,8 +79,8 @@ async def test_what_postgresql_tells_of_a_row_stays_out_of_the_log(
         await database.close()
 
 
-async def test_a_password_that_a_server_refuses_is_not_told(servers: Servers) -> None:
-    """By neither server, at DEBUG, in whichever part of the URL it stands."""
+async def test_a_password_that_a_server_refuses_is_not_logged(servers: Servers) -> None:
+    """The log is at DEBUG, and the password stands in every part of the URL that can hold it."""
     wrong = f"wrong{uuid.uuid4().hex}"
     parts = urlsplit(servers.amqp_url.split(",")[0])
     host = parts.netloc.rpartition("@")[2]

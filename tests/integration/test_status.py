@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 async def run_status(gateway: GatewayUnderTest, *arguments: str, **changes: str) -> tuple[int, str]:
-    """Exit status and output of the command, with the settings of a gateway, some of them changed."""
+    """Run the command with a gateway's settings, some of them changed; return exit status and output."""
     settings = gateway.runtime.settings
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")} | {
         "GATEWAY_DATABASE_URL": settings.database_url,
@@ -74,7 +74,7 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
 
 
-async def test_everything_down_is_told_at_once_and_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
+async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
     nowhere = Port()
     broker, database = urlsplit(servers.amqp_url), urlsplit(servers.database_url)
     async with (
@@ -105,7 +105,7 @@ async def test_everything_down_is_told_at_once_and_by_name(gateway: GatewayUnder
 
 
 @pytest.mark.parametrize(("text", "problem"), [("draining", "draining"), ("", "it answered 404")])
-async def test_a_named_gateway_that_is_not_ready_is_a_problem_whatever_it_says(text: str, problem: str) -> None:
+async def test_a_named_gateway_that_is_not_ready_is_a_problem(text: str, problem: str) -> None:
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(status=404, text=text)
 
@@ -147,7 +147,7 @@ async def test_an_alarm_at_the_broker_is_a_problem(
     assert f"✓ queue        {queue.name}" in text
 
 
-async def test_pending_migrations_and_newer_ones_are_told_apart(make_settings: MakeSettings, servers: Servers) -> None:
+async def test_pending_and_newer_migrations_are_distinguished(make_settings: MakeSettings, servers: Servers) -> None:
     known = sorted(path.name.partition("_")[0] for path in (ROOT / "migrations").glob("*.sql"))
     behind = await status.ask_all(make_settings(), [], [*known, "29990101000000"])
     assert behind.schema.pending == ["29990101000000"]

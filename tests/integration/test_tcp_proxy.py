@@ -1,4 +1,4 @@
-"""The proxy fails the network as asked, and only then."""
+"""TcpProxy breaks the network as it is told, and only then."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Echo:
-    """A server that says everything back, and remembers it."""
+    """A server that echoes everything, and records it."""
 
     def __init__(self) -> None:
         self.heard = bytearray()

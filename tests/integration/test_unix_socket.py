@@ -1,4 +1,4 @@
-"""The API on a UNIX socket: its rights, and what it replaces."""
+"""The API on a UNIX socket: permissions, and the files that it replaces."""
 
 import socket
 import stat

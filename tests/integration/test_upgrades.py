@@ -1,8 +1,7 @@
-"""Two versions on one database and one broker, and migrations under load: no request fails, nothing is lost or doubled.
+"""Two versions on one database and broker, and migrations under load: no request fails, nothing is lost or doubled.
 
-The older version is a commit of this repository. That shows that this step is safe, and the way of testing the next:
-at a release, PREVIOUS becomes its commit. It does not show steps over several versions, nor locks that a large table
-would hold for long.
+The older version is a commit of this repository. At a release, PREVIOUS becomes its commit. This test does not show
+upgrades over several versions, nor locks that a large table would hold for long.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ IS_DECLARED = re.compile(r"^-- contract: \d+\.\d+\.\d+", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The previous version's source tree."""
+    """The source tree of the previous version."""
     found = subprocess.run(["git", "cat-file", "-e", PREVIOUS], cwd=ROOT, capture_output=True, check=False)  # noqa: S603, S607
     if found.returncode:
         pytest.skip("this checkout has no history back to the previous version (a shallow clone?)")

@@ -1,4 +1,4 @@
-"""/metrics of `serve --workers`: each worker under its own label, sums right, and a death is a reset, not a fall."""
+"""/metrics of `serve --workers`: each worker has a label, sums are right, and a death shows as a counter reset."""
 
 import asyncio
 import os
@@ -14,7 +14,7 @@ from tests.support.outbound_queue import OutboundQueue
 
 
 async def scrape(session: aiohttp.ClientSession, url: str) -> dict[str, dict[str, float]]:
-    """Sample's name and its other labels → worker → value."""
+    """Return the samples: name and other labels → worker → value."""
     async with session.get(f"{url}/metrics") as response:
         assert response.status == 200
         families = list(parse(await response.text()))

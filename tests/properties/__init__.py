@@ -1,4 +1,4 @@
-"""Properties: random inputs and worlds, against slow and obvious oracles. TEST_EXAMPLES_TIMES=20 tries more of them."""
+"""Properties: random inputs against slow and obvious models. TEST_EXAMPLES_TIMES=20 tries 20 times as many."""
 
 import os
 

@@ -100,8 +100,8 @@ def test_a_clean_batch_is_answered_as_the_contract_says(sent: list[Any], top_lev
 
 @EXAMPLES
 @given(sent=batches, top_level=defaults)
-def test_the_fast_way_and_the_slow_way_agree(sent: list[Any], top_level: dict[str, Any]) -> None:
-    """Whichever of them a batch takes, it must not show: each message alone, and all the slow way, give the same."""
+def test_the_fast_path_and_the_slow_path_agree(sent: list[Any], top_level: dict[str, Any]) -> None:
+    """The path of a batch must not show: each message alone, and all of them in the slow path, give the same."""
     body = request_of(sent, **top_level)
     whole = batch.validate(decode_bulk(body))
     slow = batch._validate_each(decode_bulk(body))
@@ -117,7 +117,7 @@ def test_the_fast_way_and_the_slow_way_agree(sent: list[Any], top_level: dict[st
 
 
 def comparable(draft: Draft) -> tuple[Any, ...]:
-    """What of a draft shows from outside: the payloads it leads to, and its rows."""
+    """Return all that shows of a draft from outside: its payloads and its rows."""
     lists = {number: n for n, number in enumerate(sorted(set(draft.list_numbers)))}
     return (
         build(draft, lists).outgoing.payloads,

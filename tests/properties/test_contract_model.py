@@ -1,8 +1,8 @@
-"""Decode, validate and build against a slow reader of the contract: any document, in any spelling of JSON, damaged too.
+"""Decode, validate and build against a slow reader of docs/api.md: any document, in any spelling of JSON, also damaged.
 
-The reader is Python's own json and the model of tests/support/batch_model.py, written from docs/api.md alone. Where the
-tests there vary what is said, here it is also varied how: white space, escapes, also in the names of fields, fields
-said twice, numbers of every size; and then single bytes are changed, and both must still agree.
+The reader is Python's own json and the model of tests/support/batch_model.py. test_batch.py varies the content of a
+request. Here the spelling varies too: white space, escapes, also in field names, repeated fields, numbers of every
+size. Then single bytes are changed, and both readers must still agree. Promise 10.
 """
 
 import json
@@ -37,7 +37,7 @@ EXAMPLES = settings(derandomize=MORE == 1, max_examples=150 * MORE, deadline=Non
 
 
 class NotJson(ValueError):
-    """Python's json takes it, JSON does not."""
+    """A text that Python's json accepts although it is no JSON."""
 
 
 class Digits(NamedTuple):
@@ -47,7 +47,7 @@ class Digits(NamedTuple):
 
 
 def read(text: bytes) -> Any:
-    """The document. Raises ValueError when it is no JSON in UTF-8, or text in it is no Unicode."""
+    """Return the decoded document. Raises ValueError if it is no JSON in UTF-8, or a string in it is no Unicode."""
 
     def refuse(constant: str) -> None:
         raise NotJson(constant)
@@ -71,7 +71,7 @@ def strings_of(document: Any) -> list[str]:
 
 
 class Answer(NamedTuple):
-    """What the contract says to a body: a refusal, or rows (index, to, code) and payloads."""
+    """The contract's answer to a body: a refusal, or rows (index, to, code) and payloads."""
 
     refusal: str
     rows: list[tuple[int, str | None, str]]
@@ -101,7 +101,7 @@ def model(body: bytes) -> Answer:
 
 
 def gateway(body: bytes) -> Answer:
-    """The same, as a caller and a consumer would see it."""
+    """Return the code's answer, as a caller and a consumer would see it."""
     try:
         draft = batch.validate(decode_bulk(body))
     except GatewayError as refusal:
@@ -119,7 +119,7 @@ def gateway(body: bytes) -> Answer:
 
 
 def plain(name: str, value: Any) -> Any:
-    """Our own numbers as numbers; those of callers stay as they were written."""
+    """Return the gateway's own numbers as int; the callers' numbers stay as they were written."""
     return int(value.text) if name in ("account_id", "list_id", "index") else value
 
 
@@ -127,7 +127,7 @@ def plain(name: str, value: Any) -> Any:
 
 
 class Pairs(list[tuple[str, Any]]):
-    """An object whose fields may be said more than once."""
+    """An object whose fields may be repeated."""
 
 
 digits = st.sampled_from(
@@ -193,7 +193,7 @@ documents = st.one_of(
 
 
 def write(document: Any, chance: random.Random) -> str:
-    """One of the many spellings of a document."""
+    """Return a document in one of its many spellings."""
 
     def gap() -> str:
         return chance.choice(["", "", "", "", " ", "\n", "\t \r\n"])
@@ -216,7 +216,7 @@ def write(document: Any, chance: random.Random) -> str:
 
 
 def spell(character: str, chance: random.Random) -> str:
-    """A character as it is, where JSON allows that, or one of its escapes."""
+    """Return a character as it is, where JSON allows that, or one of its escapes."""
     units = character.encode("utf-16-be", "surrogatepass")
     escapes = ["".join(f"\\u{units[at]:02x}{units[at + 1]:02X}" for at in range(0, len(units), 2))]
     escapes += [

@@ -1,7 +1,7 @@
-"""Who asks for a list, or tries a key, learns whether it works, and not why not: same answer, same work.
+"""A refused list or key is refused the same way for every reason: same answer, same work. Promise 6.
 
-The work is counted at the database: what it is asked, byte for byte, what it answers, and with which plan. The plans
-are those of a database with many accounts, where a plan could differ.
+The work is counted at the database: bytes asked, bytes answered, statements, and the query plan. The plans are those
+of a database with many accounts, where they could differ.
 """
 
 import json
@@ -37,7 +37,7 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def refused_lists(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str]:
-    """Numbers that `gateway`'s account cannot send from, each for another reason; all of the same length."""
+    """Create numbers that `gateway`'s account cannot send from, each for another reason, all of the same length."""
     other, suspended = await make_caller(admin, "other"), await make_caller(admin, "suspended")
     numbers = {name: new_number() for name in ("absent", "inactive", "foreign, inactive")}
     numbers |= {"foreign": other.list_number, "foreign, suspended": suspended.list_number}
@@ -53,7 +53,7 @@ async def refused_lists(gateway: GatewayUnderTest, admin: Admin) -> dict[str, st
 
 
 async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str]:
-    """Keys of the right form that let nobody in."""
+    """Create keys of the right form that are not valid."""
     revoked = await admin.create_key(gateway.caller.account_id)
     await admin.revoke_key(revoked["id"])
     suspended = await make_caller(admin, "suspended")
@@ -63,7 +63,7 @@ async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str
 
 
 async def ask(gateway: GatewayUnderTest, messages: list[Any], *lines: bytes, key: str | None = None) -> bytes:
-    """The whole answer to a request, byte for byte, but for its date."""
+    """Return the whole answer to a request, byte for byte, without its date."""
     body = msgspec.json.encode({"messages": messages})
     keys = (
         []
@@ -110,7 +110,7 @@ async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_bytes(
 
 
 class Work(NamedTuple):
-    """What a request costs the database."""
+    """The cost of a request at the database."""
 
     bytes_asked: int
     bytes_answered: int
@@ -118,7 +118,7 @@ class Work(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A gateway with one connection to the database, and ways to see what passes on it."""
+    """A gateway with one connection to the database, through a proxy that counts bytes."""
 
     gateway: GatewayUnderTest
     proxy: TcpProxy
@@ -184,7 +184,7 @@ async def test_an_unknown_and_a_revoked_key_cost_the_same_work_and_a_malformed_o
 
 @pytest.fixture
 async def crowded(database: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
-    """A database with so many accounts and lists that indexes pay; as if they had never been, afterwards."""
+    """A transaction with so many accounts and lists that indexes are used; rolled back afterwards."""
     transaction = database.transaction()
     await transaction.start()
     await database.execute(
@@ -204,7 +204,7 @@ async def crowded(database: asyncpg.Connection) -> AsyncIterator[asyncpg.Connect
 
 
 async def plan_of(database: asyncpg.Connection, question: str, *arguments: object) -> Any:
-    """The plan as it was carried out, without the parameters and how many rows passed where."""
+    """Return the plan as it was carried out, without parameters and row counts."""
     explain = "EXPLAIN (ANALYZE, COSTS OFF, TIMING OFF, SUMMARY OFF, BUFFERS OFF, FORMAT JSON) "
     savepoint = database.transaction()
     await savepoint.start()
@@ -226,7 +226,7 @@ def without_counts(plan: Any) -> Any:
     return {name: without_counts(value) for name, value in plan.items() if not name.startswith(counts)}
 
 
-async def test_the_database_takes_the_same_way_to_a_list_whatever_its_state(
+async def test_the_query_plan_for_a_list_is_the_same_in_every_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
     numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.caller.list_number}
@@ -239,7 +239,7 @@ async def test_the_database_takes_the_same_way_to_a_list_whatever_its_state(
     assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
 
 
-async def test_the_database_takes_the_same_way_to_a_refused_key_whatever_its_state(
+async def test_the_query_plan_for_a_refused_key_is_the_same_in_every_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
     keys = await refused_keys(gateway, admin)

@@ -1,8 +1,8 @@
-"""Promise 6: nobody sends from a list they do not own. Random worlds through real HTTP, against an oracle in SQL.
+"""Promise 6: nobody sends from a list they do not own. Random accounts and lists, real HTTP, an oracle in SQL.
 
-The oracle asks the database one plain question per message: does this key, now, own this number? It knows nothing of
-how the gateway asks. Requests of a round are in flight together, from different accounts: the gateway then shares
-queries between them, and that is where a mix-up would happen.
+The oracle asks the database one question per message: does this key own this number now? It knows nothing of the
+gateway's queries. The requests of a round are in flight together, from different accounts. The gateway coalesces
+their lookups, and a mix-up would happen there.
 """
 
 import asyncio
@@ -93,14 +93,14 @@ SPELLINGS: dict[str, Callable[[str], str]] = {
 
 
 class Number(NamedTuple):
-    """Who has a number: one account actively, some no longer."""
+    """The owners of a number: one account actively, some no longer."""
 
     active_of: int | None
     inactive_of: frozenset[int]
 
 
 class Sent(NamedTuple):
-    """One message: which number, how it is written, and whether the recipient is one."""
+    """One message: its list number, the spelling of that number, and its recipient."""
 
     number: int
     spelling: str
@@ -109,7 +109,7 @@ class Sent(NamedTuple):
 
 
 class Request(NamedTuple):
-    """Who sends what; with an Idempotency-Key, it is one that others use too."""
+    """A request of one account. All keyed requests of a round use the same Idempotency-Key."""
 
     account: int
     messages: list[Sent]
@@ -118,7 +118,7 @@ class Request(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A number that goes to another account before the round: its row, or a new row beside the old."""
+    """A number that moves to another account before the round: its row moves, or a new row is added."""
 
     number: int
     to: int
@@ -126,7 +126,7 @@ class Move(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What changes, and then the requests in flight together."""
+    """Moves, and then requests in flight together."""
 
     moves: list[Move]
     requests: list[Request]
@@ -158,7 +158,7 @@ rounds = st.builds(
 
 
 class World:
-    """Accounts with their keys, and numbers, of one example."""
+    """The accounts, keys and numbers of one example."""
 
     def __init__(self, database: asyncpg.Connection, admin: Admin) -> None:
         self._database = database
@@ -187,7 +187,7 @@ class World:
         await self._database.executemany(insert, rows)
 
     async def move(self, move: Move) -> None:
-        """From one commit to the next, the number is the new owner's alone."""
+        """Move a number to its new owner in one transaction."""
         number, owner = self.numbers[move.number], self.ids[move.to]
         async with self._database.transaction():
             if move.keeps_row:
@@ -208,7 +208,7 @@ class World:
 
 
 class Expected(NamedTuple):
-    """What the oracle says to one request."""
+    """The oracle's answer to one request."""
 
     status: int
     rows: list[tuple[int, str, str]]  # index, to, code
@@ -223,7 +223,7 @@ def written(world: World, number: int, spelling: str) -> str:
 
 
 def body_of(world: World, request: Request) -> dict[str, Any]:
-    """The request as it is sent; every text is another, so that a payload tells which message it was."""
+    """Return the request's body. Every text is different, so that a payload identifies its message."""
     messages = []
     for sent in request.messages:
         token = next(_tokens)
@@ -238,7 +238,7 @@ def body_of(world: World, request: Request) -> dict[str, Any]:
 
 
 async def foretell(database: asyncpg.Connection, world: World, request: Request, body: dict[str, Any]) -> Expected:
-    """The oracle: one question for the key, one for each message."""
+    """Return the oracle's answer: one query for the key, one for each message."""
     key = world.keys[request.account]
     status = await database.fetchval(ORACLE_OF_KEYS, key)
     if status != "active":
@@ -283,7 +283,7 @@ async def play(
     number: int,
     part: Round,
 ) -> None:
-    """One round: the moves, the oracle, all requests at once, and then what is in the queue."""
+    """Run one round: the moves, the oracle, all requests at once, and then compare with the queue."""
     for move in part.moves:
         await world.move(move)
     bodies = [body_of(world, request) for request in part.requests]
@@ -310,7 +310,7 @@ async def play(
 
 @pytest.fixture
 async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
-    """The oracle's own connection."""
+    """A connection for the oracle."""
     connection = await asyncpg.connect(servers.database_url)
     yield connection
     await connection.close()
@@ -318,7 +318,7 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 async def sharing_gateway(gateway: GatewayUnderTest) -> AsyncIterator[GatewayUnderTest]:
-    """A gateway that is seen, in the end, to have asked for lists of several accounts in one query."""
+    """A gateway, checked at the end to have resolved lists of several accounts in one query."""
     accounts_per_query: list[int] = []
     find_lists = gateway.runtime.store._find_lists
 

@@ -1,4 +1,4 @@
-"""Whatever bytes come in, decoding gives messages or one of three refusals, and nothing else, ever."""
+"""Decoding any bytes gives messages or one of three refusals. Promise 10."""
 
 import json
 from typing import Any
@@ -54,7 +54,7 @@ def is_strict_json(body: bytes) -> bool:
 
 
 def what_comes_of(body: bytes) -> type[GatewayError] | int:
-    """The refusal, or the number of messages."""
+    """Return the refusal, or the number of messages."""
     try:
         return len(decode_bulk(body).messages)
     except GatewayError as refusal:

@@ -49,7 +49,7 @@ def is_valid_contact_data(value: object) -> bool:
 
 
 def model_code(message: object, default: object, owned: Mapping[str, int] = OWNED) -> str | None:
-    """The first failing check, in the contract's order."""
+    """Return the code of the first failing check, in the order of docs/api.md."""
     if not isinstance(message, dict):
         return "missing_to"
     to, body = message.get("to"), message.get("body")
@@ -108,7 +108,7 @@ def build(draft: Draft, lists: Mapping[str, int] = OWNED) -> Batch:
 
 
 def codes(body: bytes) -> dict[int, str]:
-    """The code of each refused message, by index."""
+    """Return the code of each refused message, by index."""
     return {row.index: row.code for row in run(body)[1].rows}
 
 

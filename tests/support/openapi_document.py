@@ -1,4 +1,4 @@
-"""gateway/web/openapi.json as a judge: is an answer one of those that the document describes?"""
+"""Checks of answers against gateway/web/openapi.json."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -17,12 +17,12 @@ OF_SOME_ANSWERS_ONLY = ("Retry-After", "Idempotent-Replayed", "Allow")
 
 
 def validator_of(schema: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
-    """A validator of one schema of the document, which may refer to the others."""
+    """Return a validator of one schema of the document, which may refer to the others."""
     return jsonschema_rs.Draft202012Validator({**schema, "components": COMPONENTS})
 
 
 def resolved(node: dict[str, Any]) -> dict[str, Any]:
-    """What a reference refers to; anything else is itself."""
+    """Return the target of a reference; return anything else as it is."""
     if "$ref" not in node:
         return node
     _, kind, name = node["$ref"].removeprefix("#/").split("/")
@@ -31,7 +31,7 @@ def resolved(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def example_of(code: str) -> Any:
-    """The example of the answer to a request that is refused with this code."""
+    """Return the example of the answer to a request that is refused with this code."""
     (found,) = (
         response["content"]["application/json"]["examples"][code]["value"]
         for status, response in RESPONSES.items()
@@ -54,7 +54,7 @@ _header_validators = {
 
 
 def faults_of(status: int, headers: Mapping[str, str], body: bytes) -> list[str]:
-    """What of an answer to POST /api/v2/send/bulk is not as the document has it. `headers` must not care for case."""
+    """Return the differences between an answer to POST /api/v2/send/bulk and the document. `headers` ignore case."""
     if status not in _body_validators:
         return [f"status {status} is not documented"]
     faults = []

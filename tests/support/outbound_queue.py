@@ -1,4 +1,4 @@
-"""What a consumer would find: reads the outbound queue of one test, whole messages, through a connection of its own."""
+"""Reads the outbound queue of one test as a consumer does: whole messages, through a connection of its own."""
 
 import asyncio
 from types import TracebackType
@@ -35,7 +35,7 @@ class OutboundQueue:
         return messages
 
     async def read_stream(self, count: int) -> list[AbstractIncomingMessage]:
-        """The first `count` messages of a stream, which is read from its beginning and keeps them."""
+        """Read the first `count` messages of a stream from its beginning; the stream keeps them."""
         channel = await self._connection.channel()
         await channel.set_qos(prefetch_count=1000)
         stream = await channel.get_queue(self.name, ensure=False)
@@ -47,11 +47,11 @@ class OutboundQueue:
         return messages
 
     async def take_payloads(self) -> list[dict[str, Any]]:
-        """The decoded bodies of everything in the queue, in order."""
+        """Consume everything in the queue; return the decoded bodies in order."""
         return [msgspec.json.decode(message.body) for message in await self.take_all()]
 
     async def depth(self) -> int:
-        """How many messages are in the queue now."""
+        """Return the number of messages in the queue now."""
         channel = await self._connection.channel()
         declared = await channel.declare_queue(self.name, passive=True)
         await channel.close()

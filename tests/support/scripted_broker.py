@@ -66,7 +66,7 @@ Declare = commands.Exchange.Declare | commands.Queue.Declare
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """One message as the broker got it."""
+    """One message as the broker received it."""
 
     connection: int  # its session is broker.sessions[connection]
     channel: int
@@ -80,7 +80,7 @@ class Published:
 
 
 class Violation(Exception):
-    """The client broke the protocol; RabbitMQ would close its connection with this code."""
+    """A violation of the protocol by the client, with the code with which RabbitMQ would close the connection."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(f"{code} {text}")
@@ -90,7 +90,7 @@ class Violation(Exception):
 
 @dataclass(slots=True)
 class _Incoming:
-    """A publish whose frames have not all come yet."""
+    """A publish whose frames have not all arrived."""
 
     method: commands.Basic.Publish
     header: ContentHeader | None = None
@@ -176,7 +176,7 @@ class ScriptedBroker:
         self._server = await loop.create_server(self._accept, sock=self._socket)
 
     async def stop_listening(self) -> None:
-        """New connections are refused by the kernel; those that are open stay."""
+        """Have the kernel refuse new connections; open ones stay."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -192,7 +192,7 @@ class ScriptedBroker:
                 await self._changed.wait()
 
     async def wait_published(self, n: int, timeout: float = 5.0) -> list[Published]:
-        """The messages so far, as soon as there are at least n in all."""
+        """Wait until there are at least n messages in all; return them."""
         try:
             await self.wait_until(lambda: len(self.published) >= n, timeout)
         except TimeoutError:
@@ -200,7 +200,7 @@ class ScriptedBroker:
         return self.published
 
     async def wait_opened(self, n: int, timeout: float = 5.0) -> Session:
-        """The newest session, as soon as n connections in all have been through the handshake."""
+        """Wait until n connections in all have finished the handshake; return the newest session."""
         await self.wait_until(lambda: sum(each.opened for each in self.sessions) >= n, timeout)
         return self.sessions[-1]
 
@@ -227,7 +227,7 @@ class ScriptedBroker:
             self._stir()
 
     def _stir(self) -> None:
-        """Something happened: whoever waits looks again."""
+        """Wake all waiters, to check their condition again."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -274,7 +274,7 @@ class Session(asyncio.Protocol):
         self.send(number, commands.Basic.Nack(delivery_tag=tag, multiple=multiple, requeue=False))
 
     def return_(self, tag: int, code: int = 312, text: str = "NO_ROUTE", channel: int | None = None) -> None:
-        """Send the message back. That settles nothing: a real broker's ack for it follows."""
+        """Return the message. That settles nothing: a real broker's ack for it follows."""
         number, state = self._the_channel(channel)
         message = state.published[tag]
         room = self.frame_max - FRAME_OVERHEAD
@@ -289,14 +289,14 @@ class Session(asyncio.Protocol):
     # What a script can do: trouble
 
     def blocked(self, reason: str = "low on memory") -> None:
-        """Say so, no more: a real broker also stops reading once the client publishes (`pause_reading`)."""
+        """Send connection.blocked and no more: a real broker also stops reading (`pause_reading`)."""
         self.send(0, commands.Connection.Blocked(reason))
 
     def unblocked(self) -> None:
         self.send(0, commands.Connection.Unblocked())
 
     def close_channel(self, code: int, text: str, channel: int | None = None) -> None:
-        """By default blames basic.publish, as RabbitMQ does for an unknown exchange or a bad property."""
+        """Close the channel, by default because of basic.publish, as RabbitMQ does for an unknown exchange."""
         self._close_channel(code, text, commands.Basic.Publish.index, channel)
 
     def close_connection(self, code: int, text: str) -> None:
@@ -304,9 +304,9 @@ class Session(asyncio.Protocol):
         self.send(0, commands.Connection.Close(code, text, 0, 0))
 
     def drop(self) -> None:
-        """Reset the TCP connection; from a hook, what came with this read but later is as if never received.
+        """Reset the TCP connection. Called from a hook, later messages of the same read count as never received.
 
-        What was said before is sent first, except what is still dribbling.
+        Bytes sent before are written first, except those that still wait for a piecewise write.
         """
         if self._transport is None or self.closed.is_set():
             return
@@ -318,19 +318,19 @@ class Session(asyncio.Protocol):
         self.abort()
 
     def hang_up(self) -> None:
-        """Close the TCP connection in good order but without a word of AMQP, once everything is said."""
+        """Close the TCP connection in order but without AMQP, once everything is written."""
         if self._held or self._pumping:
             self._hang_up_when_said = True
         elif self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
-        """Close the TCP connection now, unsaid or not."""
+        """Close the TCP connection now, without writing what waits."""
         if self._transport is not None:
             self._transport.abort()
 
     def pause_reading(self) -> None:
-        """From the next read on, let the client's bytes pile up in the kernel's buffers, then in its own."""
+        """Stop reading: the client's bytes fill the kernel's buffers, then its own."""
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -342,7 +342,7 @@ class Session(asyncio.Protocol):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """All that is said within goes out in one write. Hooks are always called within one."""
+        """Collect all frames sent within the block into one write. Hooks are always called within such a block."""
         if self._held is not None:
             yield
             return
@@ -357,11 +357,11 @@ class Session(asyncio.Protocol):
                 self.hang_up()
 
     def send(self, channel: int, *frames: FrameTypes) -> None:
-        """Any frames at all, in one write."""
+        """Send any frames, in one write."""
         self.raw(b"".join(marshal(frame, channel) for frame in frames))
 
     def raw(self, data: bytes) -> None:
-        """Any bytes at all, well-formed or not."""
+        """Send any bytes, well-formed or not."""
         if self._transport is None or self._gone:
             return
         if self._held is not None:

@@ -1,8 +1,8 @@
-"""Fails the whole run when any log shows a secret: an API key, a password, a message's text, a whole phone number.
+"""Fails the whole run if a log shows a secret: an API key, a password, a message's text, a whole phone number.
 
-What is read: in this process every record that the gateway's own logging would print, at DEBUG, as it is before
-anything is masked; of each gateway process, which runs at DEBUG too, the log it has written when it is closed; of each
-command, its standard error. Registered by tests/conftest.py.
+Three kinds of logs are read. In this process: every record that the gateway would print, at DEBUG, before masking. Of
+each gateway process, which runs at DEBUG too: its log when it is closed. Of each command: its standard error.
+tests/conftest.py registers the plugin.
 """
 
 import logging
@@ -31,7 +31,7 @@ WATCHED_AT_DEBUG = ("gateway", "examples", "aiohttp", "asyncio", "asyncpg")
 
 
 class Leak(NamedTuple):
-    """A secret where none may be."""
+    """A secret in a log."""
 
     test: str
     where: str
@@ -43,7 +43,7 @@ class Leak(NamedTuple):
 
 
 class LogWatch(logging.Handler):
-    """A pytest plugin: reads along, and fails the session in which something has leaked."""
+    """A pytest plugin that reads the logs, and fails the session if something has leaked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class LogWatch(logging.Handler):
         self.look_at(text, f"a record of {record.name}")
 
     def look_at(self, text: str, where: str) -> None:
-        """Note what the text shows."""
+        """Record the secrets in a text."""
         text = EXAMPLES.sub("", text)
         for secret, pattern in SECRETS.items():
             if found := pattern.search(text):

@@ -1,4 +1,7 @@
-"""What fits is admitted, what does not is refused, and a place is given back whatever happens in it."""
+"""Admission of requests by count, by bytes and by account share. Promise 13.
+
+A request that fits is admitted, any other is refused, and a slot is released however the request ends.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,14 +19,14 @@ strangers = count(1_000)
 
 @contextmanager
 def held(admission: Admission, size: int, account_id: int | None = None) -> Iterator[None]:
-    """A request in its place, with the room for its body; of an account of its own, unless told whose."""
+    """Hold a slot and `size` bytes, for the given account or for a new one."""
     with admission.admit() as place:
         place.reserve(next(strangers) if account_id is None else account_id, size)
         yield
 
 
 def fill(house: ExitStack, admission: Admission, size: int, account_id: int) -> int:
-    """Let in as many requests of one account as are admitted; how many that were."""
+    """Admit requests of one account until one is refused; return how many were admitted."""
     for number in count():
         try:
             house.enter_context(held(admission, size, account_id))
@@ -51,14 +54,14 @@ def test_one_accounts_large_bodies_leave_room_for_others() -> None:
     assert (admission.reserved_bytes, admission.bytes_of) == (0, {})
 
 
-def test_a_share_given_back_can_be_had_again() -> None:
+def test_a_released_share_can_be_taken_again() -> None:
     admission = Admission(max_requests=8, max_bytes=1_000)
     for _ in range(3):
         with ExitStack() as house:
             assert fill(house, admission, 1, account_id=1) == 6
 
 
-def test_who_is_refused_is_told_how_long_a_place_is_held() -> None:
+def test_retry_after_follows_how_long_a_slot_is_held() -> None:
     admission = Admission(max_requests=1, max_bytes=10)
     admission.held_s = 3.2
     with held(admission, 1), pytest.raises(Overloaded) as refused, held(admission, 1):
@@ -87,7 +90,7 @@ def test_bytes_are_admitted_up_to_the_limit_and_not_beyond() -> None:
                 assert admission.requests == 3
 
 
-def test_a_place_given_back_can_be_had_again() -> None:
+def test_a_released_slot_can_be_taken_again() -> None:
     admission = Admission(max_requests=1, max_bytes=10)
     for _ in range(3):
         with held(admission, 10):
@@ -95,18 +98,18 @@ def test_a_place_given_back_can_be_had_again() -> None:
 
 
 class Failure(BaseException):
-    """Not even an Exception, as CancelledError is not."""
+    """A failure that is no Exception, like CancelledError."""
 
 
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, Failure])
-def test_a_request_that_fails_gives_its_place_back(failure: type[BaseException]) -> None:
+def test_a_request_that_fails_releases_its_slot(failure: type[BaseException]) -> None:
     admission = Admission(max_requests=1, max_bytes=10)
     with pytest.raises(failure), held(admission, 10):
         raise failure
     assert (admission.requests, admission.reserved_bytes) == (0, 0)
 
 
-def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
+def test_draining_admits_no_new_request_and_ends_none() -> None:
     admission = Admission(max_requests=2, max_bytes=10)
     with held(admission, 3):
         admission.closed = True
@@ -117,7 +120,7 @@ def test_a_closed_door_admits_nobody_and_puts_nobody_out() -> None:
 
 
 def test_draining_is_said_before_overloaded() -> None:
-    """The caller should go to another process, not wait for this one."""
+    """The caller shall retry on another process, and not wait for this one."""
     admission = Admission(max_requests=1, max_bytes=10)
     with held(admission, 10):
         admission.closed = True
@@ -130,7 +133,7 @@ def test_draining_is_said_before_overloaded() -> None:
     comings=st.lists(st.integers(0, 60), max_size=30),
     goings=st.lists(st.integers(0, 29), max_size=30),
 )
-def test_neither_bound_is_ever_passed_and_nothing_that_fits_is_refused(comings: list[int], goings: list[int]) -> None:
+def test_neither_limit_is_ever_passed_and_nothing_that_fits_is_refused(comings: list[int], goings: list[int]) -> None:
     admission = Admission(max_requests=4, max_bytes=100)
     inside: list[tuple[int, ExitStack]] = []
     for size, leaves in zip(comings, [*goings, *[0] * 30], strict=False):

@@ -48,7 +48,7 @@ def test_only_the_first_failing_check_is_reported_and_checks_have_one_order(chan
 
 @pytest.mark.parametrize("number", ["+14155551234\n+14155551235", "+14155551234\n", "\n+14155551234"])
 def test_a_newline_does_not_smuggle_a_second_number_in(number: str) -> None:
-    """Whole batches are checked joined by newlines; one more or one less must not shift the count."""
+    """Numbers of a whole batch are checked joined by newlines: a newline inside one must not shift the others."""
     for neighbours in ([], [GOOD], [GOOD | {"to": ""}], [GOOD, GOOD | {"to": None}]):
         for changes, code in (({"to": number}, "invalid_phone"), ({"list_number": number}, "invalid_list_number")):
             assert codes(request_of([*neighbours, GOOD | changes])).get(len(neighbours)) == code
@@ -80,7 +80,7 @@ def test_the_default_list_number_is_for_messages_that_carry_none() -> None:
     assert [(row.index, row.code) for row in prepared.rows] == [(3, "invalid_list_number")]
 
 
-def test_a_useless_default_harms_only_those_who_need_it() -> None:
+def test_a_bad_default_list_number_costs_only_the_messages_that_need_it() -> None:
     without = {name: value for name, value in GOOD.items() if name != "list_number"}
     for default, code in (
         *[(None, "missing_list_number"), ("", "missing_list_number"), ("x", "invalid_list_number")],
@@ -125,7 +125,7 @@ def test_a_batch_none_of_which_is_ours_gives_rows_only() -> None:
 
 
 def test_building_leaves_the_draft_as_it_was() -> None:
-    """A retry under an idempotency key builds from one draft again."""
+    """A retry under an idempotency key builds from the same draft again."""
     draft = batch.validate(decode_bulk(request_of([GOOD, GOOD | {"list_number": "+18005553000"}, {}])))
     assert build(draft) == build(draft)
     assert [row.index for row in draft.rows] == [2]
@@ -155,8 +155,8 @@ def test_a_payload_is_the_contracts_to_the_byte() -> None:
 
 @pytest.mark.parametrize("nothing", [{}, {"contact_data": None, "metadata": None, "wrap_links": None}])
 @pytest.mark.parametrize("neighbour", [GOOD, {"to": 5}])
-def test_what_was_not_sent_or_is_null_is_left_out(nothing: dict[str, Any], neighbour: dict[str, Any]) -> None:
-    """Whichever way the neighbours send the batch."""
+def test_fields_that_are_absent_or_null_are_left_out(nothing: dict[str, Any], neighbour: dict[str, Any]) -> None:
+    """The same holds in the fast and in the slow path, which the neighbour decides."""
     _, prepared = run(request_of([GOOD | nothing, neighbour]))
     assert prepared.outgoing.payloads[0] == (
         b'{"id":"Id000000","account_id":42,"list_id":7,"list_number":"+18005551000","to":"+14155551234",'

@@ -1,4 +1,4 @@
-"""Questions asked together share queries; each gets its own answer, from a query that began after it was asked."""
+"""Coalescing: lookups in flight share queries; each gets its own answer, from a query that began after the lookup."""
 
 import asyncio
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from gateway.postgres.coalesce import MAX_QUERIES, MAX_WEIGHT, Coalescer
 
 
 class Oracle:
-    """Answers n with 10 n; each query waits until it is let go."""
+    """A database that answers n with 10 n; each query waits until the test lets it go."""
 
     def __init__(self) -> None:
         self.queries: list[list[int]] = []
@@ -23,12 +23,12 @@ class Oracle:
 
 
 async def turns(count: int = 5) -> None:
-    """Let the event loop turn."""
+    """Let the event loop run a few turns."""
     for _ in range(count):
         await asyncio.sleep(0)
 
 
-async def test_a_lone_question_is_asked_at_once() -> None:
+async def test_a_lone_lookup_is_sent_at_once() -> None:
     oracle = Oracle()
     answer = asyncio.create_task(Coalescer(oracle.ask_all).ask(1))
     await turns()
@@ -37,7 +37,7 @@ async def test_a_lone_question_is_asked_at_once() -> None:
     assert await answer == 10
 
 
-async def test_those_who_come_while_queries_are_out_are_asked_together() -> None:
+async def test_lookups_that_arrive_during_queries_share_the_next_query() -> None:
     oracle = Oracle()
     grouped = Coalescer(oracle.ask_all)
     answers = []
@@ -53,7 +53,7 @@ async def test_those_who_come_while_queries_are_out_are_asked_together() -> None
     assert await asyncio.gather(*answers) == [10 * question for question in range(10)]
 
 
-async def test_a_question_asked_in_the_turn_in_which_all_queries_end_is_not_forgotten() -> None:
+async def test_a_lookup_added_in_the_turn_in_which_all_queries_end_is_not_lost() -> None:
     oracle = Oracle()
     grouped = Coalescer(oracle.ask_all)
 
@@ -74,7 +74,7 @@ async def test_a_question_asked_in_the_turn_in_which_all_queries_end_is_not_forg
         assert await asyncio.gather(*answers) == [1000, 1010]
 
 
-async def test_a_failed_query_fails_its_own_questions_only() -> None:
+async def test_a_failed_query_fails_its_own_lookups_only() -> None:
     async def ask_all(questions: Sequence[int]) -> list[int]:
         await turns()
         if 0 in questions:
@@ -90,7 +90,7 @@ async def test_a_failed_query_fails_its_own_questions_only() -> None:
     assert await asyncio.gather(*others) == [1, 2, 3, 4]
 
 
-async def test_who_waits_behind_a_silent_server_does_not_wait_again() -> None:
+async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again() -> None:
     gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     queries = []
 
@@ -107,7 +107,7 @@ async def test_who_waits_behind_a_silent_server_does_not_wait_again() -> None:
     assert len(queries) <= MAX_QUERIES
 
 
-async def test_who_gives_up_disturbs_nobody() -> None:
+async def test_a_cancelled_lookup_does_not_disturb_the_others() -> None:
     oracle = Oracle()
     grouped = Coalescer(oracle.ask_all)
     one, other = asyncio.create_task(grouped.ask(1)), asyncio.create_task(grouped.ask(2))
@@ -119,7 +119,7 @@ async def test_who_gives_up_disturbs_nobody() -> None:
     assert await other == 20
 
 
-async def test_a_query_takes_no_more_than_it_may_but_always_one_question() -> None:
+async def test_a_query_takes_at_most_its_limit_and_at_least_one_lookup() -> None:
     oracle = Oracle()
     grouped = Coalescer(oracle.ask_all, weigh=lambda question: question)
     weights = [1, 1, 2 * MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT // 2, 1]

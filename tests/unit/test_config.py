@@ -1,4 +1,4 @@
-"""Settings come from the environment: each from its variable, a bad one refused by name, no password told."""
+"""Settings come from the environment: each from its variable; a bad one is refused by name; no password is shown."""
 
 from urllib.parse import quote
 
@@ -110,7 +110,7 @@ BAD: list[tuple[str, str, str]] = [
 ]
 
 
-def test_the_tables_above_know_every_setting() -> None:
+def test_the_tables_of_this_module_have_every_setting() -> None:
     assert set(GOOD) == set(Settings.__struct_fields__)
     # The URLs have tests of their own below, files and the socket in tests/integration/test_transport.py.
     free_text = {"database_url", "amqp_url", "api_host", "ops_host", "api_socket"}
@@ -118,7 +118,7 @@ def test_the_tables_above_know_every_setting() -> None:
     assert {name for name, _, _ in BAD} | free_text == set(Settings.__struct_fields__)
 
 
-def test_without_more_than_the_two_urls_all_else_has_its_default() -> None:
+def test_with_only_the_two_urls_every_other_setting_has_its_default() -> None:
     loaded = config.load(URLS)
     assert loaded == Settings(database_url=URLS["GATEWAY_DATABASE_URL"], amqp_url=URLS["GATEWAY_AMQP_URL"])
 
@@ -142,7 +142,7 @@ def test_a_bad_value_is_refused_with_the_variables_name_and_what_it_takes(name: 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_set_but_empty_is_not_set(name: str) -> None:
-    """As compose files and shells spell it."""
+    """Compose files and shells write an unset variable as an empty one."""
     if f"GATEWAY_{name.upper()}" in URLS:
         with pytest.raises(ConfigurationError, match=f"GATEWAY_{name.upper()} is not set"):
             config.load(URLS | {f"GATEWAY_{name.upper()}": " "})
@@ -177,19 +177,19 @@ def test_a_missing_url_is_named_with_an_example_of_one(variable: str) -> None:
         ("GATEWAY_AMQP_URL", ","),
     ],
 )
-def test_a_url_that_leads_nowhere_is_refused_at_start_without_telling_it(variable: str, url: str) -> None:
-    """Later it would be a task that dies, or tries for ever, in a process that looks alive."""
+def test_an_unusable_url_is_refused_at_start_and_is_not_shown(variable: str, url: str) -> None:
+    """Found later, it would be a failed or an endless task in a process that looks alive."""
     with pytest.raises(ConfigurationError, match=variable) as refused:
         config.load(URLS | {variable: url})
     assert "pass-word" not in str(refused.value)
 
 
 def told(loaded: Settings) -> str:
-    """Everything that a log line or an operator's eye could get of the settings."""
+    """Return every text form of the settings that a log line could contain."""
     return f"{loaded!r} {loaded} {loaded:} {loaded.masked()} {msgspec.json.encode(loaded.masked()).decode()}"
 
 
-def test_passwords_are_told_nowhere_and_the_rest_is() -> None:
+def test_passwords_are_never_shown_and_everything_else_is() -> None:
     shown = told(config.load(URLS))
     assert "secret" not in shown
     assert "postgres://gateway:***@db.internal/gateway" in shown
@@ -202,7 +202,7 @@ PASSWORDS = st.text("ABCabc019@:/,?#[]%&=+ ~.-_*$!'()\\äß€", min_size=3, max
 
 @settings(derandomize=True, max_examples=150, deadline=None)
 @given(password=PASSWORDS)
-def test_a_percent_encoded_password_of_any_characters_is_not_told(password: str) -> None:
+def test_a_percent_encoded_password_of_any_characters_is_not_shown(password: str) -> None:
     encoded = quote(password, safe="")
     loaded = config.load(
         {
@@ -221,9 +221,7 @@ def test_a_percent_encoded_password_of_any_characters_is_not_told(password: str)
 
 @pytest.mark.parametrize("odd", [*"@:/,?#[]&=+$!'()*;%", "@/", "://", "/@", "#@", "?@"])
 @pytest.mark.parametrize("variable", URLS)
-def test_a_password_that_should_have_been_percent_encoded_is_refused_or_masked_but_not_told(
-    variable: str, odd: str
-) -> None:
+def test_a_password_that_should_have_been_percent_encoded_is_refused_or_masked(variable: str, odd: str) -> None:
     scheme = "postgres" if "DATABASE" in variable else "amqp"
     try:
         shown = told(config.load(URLS | {variable: f"{scheme}://user:hunter1{odd}hunter2{odd}hunter3@host/"}))
@@ -297,7 +295,7 @@ def test_files_of_the_database_are_added_to_its_url_and_what_the_url_says_itself
 
 
 @pytest.mark.parametrize("mode", ["prefer", "allow", "verify_full", "off"])
-def test_modes_that_let_who_stands_between_decide_are_refused(mode: str) -> None:
+def test_sslmodes_that_an_attacker_in_between_can_downgrade_are_refused(mode: str) -> None:
     url = f"postgres://u:secret@db.internal/x?sslmode={mode}"
     with pytest.raises(ConfigurationError, match=f"GATEWAY_DATABASE_URL has sslmode={mode}: choose one of") as refused:
         config.load(URLS | {"GATEWAY_DATABASE_URL": url})
@@ -326,7 +324,7 @@ def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter
         ),
     ],
 )
-def test_what_can_be_read_or_forged_on_its_way_is_told(changes: dict[str, str], weak: list[str]) -> None:
+def test_connections_without_verified_tls_are_reported(changes: dict[str, str], weak: list[str]) -> None:
     told_of = tls.weaknesses(config.load(URLS | changes))
     assert [line.partition(":")[0] for line in told_of] == weak
     assert "secret" not in " ".join(told_of)

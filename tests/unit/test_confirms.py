@@ -1,4 +1,4 @@
-"""ConfirmTracker by example. Random orders of events: tests/properties/test_confirms.py."""
+"""ConfirmTracker by example. Promises 2 and 3. Random orders of events: tests/properties/test_confirms.py."""
 
 from collections.abc import Callable
 
@@ -46,7 +46,7 @@ def test_an_ack_for_all_leaves_what_was_nacked_before() -> None:
     assert list(published.outcomes()) == [ACKED, NACKED, ACKED]
 
 
-def test_a_batch_settled_before_its_elders_is_reported_at_once_and_only_once() -> None:
+def test_a_batch_settled_before_older_ones_is_reported_at_once_and_only_once() -> None:
     tracker = ConfirmTracker()
     elder, younger = tracker.add(ids(1)), tracker.add(ids(1))
     assert ack(tracker, 2) == [younger]
@@ -78,7 +78,7 @@ def test_the_first_answer_counts_and_a_second_one_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("settle", [ack, nack])
-def test_what_came_back_stays_returned_though_it_is_acked(settle: Settling) -> None:
+def test_a_returned_message_stays_returned_when_it_is_acked(settle: Settling) -> None:
     tracker = ConfirmTracker()
     published = tracker.add(ids(2))
     assert tracker.mark_returned("id000001")
@@ -147,8 +147,8 @@ def test_only_the_newest_batch_can_be_withdrawn() -> None:
         tracker.withdraw(first)
 
 
-def test_where_a_nack_says_nothing_certain_it_is_unknown() -> None:
-    """A classic queue that dies has messages nacked that it has on disk."""
+def test_a_nack_of_a_classic_queue_is_unknown() -> None:
+    """A classic queue that dies nacks messages that it has on disk."""
     tracker = ConfirmTracker(nacked=Outcome.UNKNOWN)
     published = tracker.add(["A", "B"])
     tracker.settle(acked=False, delivery_tag=2, multiple=True)

@@ -1,4 +1,4 @@
-"""Histograms, and what records add to them: plain numbers that must be right."""
+"""Histograms, and the numbers that request records add to them."""
 
 from collections import Counter
 
@@ -35,7 +35,7 @@ def test_a_request_that_ends_in_the_middle_leaves_nothing_in_flight() -> None:
     assert sum(counters.refused_s.counts) == 1
 
 
-def test_every_message_is_told_of_once() -> None:
+def test_every_message_is_counted_once() -> None:
     counters = Counters()
     record = RequestRecord(counters)
     record.hold(5)
@@ -45,7 +45,7 @@ def test_every_message_is_told_of_once() -> None:
     assert counters.requests == {(200, "ok"): 1}
 
 
-def test_messages_that_are_refused_together_are_told_of_together() -> None:
+def test_messages_that_are_refused_together_are_counted_together() -> None:
     counters = Counters()
     record = RequestRecord(counters)
     record.hold(4)

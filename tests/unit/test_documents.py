@@ -1,4 +1,4 @@
-"""The documents stay true: what they list is what there is."""
+"""The documents list all that exists, and nothing else: settings, codes, commands, modules, links."""
 
 import re
 import shlex
@@ -55,7 +55,7 @@ def test_the_readme_is_no_longer_than_two_screens() -> None:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_commands_for_operators_are_commands(line: str) -> None:
-    """They take what is written; tests/integration runs them."""
+    """The command line parses them; tests/integration runs them."""
     group = get_command(app)
     name, *arguments = shlex.split(line)
     if name != "--version":
@@ -74,7 +74,7 @@ def test_every_code_is_documented(code: str) -> None:
 
 
 @pytest.mark.parametrize("code", sorted(REQUEST_ERRORS))
-def test_the_tree_of_errors_draws_every_request_level_code(code: str) -> None:
+def test_the_tree_in_errors_py_has_every_request_level_code(code: str) -> None:
     assert code in (errors.__doc__ or "")
 
 

@@ -1,4 +1,4 @@
-"""Where SMS are placed: nothing lost, lists never mixed, their order kept, and honest outcomes per SMS."""
+"""Placing SMS in envelopes: none is lost, lists are never mixed, order is kept, and each SMS has its outcome."""
 
 from collections import defaultdict
 
@@ -39,7 +39,7 @@ def test_no_more_envelopes_than_ids_were_taken_for(lists: list[int], layout: Lay
 
 @EXAMPLES
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=40), layouts, st.data())
-def test_what_becomes_of_an_envelope_becomes_of_each_sms_in_it(
+def test_the_outcome_of_an_envelope_is_the_outcome_of_each_sms_in_it(
     lists: list[int], layout: Layout, data: st.DataObject
 ) -> None:
     placed = place(lists, layout)

@@ -1,4 +1,4 @@
-"""What PublishFramer packs, pamqp unpacks; and IncomingFrames sees the same events wherever the bytes are cut."""
+"""pamqp unpacks what PublishFramer packs; IncomingFrames sees the same events wherever the bytes are cut."""
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -34,7 +34,7 @@ PUBLISH_CHANNEL = 3
 
 @dataclass
 class Unpacked:
-    """One publish as pamqp reads it."""
+    """One published message as pamqp reads it."""
 
     channel: int
     method: commands.Basic.Publish
@@ -43,7 +43,7 @@ class Unpacked:
 
 
 def unpack(buffer: bytes) -> list[Unpacked]:
-    """Read publishes, strictly: a body frame only while some of the announced body is missing."""
+    """Read publishes strictly: a body frame is legal only while some of the announced body is missing."""
     publishes: list[Unpacked] = []
     missing = 0
     while buffer:
@@ -135,7 +135,7 @@ def test_an_empty_batch_is_no_bytes() -> None:
 
 
 def test_both_ways_of_packing_give_the_same_bytes() -> None:
-    """One payload too large for a frame sends the whole batch the slow way; its neighbours come out the same."""
+    """One payload too large for a frame takes the whole batch through the slow path; the bytes are the same."""
     small, large = [b"one", b"x" * MAX_BODY], b"x" * (MAX_BODY + 1)
     fast, slow = framer().pack(ids(2), small), framer().pack(ids(3), [*small, large])
     assert slow.startswith(fast)
@@ -146,7 +146,7 @@ def test_both_ways_of_packing_give_the_same_bytes() -> None:
 
 @dataclass
 class Said:
-    """Some frames of the broker, and what must come of them."""
+    """Frames of the broker, and the events that they must produce."""
 
     frames: bytes
     events: list[Event]
@@ -299,7 +299,7 @@ def test_a_return_without_a_message_id_is_an_event_all_the_same() -> None:
 @EXAMPLES
 @given(conversation=st.lists(everything, max_size=10), cut_at=cuts)
 def test_nothing_is_taken_before_the_channel_is_known(conversation: list[Said], cut_at: list[int]) -> None:
-    """The library opens the channels and needs their answers; of alarms we hear from the first moment on."""
+    """The library opens the channels and needs their answers. Alarms are heard from the first moment on."""
     stream = b"".join(part.frames for part in conversation)
     passed_on, events = feed_in_pieces(IncomingFrames(), stream, cut_at)
     assert passed_on == stream
@@ -335,7 +335,7 @@ def test_a_thousand_acks_in_one_read_are_a_thousand_events() -> None:
 
 
 def test_a_broker_without_a_frame_limit_gets_bodies() -> None:
-    """RabbitMQ says 0 where its frame_max is unlimited."""
+    """RabbitMQ sends frame_max 0 for unlimited."""
     unlimited = PublishFramer(Destination("x", "q", "sms.v1"), 1, 0)
     limited = PublishFramer(Destination("x", "q", "sms.v1"), 1, 131_072)
     payloads = [b"{}", b" " * 200_000]

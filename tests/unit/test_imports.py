@@ -132,7 +132,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
 
 
 @pytest.mark.parametrize("module", pure())
-def test_a_pure_module_waits_for_nothing_and_knows_no_clock_and_no_chance(module: str) -> None:
+def test_a_pure_module_has_no_await_no_io_no_clock_and_no_randomness(module: str) -> None:
     waiting = (ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, ast.Await)
     assert not [node for node in ast.walk(tree_of(MODULES[module])) if isinstance(node, waiting)]
     assert not libraries_of(module) & IO_CLOCK_AND_CHANCE

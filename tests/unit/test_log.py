@@ -26,13 +26,13 @@ from gateway.telemetry.log import (
 EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
 
 
-def test_a_masked_number_is_recognised_by_its_owner_and_called_by_nobody() -> None:
+def test_a_masked_number_keeps_its_first_five_and_last_two_characters() -> None:
     assert mask_number("+447911123412") == "+4479******12"
     assert mask_number("+14155551234") == "+1415*****34"
 
 
 @pytest.mark.parametrize(("number", "masked"), [("", ""), ("+1", "**"), ("+123456", "*" * 7), ("+1234567", "+1234*67")])
-def test_a_short_number_shows_nothing_or_next_to_nothing(number: str, masked: str) -> None:
+def test_a_short_number_is_masked_almost_whole(number: str, masked: str) -> None:
     assert mask_number(number) == masked
 
 
@@ -51,7 +51,7 @@ def record(message: str, *arguments: object, **changes: object) -> logging.LogRe
     return made
 
 
-def test_a_line_says_when_how_bad_where_and_what() -> None:
+def test_a_line_has_time_level_logger_and_message() -> None:
     line = JsonLines().format(record("took %s of %d", "x", 3, created=1795431600.1239))
     assert json.loads(line) == {
         "time": "2026-11-23T11:00:00.123+00:00",
@@ -124,7 +124,7 @@ def handler_on(descriptor: int) -> WriterThread:
     return handler
 
 
-def test_a_reader_that_is_stuck_holds_nobody_up_and_is_told_afterwards_what_it_missed() -> None:
+def test_a_stuck_reader_blocks_nothing_and_learns_how_many_lines_were_dropped() -> None:
     reading, writing = os.pipe()
     handler = handler_on(writing)
     text, sent = "x" * 1000, 2 * MAX_PENDING_BYTES // 1000
@@ -151,7 +151,7 @@ def test_a_reader_that_is_stuck_holds_nobody_up_and_is_told_afterwards_what_it_m
     assert "again" in messages
 
 
-def test_lines_leave_in_pieces_that_do_not_mix_with_another_workers() -> None:
+def test_lines_are_written_in_pieces_that_do_not_mix_with_another_workers() -> None:
     lines = [b"x" * size + b"\n" for size in (10, select.PIPE_BUF - 12, 1, 5000, 3)]
     pieces = list(whole_lines(lines))
     assert b"".join(pieces) == b"".join(lines)
@@ -160,12 +160,12 @@ def test_lines_leave_in_pieces_that_do_not_mix_with_another_workers() -> None:
     assert len(pieces) == 4
 
 
-def test_a_line_says_which_worker_spoke_and_carries_its_fields() -> None:
+def test_a_line_has_its_process_and_its_fields() -> None:
     line = json.loads(JsonLines("worker-1").format(record("request", fields={"status": 200})))
     assert (line["process"], line["status"], line["message"]) == ("worker-1", 200, "request")
 
 
-def test_the_console_form_is_one_line_for_a_person_and_cannot_be_forged() -> None:
+def test_the_console_format_is_one_line_and_cannot_be_forged() -> None:
     made = record("hello\n%s", "\x1b[31m\u2028", created=1795431600.1239, fields={"status": 200, "errors": {"a": 1}})
     line = ConsoleLines("worker-1").format(made)
     expected = r"11:00:00.123 WARNING  worker-1 gateway.web.api: hello\n\x1b[31m\u2028 status=200 errors.a=1"

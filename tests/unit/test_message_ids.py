@@ -1,4 +1,4 @@
-"""Ids are unique for ever: shown by taking ids apart again, into the place of the table that they came from."""
+"""Message ids are unique: each can be decoded to the row and column that it came from."""
 
 import re
 from itertools import pairwise
@@ -17,7 +17,7 @@ DIGIT = {character: digit for digit, character in enumerate(ALPHABET.decode())}
 
 
 def place_of(message_id: str) -> tuple[int, int]:
-    """The row and column of an id, read back as the module's docstring says that it can be."""
+    """Return the row and column of an id, by the inverse that the module's docstring states."""
     column = COLUMN_OF_ENDING[message_id[6:]]
     shifts = [shift[column] for shift in message_ids._SHIFTS]
     digits = [(DIGIT[character] - shift) % BASE for character, shift in zip(message_id, shifts, strict=False)]
@@ -35,8 +35,8 @@ def test_every_id_is_eight_letters_and_digits() -> None:
     assert all(is_id(message_id) for row in (0, 1, LEASE_ROWS - 1, ROWS - 1) for message_id in row_ids(row))
 
 
-def test_the_ids_of_databases_in_use_never_change() -> None:
-    """Golden: if this fails, ids that were given out will be given out again. Mend the code, not the test."""
+def test_ids_of_existing_databases_never_change() -> None:
+    """If this fails, ids that were given out will be given out again. Repair the code, not the test."""
     assert (ALPHABET, BASE, COLUMNS, ROWS) == (
         b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz",
         62,
@@ -59,7 +59,7 @@ GOLDEN_PLACES = {  # (row, column): id
 }
 
 
-def test_no_id_comes_twice_over_neighbouring_and_distant_leases() -> None:
+def test_no_id_repeats_over_neighbouring_and_distant_leases() -> None:
     ids: list[str] = []
     for lease in (0, 1, 2, LEASES // 2, LEASES - 1):
         ids += LeasedIds(lease).take(5 * COLUMNS + 1).ids
@@ -74,20 +74,20 @@ def test_all_leases_lie_within_the_table() -> None:
 
 @EXAMPLES
 @given(row=rows)
-def test_an_id_tells_its_place_so_no_two_places_share_one(row: int) -> None:
-    """Injective, because there is an inverse: over whole rows, at any place of the table."""
+def test_an_id_can_be_decoded_to_its_place_so_no_two_places_share_one(row: int) -> None:
+    """The mapping has an inverse, shown over whole rows anywhere in the table."""
     assert [place_of(message_id) for message_id in row_ids(row)] == [(row, column) for column in range(COLUMNS)]
 
 
 def test_the_multiplier_scatters_rows_without_loss() -> None:
-    """A bijection of the rows asks for no common factor with the number of rows."""
+    """The mapping of rows is a bijection if the multiplier has no factor in common with the number of rows."""
     assert message_ids._ROW_MULTIPLIER % 2
     assert message_ids._ROW_MULTIPLIER % 31  # 62 = 2 · 31
     assert len(COLUMN_OF_ENDING) == COLUMNS
 
 
 def test_neighbours_do_not_look_like_neighbours() -> None:
-    """They share as many characters as two random ids do: 8/62 of one on average, and never more than half."""
+    """Neighbours share as many characters as two random ids: 8/62 of one on average, and never more than half."""
     ids = LeasedIds(5).take(4 * COLUMNS).ids
     shared = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in pairwise(ids)]
     assert max(shared) <= 4
@@ -96,7 +96,7 @@ def test_neighbours_do_not_look_like_neighbours() -> None:
 
 @EXAMPLES
 @given(lease=st.integers(0, LEASES - 1), sizes=st.lists(st.integers(0, 1_000) | st.integers(3_800, 4_000), max_size=12))
-def test_taking_in_any_sizes_hands_out_the_rows_in_order_and_nothing_twice(lease: int, sizes: list[int]) -> None:
+def test_taking_ids_in_any_sizes_gives_the_rows_in_order_and_nothing_twice(lease: int, sizes: list[int]) -> None:
     leased = LeasedIds(lease)
     whole = len(leased)
     taken: list[str] = []

@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the gateway does: every status, code, sentence and limit. No server."""
+"""The OpenAPI document has every status, code, sentence and limit of the gateway. No server."""
 
 import re
 from typing import Any

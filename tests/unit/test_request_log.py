@@ -1,4 +1,4 @@
-"""The access log: what each line says, and which requests get one."""
+"""The request log: the content of a line, and the requests that get one."""
 
 import logging
 import random
@@ -75,7 +75,7 @@ def test_a_line_has_counts_and_times_and_the_errors_by_code(caplog: pytest.LogCa
     }
 
 
-def test_successes_are_sampled_and_what_is_unknown_or_failed_never_is(
+def test_successes_are_sampled_and_unknown_or_failed_requests_are_not(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -92,7 +92,7 @@ def test_successes_are_sampled_and_what_is_unknown_or_failed_never_is(
     assert len(lines(caplog)) == 4 * MAX_LINES_A_SECOND
 
 
-def test_a_flood_of_refusals_costs_few_lines_and_none_is_left_out_unsaid(
+def test_a_flood_of_refusals_costs_few_lines_and_omissions_are_counted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.INFO)

@@ -1,4 +1,4 @@
-"""What a log line never shows, even by accident: the two nets of log.py, and settings in every form a URL can have."""
+"""A log line never shows a secret: the two filters of telemetry/log.py, and settings in every form of a URL."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ TEXT = "a text for one reader"
         ("amqp://:only@h", "amqp://:***@h"),
     ],
 )
-def test_what_has_the_form_of_a_secret_is_masked(text: str, shown: str) -> None:
+def test_text_in_the_form_of_a_secret_is_masked(text: str, shown: str) -> None:
     assert redact(text) == shown
 
 
@@ -54,7 +54,7 @@ def test_everything_else_is_left_as_it_is(text: str) -> None:
 
 
 def logged(raising: Callable[[], object]) -> str:
-    """The line that log.exception writes."""
+    """Return the line that log.exception writes."""
     try:
         raising()
     except Exception:
@@ -111,9 +111,7 @@ def in_a_circle() -> object:
         (in_a_circle, ["ValueError"]),
     ],
 )
-def test_a_traceback_says_where_and_what_kind_and_nothing_of_the_data(
-    raising: Callable[[], object], kinds: list[str]
-) -> None:
+def test_a_traceback_shows_places_and_types_but_no_data(raising: Callable[[], object], kinds: list[str]) -> None:
     line = logged(raising)
     assert TEXT not in line
     assert "14155551234" not in line
@@ -123,7 +121,7 @@ def test_a_traceback_says_where_and_what_kind_and_nothing_of_the_data(
     assert "test_secrets.py" in traceback
 
 
-def test_words_about_code_are_told_and_pass_the_net() -> None:
+def test_error_messages_about_code_are_logged_and_still_masked() -> None:
     def broken() -> object:
         raise TypeError(f"unsupported operand for +14155551234 and {KEY}")
 
@@ -135,7 +133,7 @@ def test_words_about_code_are_told_and_pass_the_net() -> None:
 @given(
     before=st.text(max_size=5), after=st.text(max_size=5), number=st.from_regex(r"\+[1-9][0-9]{7,14}", fullmatch=True)
 )
-def test_no_whole_number_and_no_key_passes_whatever_stands_around_it(before: str, after: str, number: str) -> None:
+def test_no_whole_number_and_no_key_passes_in_any_context(before: str, after: str, number: str) -> None:
     shown = redact(f"{before}{number}{after} {before}{KEY}{after}")
     assert number not in shown
     assert KEY not in shown
@@ -145,7 +143,7 @@ def test_no_whole_number_and_no_key_passes_whatever_stands_around_it(before: str
 
 
 def detailed(error: Exception) -> Exception:
-    """As PostgreSQL sends it, with the row in it."""
+    """Return an error as PostgreSQL sends it, with the row in its detail."""
     vars(error).update(detail=f"Key (account_id, key)=(1, {TEXT}) already exists.", hint=TEXT)
     assert TEXT in str(error)
     return error
@@ -163,7 +161,7 @@ def detailed(error: Exception) -> Exception:
         (asyncpg.InvalidPasswordError('password authentication failed for user "u"'), 'failed for user "u"'),
     ],
 )
-def test_a_database_error_is_told_without_the_values_it_quotes(error: Exception, told: str) -> None:
+def test_a_database_error_is_logged_without_the_values_it_quotes(error: Exception, told: str) -> None:
     assert told in reason(error)
     assert TEXT not in reason(error)
 
@@ -189,7 +187,7 @@ PASSWORDS = ["hunter2", "hünter2", "hunter2 %", "hunter2@:/?#[],&='\"", "hunter
 
 @pytest.mark.parametrize("password", PASSWORDS)
 @pytest.mark.parametrize("variable", SCHEMES)
-def test_no_form_of_a_url_tells_its_password(variable: str, password: str) -> None:
+def test_no_form_of_a_url_shows_its_password(variable: str, password: str) -> None:
     encoded = quote(password, safe="")
     forms = [form.replace("{scheme}", scheme) for form in FORMS for scheme in SCHEMES[variable]]
     for form in [*forms, SEVERAL[variable]]:

@@ -1,4 +1,4 @@
-"""What a caller may send as its trace, and what becomes of it in the headers of AMQP messages."""
+"""A caller's trace context is validated, and continued in the headers of AMQP messages."""
 
 from collections.abc import Mapping, Sequence
 
@@ -26,7 +26,7 @@ class Kept(SpanExporter):
 
 
 async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None = None) -> tuple[Mapping[str, str], int]:
-    """The AMQP headers of a request that came with these HTTP headers, and how many spans were recorded."""
+    """Return the AMQP headers for a request with these HTTP headers, and the number of spans recorded."""
     kept = Kept()
     tracing, record = Tracing(SETTINGS, kept, sampler), RequestRecord(Counters())
     tracing.begin(record, "POST", "/api/v2/send/bulk", sent)
@@ -42,12 +42,12 @@ async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None =
 
 
 @pytest.mark.parametrize(("flag", "spans"), [("01", 3), ("00", 0)])
-async def test_a_callers_trace_goes_on_recorded_or_not(flag: str, spans: int) -> None:
+async def test_a_callers_trace_is_continued_whether_recorded_or_not(flag: str, spans: int) -> None:
     headers, recorded = await headers_of({"traceparent": CALLER + flag})
     assert (headers["traceparent"][3:35], headers["traceparent"][-2:], recorded) == (TRACE, flag, spans)
 
 
-async def test_a_sampler_that_asks_no_parent_leaves_the_decision_to_us() -> None:
+async def test_a_sampler_without_a_parent_rule_decides_by_itself() -> None:
     headers, recorded = await headers_of({"traceparent": CALLER + "01"}, sampling.TraceIdRatioBased(0))
     assert (headers["traceparent"][-2:], recorded) == ("00", 0)
 
@@ -55,7 +55,7 @@ async def test_a_sampler_that_asks_no_parent_leaves_the_decision_to_us() -> None
 @pytest.mark.parametrize(
     "sent", ["", "x", CALLER, "00-" + "0" * 32 + "-00f067aa0ba902b7-01", "\udcff" * 55, "ff" + CALLER]
 )
-async def test_what_is_no_trace_begins_one_of_ours(sent: str) -> None:
+async def test_an_invalid_traceparent_starts_a_new_trace(sent: str) -> None:
     headers, recorded = await headers_of({"traceparent": sent, "tracestate": "vendor=1"})
     assert recorded == 3
     assert TRACE not in headers["traceparent"]
@@ -71,7 +71,7 @@ async def test_what_is_no_trace_begins_one_of_ours(sent: str) -> None:
         (",".join(f"v{n}={'x' * 240}" for n in range(30)), None),  # would go with each message
     ],
 )
-async def test_a_tracestate_is_passed_on_if_it_is_one_and_no_burden(sent: str, passed_on: str | None) -> None:
+async def test_a_tracestate_is_passed_on_if_it_is_valid_and_small(sent: str, passed_on: str | None) -> None:
     headers, _ = await headers_of({"traceparent": CALLER + "01", "tracestate": sent})
     assert headers.get("tracestate") == passed_on
     str(headers).encode("ascii")

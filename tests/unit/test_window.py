@@ -1,4 +1,4 @@
-"""The window follows the broker: wide while confirms are quick, narrow when they are slow, never shut, and shared."""
+"""The confirm window grows while confirms are quick, shrinks while they are slow, and is shared by accounts."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ def has_room(w: ConfirmWindow, load: int, unconfirmed: int, account_id: int = ME
     return w.has_room(load, unconfirmed=unconfirmed, account_id=account_id)
 
 
-def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
+def test_the_window_starts_small_and_grows_while_it_is_used() -> None:
     w = ConfirmWindow(most_messages=100_000, most_bytes=10**9, target_s=2.0)
     assert w.messages == START_MESSAGES
     note(w, 1_000, written_at=0.0, now=0.1, unconfirmed=9_000)
@@ -31,7 +31,7 @@ def test_it_starts_small_and_opens_while_it_is_made_use_of() -> None:
     assert w.messages == START_MESSAGES + 1_000
 
 
-def test_who_was_refused_is_refused_until_there_is_room_for_as_much() -> None:
+def test_a_refused_account_is_refused_until_its_last_batch_would_fit() -> None:
     w = window(10_000)
     assert not w.is_full(unconfirmed=10_000, account_id=ME), "nobody has been refused yet"
     assert has_room(w, 1_000, 9_000)
@@ -64,8 +64,8 @@ def test_one_account_takes_three_quarters_and_leaves_room_for_another() -> None:
     assert not w.of
 
 
-def test_large_messages_weigh_more_and_open_the_window_as_well() -> None:
-    """Were bytes bounded apart from it, a window that once was narrow would never be made use of again."""
+def test_large_messages_weigh_more_and_grow_the_window_as_well() -> None:
+    """If bytes had a limit of their own, a window that was narrow once would never be used up again."""
     w = window(100_000, bytes_a_message=1_000)
     assert w.weigh(1_000, 200_000) == 1_000
     assert w.weigh(100, 5_000_000) == 5_000
@@ -76,21 +76,21 @@ def test_large_messages_weigh_more_and_open_the_window_as_well() -> None:
     assert w.messages == 100_000
 
 
-def test_many_refused_accounts_are_not_remembered_for_ever() -> None:
+def test_refused_accounts_are_forgotten_beyond_a_limit() -> None:
     w = window(1_000)
     for account_id in range(25_000):
         assert not has_room(w, 1, 1_000, account_id)
     assert len(w._refused) <= 10_000
 
 
-def test_quick_confirms_leave_it_wide_open() -> None:
+def test_quick_confirms_leave_the_window_at_its_largest() -> None:
     w = window()
     for now in range(1, 50):
         note(w, 1_000, written_at=now - 1.9, now=now)
     assert w.messages == 100_000
 
 
-def test_slow_confirms_narrow_it_down_to_the_floor_and_no_further() -> None:
+def test_slow_confirms_narrow_the_window_down_to_its_floor() -> None:
     w = window()
     widths = []
     for n in range(20):
@@ -100,14 +100,14 @@ def test_slow_confirms_narrow_it_down_to_the_floor_and_no_further() -> None:
     assert widths[-1] == FLOOR_MESSAGES
 
 
-def test_batches_that_were_on_the_wire_together_narrow_it_once() -> None:
+def test_batches_that_were_in_flight_together_narrow_the_window_once() -> None:
     w = window()
     for n in range(90):
         note(w, 1_000, written_at=0.001 * n, now=5.0 + 0.001 * n)
     assert w.messages == 70_000
 
 
-def test_it_opens_again_by_what_is_confirmed_in_time() -> None:
+def test_the_window_grows_again_with_what_is_confirmed_in_time() -> None:
     w = window()
     note(w, 1_000, written_at=0.0, now=5.0)
     for n in range(10):
@@ -123,7 +123,7 @@ def test_a_window_smaller_than_the_floor_stays_what_it_is() -> None:
 
 @settings(derandomize=True, max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 1_000), st.floats(0, 30), st.floats(0, 30)), max_size=60))
-def test_it_never_leaves_its_bounds(batches: list[tuple[int, float, float]]) -> None:
+def test_the_window_never_leaves_its_bounds(batches: list[tuple[int, float, float]]) -> None:
     w = window()
     for messages, written_at, waited_s in batches:
         note(w, messages, written_at=written_at, now=written_at + waited_s)

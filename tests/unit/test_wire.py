@@ -108,7 +108,7 @@ def test_what_is_not_one_json_object_in_utf_8_is_invalid_json(body: bytes) -> No
 
 @pytest.mark.parametrize("body", LONE_SURROGATES.values(), ids=LONE_SURROGATES)
 def test_half_of_a_surrogate_pair_is_invalid_json(body: bytes) -> None:
-    """It could not be written as UTF-8 for the consumer."""
+    """It could not be encoded as UTF-8 for the consumer."""
     with pytest.raises(InvalidJson):
         decode_bulk(body)
 
@@ -147,13 +147,13 @@ def test_a_body_full_of_tiny_messages_is_too_many() -> None:
     ],
     ids=["4 MB number", "1e400", "-1e-400", "400,000 unknown keys", "4 MB default", "1e400 default"],
 )
-def test_monsters_in_fields_nobody_reads_are_only_skipped(more: bytes) -> None:
+def test_huge_values_in_unknown_fields_are_skipped(more: bytes) -> None:
     assert len(decode_bulk(request_of(GOOD, more=more)).messages) == 1
 
 
 @pytest.mark.parametrize("value", [b"9" * 1_000_000, b"1e400", b"-1e400"], ids=["1 MB number", "1e400", "-1e400"])
 @pytest.mark.parametrize("field", [b"to", b"list_number", b"body", b"wrap_links", b"contact_data", b"metadata"])
-def test_monstrous_numbers_in_a_message_are_values_of_the_wrong_type(field: bytes, value: bytes) -> None:
+def test_huge_numbers_in_a_message_are_values_of_the_wrong_type(field: bytes, value: bytes) -> None:
     (message,) = decode_bulk(request_of(b'{"%s":%s}' % (field, value))).messages
     if field in (b"contact_data", b"metadata"):
         assert not wire.is_object(getattr(message, field.decode()))
@@ -221,7 +221,7 @@ def test_the_last_of_several_equal_keys_counts() -> None:
     assert decode_bulk(request_of(GOOD, more=b',"list_number":5,"list_number":"+1"')).list_number == "+1"
 
 
-def test_strings_are_the_same_whichever_way_they_are_decoded() -> None:
+def test_strings_are_the_same_in_both_decoders() -> None:
     text = '"\\u20ac\\n\\ud83d\\ude00 \u20ac\N{PILE OF POO}\\"\\/"'.encode()
     fast, slow = (
         decode_bulk(request_of(b'{"to":%s,"body":%s%s}' % (text, text, more))).messages[0]
@@ -232,14 +232,14 @@ def test_strings_are_the_same_whichever_way_they_are_decoded() -> None:
     assert fast.to == fast.body == slow.to == slow.body == json.loads(text)
 
 
-def test_a_bytearray_is_as_good_as_bytes() -> None:
+def test_a_bytearray_is_decoded_as_bytes_are() -> None:
     assert decode_bulk(bytearray(request_of(GOOD))) == decode_bulk(request_of(GOOD))
 
 
 # What is encoded
 
 
-def test_an_answer_shows_the_extra_fields_only_where_they_say_something() -> None:
+def test_an_answer_has_the_extra_fields_only_where_they_are_set() -> None:
     rows = [ErrorRow(0, None, "missing_to", "no"), ErrorRow(3, "+1", "outcome_unknown", "?", True, "AbC12345")]
     assert encode(Answer(1, 2, rows)) == (
         b'{"queued_count":1,"error_count":2,"errors":[{"index":0,"to":null,"code":"missing_to","error":"no"},'

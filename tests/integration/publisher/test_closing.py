@@ -1,4 +1,4 @@
-"""Closing the publisher settles what is pending, says goodbye to the broker, and leaves nothing behind."""
+"""Closing the publisher settles pending batches, closes connections in order, and leaves nothing. Promise 11."""
 
 import asyncio
 from contextlib import AsyncExitStack, suppress
@@ -29,7 +29,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 
 async def test_closing_settles_what_is_pending_as_unknown_at_once(broker: ScriptedBroker) -> None:
-    """Nobody will come back to confirm it, so nobody is left to wait for it until the deadline."""
+    """No confirm can arrive any more, so no caller waits for one until its deadline."""
     broker.mode = "silent"
     publisher = Publisher(settings_for(broker.url, amqp_connections=2, confirm_timeout_s=60.0))
     publisher.start()
@@ -51,7 +51,7 @@ async def test_closing_settles_what_is_pending_as_unknown_at_once(broker: Script
     await asyncio.gather(*(session.closed.wait() for session in broker.sessions))
 
 
-async def test_closing_says_goodbye_to_the_broker(broker: ScriptedBroker) -> None:
+async def test_closing_closes_the_amqp_connections_in_order(broker: ScriptedBroker) -> None:
     goodbyes: list[Session] = []
 
     def listen(session: Session, channel: int, method: Frame) -> bool:
@@ -65,8 +65,8 @@ async def test_closing_says_goodbye_to_the_broker(broker: ScriptedBroker) -> Non
     assert sorted(session.index for session in goodbyes) == [0, 1]
 
 
-async def test_a_broker_that_reads_no_more_cannot_hold_the_closing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under an alarm: our goodbye would wait behind a batch that the broker does not take."""
+async def test_a_broker_that_stops_reading_does_not_delay_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under an alarm the broker does not read, and a close would wait behind the batch."""
     monkeypatch.setattr(reconnection, "CLOSE_TIMEOUT_S", 0.1)
     async with asyncio.timeout(10.0), scripted_broker(receive_buffer=4_096) as broker:
         async with connected(broker.url) as publisher:
@@ -87,10 +87,10 @@ async def test_closing_while_connecting_leaves_nothing_behind() -> None:
             await eventually(lambda: proxy.accepted == 1)
 
 
-async def test_a_cancellation_that_is_absorbed_on_the_way_does_not_hold_the_closing_up(
+async def test_an_absorbed_cancellation_does_not_delay_closing(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a handshake aiormq swallows it, and the connection opens all the same."""
+    """During a handshake aiormq absorbs a cancellation, and the connection opens all the same."""
     opening = asyncio.Event()
     open_for_real = PublishConnection.open
 

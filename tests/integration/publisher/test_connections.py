@@ -1,4 +1,4 @@
-"""The connections: which one takes a batch, which node they go to, a broken handshake, heartbeats."""
+"""The publisher's connections: choice for a batch, nodes, broken handshakes, heartbeats, reconnecting."""
 
 import asyncio
 
@@ -34,7 +34,7 @@ async def test_small_batches_in_flight_together_share_a_connection(broker: Scrip
     assert len({message.connection for message in broker.published}) == 1
 
 
-async def test_beyond_that_the_connection_with_less_on_the_wire_is_chosen(broker: ScriptedBroker) -> None:
+async def test_large_batches_go_to_the_connection_with_less_unconfirmed(broker: ScriptedBroker) -> None:
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
         large = [b" " * 70_000]
@@ -77,7 +77,7 @@ async def test_after_a_loss_the_next_node_comes_first() -> None:
         assert len(one.sessions) == 1
 
 
-async def test_a_node_that_swallows_everything_costs_the_connect_timeout_and_no_more() -> None:
+async def test_a_node_that_does_not_answer_costs_one_connect_timeout() -> None:
     async with two_brokers() as (one, other), TcpProxy("127.0.0.1", one.port) as proxy:
         proxy.black_hole()
         hole = f"amqp://guest:guest@127.0.0.1:{proxy.port}/"
@@ -103,12 +103,12 @@ HANDSHAKE: list[type[Frame]] = [
 
 
 def say_nothing(session: Session) -> None:
-    """And the connect timeout has to end it."""
+    """Answer nothing: the connect timeout has to end it."""
 
 
 @pytest.mark.parametrize("broken", HANDSHAKE, ids=lambda method: method.__name__)
 @pytest.mark.parametrize("trouble", [drop, hang_up, close_connection, send_garbage, say_nothing])
-async def test_a_handshake_broken_anywhere_is_only_tried_again(
+async def test_a_handshake_broken_at_any_step_is_tried_again(
     broker: ScriptedBroker, broken: type[Frame], trouble: Script
 ) -> None:
     is_broken = False
@@ -130,7 +130,7 @@ async def test_a_handshake_broken_anywhere_is_only_tried_again(
 
 
 async def test_a_handshake_that_comes_byte_by_byte_succeeds(broker: ScriptedBroker) -> None:
-    """TCP promises no more: the first frame is some 500 bytes, and may well come in two reads."""
+    """TCP guarantees no more: the first frame has some 500 bytes, and may arrive in two reads."""
     broker.write_size = 1
     async with started(broker.url) as publisher:
         await eventually(publisher.is_usable, timeout=5.0)
@@ -141,8 +141,8 @@ async def test_a_handshake_that_comes_byte_by_byte_succeeds(broker: ScriptedBrok
 # Heartbeats
 
 
-async def test_a_broker_that_only_acks_is_not_taken_for_dead(broker: ScriptedBroker) -> None:
-    """Busy with confirms a broker sends no heartbeats; aiormq, who sees no confirms, is told that the peer lives."""
+async def test_a_broker_that_sends_acks_but_no_heartbeats_is_alive(broker: ScriptedBroker) -> None:
+    """A broker busy with confirms sends no heartbeats. aiormq sees no confirms, and is told that the peer lives."""
     broker.send_heartbeats = False
     async with connected(broker.url, amqp_heartbeat_s=1) as publisher:
         loop = asyncio.get_running_loop()
@@ -155,7 +155,7 @@ async def test_a_broker_that_only_acks_is_not_taken_for_dead(broker: ScriptedBro
 
 
 async def test_a_silent_peer_is_dead_soon_enough_to_publish_again_elsewhere(broker: ScriptedBroker) -> None:
-    """As after the crash of a machine: nothing is closed, nothing is said. The heartbeat tells, before the deadline."""
+    """After the crash of a machine nothing is closed. The missing heartbeat shows the loss before the deadline."""
     async with TcpProxy("127.0.0.1", broker.port) as proxy:
         url = broker.url.replace(f":{broker.port}", f":{proxy.port}")
         async with connected(url, amqp_heartbeat_s=1) as publisher:
@@ -180,6 +180,6 @@ async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBr
 # Reconnecting
 
 
-def test_after_days_of_failures_the_delay_is_still_a_delay() -> None:
+def test_the_reconnect_delay_is_bounded_after_any_number_of_failures() -> None:
     shortest, longest = reconnection.RECONNECT_DELAYS_S
     assert all(shortest <= reconnect_delay_s(failures) <= longest for failures in (0, 1, 10, 1_100, 10**6))

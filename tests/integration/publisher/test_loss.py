@@ -1,4 +1,7 @@
-"""After the loss of a connection the unanswered messages are unknown, and only those are published once more."""
+"""After the loss of a connection unanswered messages are unknown, and only those are published again.
+
+Promises 1, 3 and 5.
+"""
 
 from collections.abc import Callable
 
@@ -92,7 +95,7 @@ def lose_again(session: Session, message: Published) -> None:
 async def test_what_the_second_try_does_not_queue_stays_unknown(
     broker: ScriptedBroker, answer: Callable[[Session, Published], None]
 ) -> None:
-    """The first copy may have landed: a refusal of the second says nothing of it. And there is no third."""
+    """The first copy may be queued: a refusal of the second says nothing about it. There is no third."""
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
         batch = publish(publisher, 1)
@@ -117,7 +120,7 @@ async def test_unknown_is_the_answer_when_there_is_nowhere_to_try_again(broker: 
 
 
 async def test_too_close_to_the_deadline_nothing_is_tried_again(broker: ScriptedBroker) -> None:
-    """With less than RETRY_MARGIN_S left a second copy could hardly be confirmed: it would only be a duplicate."""
+    """With less than RETRY_MARGIN_S left, a second copy would hardly be confirmed in time, and be a duplicate."""
     broker.mode = "silent"
     assert publisher_module.RETRY_MARGIN_S > 0.4
     async with connected(broker.url, amqp_connections=2, confirm_timeout_s=0.4) as publisher:

@@ -1,4 +1,4 @@
-"""The publisher gives each message the outcome that the broker gave it, whatever the order of acks, nacks, returns."""
+"""Each message gets the broker's outcome, in every order of acks, nacks and returns. Promises 2 and 3."""
 
 import pytest
 
@@ -132,7 +132,7 @@ async def test_a_settled_batch_does_not_wait_for_an_older_one(broker: ScriptedBr
         assert list(await older) == [ACKED]
 
 
-async def test_a_return_of_something_unknown_harms_nobody(
+async def test_a_return_of_an_unknown_message_changes_nothing(
     broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with connected(broker.url) as publisher:

@@ -1,4 +1,4 @@
-"""A refused batch is certain: nothing of it was written."""
+"""Nothing of a refused batch was written. Promises 4 and 8."""
 
 import asyncio
 from functools import partial
@@ -33,8 +33,8 @@ async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroke
         assert list(await publish_batch(publisher, 1, deadline=now + 5)) == [ACKED]
 
 
-async def test_a_slow_broker_is_handed_less_and_callers_are_told_when_to_come_back(broker: ScriptedBroker) -> None:
-    """Whatever was on the wire past a sixteenth of the deadline narrows the window; here down to two full batches."""
+async def test_a_slow_broker_is_given_less_and_callers_get_retry_after(broker: ScriptedBroker) -> None:
+    """A batch unconfirmed for a sixteenth of the deadline narrows the window, here down to two full batches."""
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=2.0, max_unconfirmed_messages=3_000) as publisher:
         for n in range(2):
@@ -74,7 +74,9 @@ async def test_one_account_that_floods_does_not_lock_another_out(broker: Scripte
         publisher.refuse_if_full(1)
 
 
-async def test_a_long_outage_is_told_to_be_long(broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_retry_after_grows_with_the_length_of_an_outage(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with connected(broker.url) as publisher:
         await broker.stop_listening()
         broker.sessions[0].drop()
@@ -112,7 +114,7 @@ async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: Scr
         assert list(await publish(publisher, 1)) == [ACKED]
 
 
-async def test_under_an_alarm_nothing_is_written_and_after_it_all_is_well(broker: ScriptedBroker) -> None:
+async def test_under_an_alarm_nothing_is_written_and_afterwards_batches_are(broker: ScriptedBroker) -> None:
     async with connected(broker.url) as publisher:
         broker.sessions[0].blocked()
         await eventually(lambda: not publisher.is_usable())
@@ -175,7 +177,7 @@ async def test_over_the_cap_of_bytes_nothing_is_written(broker: ScriptedBroker) 
 
 
 async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker) -> None:
-    """Between the closing and its notice lies a turn of the loop, in which a write would be swallowed."""
+    """Between closing and the notice of it lies one turn of the loop, in which a write would be lost."""
     async with connected(broker.url) as publisher:
         (connection,) = publisher.connections.open
         connection.abort()

@@ -1,4 +1,4 @@
-"""At the deadline silence is an unknown outcome; the messages are tracked on, and their connection is replaced."""
+"""An unconfirmed batch is unknown at the deadline; it is tracked on, and its connection is replaced. Promise 9."""
 
 import asyncio
 
@@ -21,7 +21,7 @@ from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
 
 async def test_silence_until_the_deadline_is_unknown_and_is_not_tried_again(broker: ScriptedBroker) -> None:
-    """The first copy is likely still coming: a second would double the load of a broker in trouble."""
+    """The first copy most likely arrives late: a second one would double the load of a broker in trouble."""
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2, confirm_timeout_s=0.3) as publisher:
         batch = publish(publisher, 3)
@@ -33,7 +33,7 @@ async def test_silence_until_the_deadline_is_unknown_and_is_not_tried_again(brok
         assert publisher.unconfirmed_messages == 3, "it is still on the wire"
 
 
-async def test_a_late_confirm_is_counted_and_gives_the_room_back(broker: ScriptedBroker) -> None:
+async def test_a_late_confirm_is_counted_and_frees_the_window(broker: ScriptedBroker) -> None:
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=0.3, max_unconfirmed_messages=3) as publisher:
         before = broker.sessions[0].bytes_received
@@ -110,7 +110,7 @@ async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_con
 async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are_confirms(
     broker: ScriptedBroker,
 ) -> None:
-    """The broker that left the first unconfirmed is most likely still in trouble: one batch finds out, not all."""
+    """The broker is most likely still in trouble, so one batch finds out, and not all of them."""
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
         await publish(publisher, 1, "A")
@@ -130,7 +130,7 @@ async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are
 
 
 async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: ScriptedBroker) -> None:
-    """The broker has said what is wrong, and will confirm when the alarm is over. A new one would not be told."""
+    """The broker confirms when the alarm is over. A new connection would not learn of the alarm."""
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=0.2) as publisher:
         batch = publish(publisher, 1)

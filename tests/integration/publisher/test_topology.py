@@ -59,13 +59,13 @@ async def test_a_stream_has_no_dead_letters(broker: ScriptedBroker) -> None:
 
 
 async def test_where_topology_is_only_checked_nothing_is_declared(broker: ScriptedBroker) -> None:
-    """For operators whose gateway may not configure the broker."""
+    """GATEWAY_AMQP_TOPOLOGY=check is for gateways that may not configure the broker."""
     async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", amqp_topology="check"):
         pass
     assert [described(frame)[:2] for frame in broker.topology] == [("check exchange", "ex"), ("check queue", "q")]
 
 
-async def test_a_queue_with_other_arguments_is_said_so_and_tried_again(
+async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
     broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(declare: Declare) -> tuple[int, str] | None:
@@ -87,7 +87,7 @@ async def test_a_queue_with_other_arguments_is_said_so_and_tried_again(
     assert "GATEWAY_AMQP_TOPOLOGY=check" in caplog.text
 
 
-async def test_a_missing_queue_is_said_so_and_tried_again(
+async def test_a_missing_queue_is_logged_and_tried_again(
     broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker.on_declare = lambda declare: (404, "NOT_FOUND - no exchange 'sms.outbound' in vhost '/'")

@@ -1,8 +1,4 @@
-"""Both servers speak TLS with clients of one authority; the gateway has the rights to serve and no others.
-
-The gateway runs as an operator with strict rules would run it: TLS everywhere by a private authority, a database role
-and a broker user with the rights to serve and no others, and no place on any disk to write to.
-"""
+"""Both servers speak TLS with clients of one private authority; the gateway has the rights to serve and no others."""
 
 import asyncio
 from collections.abc import Iterator
@@ -17,7 +13,7 @@ from tests.support.authority import Authority
 
 @pytest.fixture(scope="package")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """Set up as README and docs/security.md tell it, command by command."""
+    """Servers, role and user, set up command by command as docs/security.md says."""
     authority = Authority(tmp_path_factory.mktemp("authority"))
     postgres, rabbitmq = PostgresWithTls(authority.issue("127.0.0.1")), RabbitMQ(authority.issue("127.0.0.1"))
     ca, cert, key = map(str, authority.issue("gateway.internal"))

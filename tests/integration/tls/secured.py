@@ -15,7 +15,7 @@ QUEUE = "sms.outbound"
 
 
 class Secured(NamedTuple):
-    """Both servers, which speak TLS with clients of `authority` and with nobody else; and the gateway's settings."""
+    """Both servers, which accept only TLS with clients of `authority`, and the gateway's settings for them."""
 
     authority: Authority
     postgres: PostgresWithTls

@@ -1,4 +1,4 @@
-"""Servers that cannot prove who they are, and clients that cannot, are refused with what to do."""
+"""A server or client without a valid certificate is refused, and the error says what to do."""
 
 import asyncio
 import ssl
@@ -69,7 +69,7 @@ async def test_a_server_with_another_name_is_refused_with_what_to_do(secured: Se
     assert await database_says(secured.settings(database_url=unnamed)) == ""
 
 
-async def test_who_shows_no_certificate_or_speaks_no_tls_is_refused_by_the_servers(secured: Secured) -> None:
+async def test_servers_refuse_a_client_without_certificate_or_tls(secured: Secured) -> None:
     assert await database_says(secured.settings()) == ""
     assert await broker_says(secured.settings()) == ""
     assert await database_says(secured.settings(database_cert_file="", database_key_file="")) != ""

@@ -1,4 +1,4 @@
-"""A gateway process with TLS everywhere and the least rights serves, and nothing on the way can be read or forged."""
+"""A gateway process with TLS everywhere, least rights and no writable disk serves."""
 
 import asyncio
 import os
@@ -41,7 +41,7 @@ def may_confine() -> bool:
 
 
 class StrictGateway(GatewayProcess):
-    """The gateway, seeing every file system read-only where the system allows that."""
+    """A gateway that sees every file system read-only, where the system allows that."""
 
     is_confined = False
 
@@ -95,7 +95,7 @@ async def send(client: Client, count: int, **headers: str) -> tuple[int, Any, st
 
 
 def shown(secured: Secured) -> ssl.SSLContext:
-    """The context of a client that shows the gateway's certificate."""
+    """Return the TLS context of a client with the gateway's certificate."""
     context = secured.authority.client_context()
     context.load_cert_chain(secured.environment["GATEWAY_AMQP_CERT_FILE"], secured.environment["GATEWAY_AMQP_KEY_FILE"])
     return context
@@ -103,7 +103,7 @@ def shown(secured: Secured) -> ssl.SSLContext:
 
 @pytest.fixture
 async def broker(secured: Secured) -> AsyncIterator[AbstractChannel]:
-    """A consumer's channel, with all rights."""
+    """A channel of a consumer with all rights."""
     async with await aio_pika.connect(secured.rabbitmq.url, ssl_context=shown(secured)) as connection:
         yield await connection.channel()
 
@@ -127,7 +127,7 @@ async def test_with_the_least_rights_and_tls_everywhere_a_batch_goes_all_the_way
 
 
 async def test_it_writes_to_no_file_system(process: StrictGateway, client: Client) -> None:
-    """Its kernel says so: every mount that it sees is read-only, and it has served a batch like that."""
+    """Every mount that the process sees is read-only, and it has served a batch."""
     if not process.is_confined:
         pytest.skip("this system lets nobody have mounts of their own (unshare --user --mount)")
     assert (await send(client, 1))[0] == 200
@@ -154,8 +154,10 @@ async def test_callers_are_served_tls_1_2_or_newer_and_nothing_in_plain(
     assert (await send(client, 1))[0] == 200
 
 
-async def test_who_is_not_through_the_handshake_in_time_is_cut_off(process: StrictGateway, client: Client) -> None:
-    """A connection before its handshake is in no bound but the descriptors'."""
+async def test_a_client_that_does_not_finish_the_handshake_in_time_is_disconnected(
+    process: StrictGateway, client: Client
+) -> None:
+    """Before its handshake a connection counts only against the descriptors."""
     said_nothing, writer = await asyncio.open_connection("127.0.0.1", process.port.number)
     said_half, other = await asyncio.open_connection("127.0.0.1", process.port.number)
     other.write(b"\x16\x03\x01")  # the beginning of a ClientHello
