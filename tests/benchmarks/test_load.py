@@ -1,4 +1,4 @@
-"""The load generator against a tiny server: honest latencies, thresholds, and an end when the server dies."""
+"""The load generator against a small server: latencies, thresholds, and the end when the server dies."""
 
 import asyncio
 import subprocess
@@ -13,11 +13,13 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from benchmarks import generator, load, machine
-from benchmarks.generator import Plan
-from benchmarks.latency import Recorder
-from benchmarks.load import ExitCode, Options, Outcome, Thresholds
-from benchmarks.workers import REPOSITORY, Result, Tick
+from benchmarks.drivers import generator
+from benchmarks.drivers.generator import Plan
+from benchmarks.drivers.latency import Recorder
+from benchmarks.drivers.workers import REPOSITORY, Result, Tick
+from benchmarks.questions import load
+from benchmarks.questions.load import ExitCode, Options, Outcome, Thresholds
+from benchmarks.report import machine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NOTHING_ASKED = Thresholds()
@@ -43,7 +45,7 @@ def make_options(url: str = "http://127.0.0.1:1", **changes: Any) -> Options:
 
 
 async def accept(request: web.Request) -> web.Response:
-    """What the gateway answers to a clean batch."""
+    """Answer as the gateway does to a clean batch."""
     count = len((await request.json())["messages"])
     return web.json_response({"queued_count": count, "error_count": 0, "errors": []})
 
@@ -94,7 +96,7 @@ async def test_closed_loop_counts_what_was_accepted() -> None:
 
 
 async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> None:
-    """The server stands still for half a second: what was due meanwhile has waited, whether it was sent or not."""
+    """The server stands still for half a second. Requests that were due then have waited, sent or not."""
     stands_still = asyncio.Event()
     answered = 0
 
@@ -110,8 +112,8 @@ async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> N
     async with served(stall_once) as (url, _):
         outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=2.0))
     waited = [latency_ms for percentile, latency_ms in outcome.latencies.curve_ms if percentile >= 85]
-    # 50 of the 200 requests are due within the half second; only two could be sent, and one load generator
-    # with coordinated omission would report just those two.
+    # 50 of the 200 requests are due within the half second, and only two could be sent. A load generator with
+    # coordinated omission would report just those two.
     assert outcome.requests == pytest.approx(200, abs=5)
     assert min(waited) > 100
     assert outcome.latencies.at(100) > 400
@@ -119,7 +121,7 @@ async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> N
 
 
 async def test_open_loop_waits_for_what_was_due_before_the_time_was_up() -> None:
-    """The server stands still from 0.7 s on, for 0.8 s; the measurement ends at 1.0 s."""
+    """The server stands still from 0.7 s on for 0.8 s. The measurement ends at 1.0 s."""
     goes_on = asyncio.Event()
     answered = 0
 
@@ -233,7 +235,7 @@ def test_moments_add_up_the_processes() -> None:
 
 
 def type_load(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command, as an operator types it."""
+    """Run the command as an operator types it."""
     options = ["--url", url, "--key", "k", "--list-number", "+18005551000", *arguments]
     return subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks", "load", *options],

@@ -1,7 +1,7 @@
-"""Latencies: recorded cheaply while the load runs, then as an HdrHistogram, which merges over processes without loss.
+"""Latencies, counted in a dictionary while the load runs, then merged over processes as HdrHistograms.
 
-The histogram's own `record_value` is Python and takes 4.6 µs, as much as the rest of a small request's handling here.
-So a dictionary counts first, by the histogram's own buckets (2,048 to each power of two), and fills it at the end.
+The histogram's own `record_value` takes 4.6 µs, as much as the rest of the generator's work for a small request. The
+dictionary counts by the histogram's own buckets (2,048 for each power of two) and fills the histogram at the end.
 """
 
 from collections.abc import Iterable
@@ -11,13 +11,13 @@ from hdrh.histogram import HdrHistogram  # type: ignore[import-untyped]
 
 LONGEST_US = 3_600_000_000
 SIGNIFICANT_DIGITS = 3
-_BUCKET_BITS = 11  # 2,048 sub-buckets: what three significant digits take
+_BUCKET_BITS = 11  # three significant digits take 2,048 buckets
 
 SHOWN = (50.0, 75.0, 90.0, 95.0, 99.0, 99.9, 99.99, 100.0)
 
 
 class Recorder:
-    """Counts latencies of one process."""
+    """A counter of the latencies of one process."""
 
     def __init__(self) -> None:
         self._counts: dict[int, int] = {}
@@ -29,7 +29,7 @@ class Recorder:
         self._counts[bucket] = self._counts.get(bucket, 0) + 1
 
     def encoded(self) -> str:
-        """The histogram in HdrHistogram's own compressed, base64 form."""
+        """Return the histogram in HdrHistogram's own compressed, base64 form."""
         histogram = _empty()
         for microseconds, count in self._counts.items():
             histogram.record_value(min(max(microseconds, 1), LONGEST_US), count)
@@ -38,7 +38,7 @@ class Recorder:
 
 
 class Latencies(msgspec.Struct, frozen=True):
-    """What callers waited, in milliseconds."""
+    """Latencies of all requests of a run, in milliseconds."""
 
     count: int
     mean_ms: float
@@ -46,12 +46,12 @@ class Latencies(msgspec.Struct, frozen=True):
     curve_ms: list[tuple[float, float]]  # (percentile, latency), closer together towards 100, for a plot
 
     def at(self, percentile: float) -> float:
-        """One of SHOWN."""
+        """Return the latency at a percentile, one of SHOWN."""
         return self.percentiles_ms[f"{percentile:g}"]
 
 
 def merge(encoded: Iterable[str]) -> Latencies:
-    """One view on the histograms of several processes."""
+    """Return the latencies of several processes together."""
     histogram = _empty()
     for one in encoded:
         histogram.decode_and_add(one)

@@ -1,8 +1,8 @@
-"""Load comes from processes of its own: starts them, sets them off together, and collects what they counted.
+"""Worker processes: start them, set them off together, collect what they counted.
 
-A worker is `python -m benchmarks.generator` (HTTP) or `benchmarks.publisher` (AMQP). It reads its plan as one JSON
-line, says Ready once it is connected, reads Start, then writes a Tick several times a second and a Result at the end.
-It ends by itself when its standard input closes, which happens when whoever started it ends, however that ends.
+A worker is the module `generator` (HTTP) or `publisher` (AMQP), run with `python -m`. It reads its plan as one JSON
+line and writes Ready once it is connected. It reads Start, then writes a Tick several times a second and a Result at
+the end. A worker ends when its standard input closes, so it never outlives the process that started it.
 """
 
 import os
@@ -19,18 +19,17 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 TICK_S = 0.25
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
-
-Heard = TypeVar("Heard")
+Line = TypeVar("Line")
 
 
 class WorkerError(Exception):
-    """A worker could not do its work; the text is its own."""
+    """A worker failed. The text is the last line of its standard error."""
 
 
 class Start(msgspec.Struct):
-    """Set off: all workers of a run get the same, on the one monotonic clock of the machine."""
+    """The signal to begin. All workers of a run get the same times, on the machine's monotonic clock."""
 
     begin: float
     warm_up_s: float
@@ -46,11 +45,11 @@ class Start(msgspec.Struct):
 
 
 class Ready(msgspec.Struct, tag="ready"):
-    """Connected, and waiting for Start."""
+    """The worker is connected and waits for Start."""
 
 
 class Tick(msgspec.Struct, tag="tick"):
-    """What was completed since the last tick, `at_s` after the beginning of the measurement (before it: negative)."""
+    """The requests completed since the last tick. `at_s` counts from the beginning of the measurement."""
 
     at_s: float
     requests: int
@@ -61,33 +60,33 @@ class Tick(msgspec.Struct, tag="tick"):
 
     @property
     def middle_s(self) -> float:
-        """The middle of the interval: where it belongs on a time line."""
+        """The middle of the interval, for a time line."""
         return self.at_s - TICK_S / 2
 
 
 class Result(msgspec.Struct, tag="result"):
-    """What one worker counted. `messages` are those that were accepted: confirmed by the broker."""
+    """The counts of one worker. `messages` are those that were accepted, which means confirmed by the broker."""
 
     seconds: float
     requests: int
     messages: int
     failures: int
-    all_requests: int  # with warm-up and run-out: what the queue's depth is compared with
+    all_requests: int  # with warm-up and run-out, for comparison with the queue's depth
     all_messages: int
     all_failures: int
     statuses: dict[str, int]
     latencies: str  # an encoded histogram
     cpu_s: float
-    first_failure: str = ""  # what the server said to the first request that failed
-    ended_early: str = ""  # why, if it gave up
+    first_failure: str = ""  # the answer to the first request that failed
+    ended_early: str = ""  # the reason, if the worker gave up
 
 
-Said = Ready | Tick | Result
-_decoder = msgspec.json.Decoder(Said)
+Report = Ready | Tick | Result
+_decoder = msgspec.json.Decoder(Report)
 
 
 class Counter:
-    """Counts completed requests, inside the measurement and over all."""
+    """A counter of completed requests, within the measurement and over the whole run."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -95,11 +94,11 @@ class Counter:
         self.result = Result(start.duration_s, 0, 0, 0, 0, 0, 0, {}, "", 0.0)
 
     def completed(self, now: float, latency_s: float, messages: int, *, failed: bool, due: float | None = None) -> bool:
-        """One request came to its end at `now`; whether it belongs to the measurement.
+        """Count a request that ended at `now`. Return True when it belongs to the measurement.
 
-        Messages belong to it when they are accepted within it. So do requests in a closed loop; in an open loop
-        those that were `due` within it, however late they end: else a server that stands still when the time is
-        up would be forgiven all that it still owes.
+        Messages belong to the measurement when they are accepted within it. The same holds for requests of a closed
+        loop. Requests of an open loop belong to it when they were `due` within it, however late they end. Otherwise
+        a server that stands still when the time is up would not be charged with the requests that it still owes.
         """
         result, tick = self.result, self._tick
         result.all_requests += 1
@@ -121,6 +120,7 @@ class Counter:
         return self._start.measure_from <= moment < self._start.measure_until
 
     def take_tick(self, now: float, in_flight: int) -> Tick:
+        """Return the counts since the last call, and begin the next interval."""
         tick, self._tick = self._tick, Tick(0.0, 0, 0, 0, 0, 0.0)
         tick.at_s = now - self._start.measure_from
         tick.in_flight = in_flight
@@ -128,48 +128,49 @@ class Counter:
 
 
 def next_tick_in(start: Start, now: float) -> float:
-    """How long a worker sleeps: to the next tick, or to an edge of the measurement if that comes first."""
+    """Return the seconds to the next tick, or to an edge of the measurement if that comes first."""
     edges = [edge - now for edge in (start.measure_from, start.measure_until) if edge > now]
     return min([TICK_S, *edges])
 
 
-def say(said: Said) -> None:
-    """A worker's line to whoever started it."""
-    sys.stdout.buffer.write(msgspec.json.encode(said) + b"\n")
+def write_line(report: Report) -> None:
+    """Write one line to the process that started this worker."""
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
     sys.stdout.buffer.flush()
 
 
-def hear(kind: type[Heard]) -> Heard:
-    """A worker's next line from whoever started it."""
+def read_line(kind: type[Line]) -> Line:
+    """Read the next line from the process that started this worker."""
     return msgspec.json.decode(sys.stdin.buffer.readline(), type=kind)
 
 
-def end_with_starter() -> None:
-    """End this process as soon as its standard input closes."""
+def exit_with_parent() -> None:
+    """Start a thread that ends this process when its standard input closes."""
 
     def wait() -> None:
-        while os.read(sys.stdin.fileno(), 1024):  # not through sys.stdin: its lock would be held while Python ends
+        # Not through sys.stdin: its lock would be held while Python ends.
+        while os.read(sys.stdin.fileno(), 1024):
             pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
 
 
-class Crew:
+class Workers:
     """The workers of one run."""
 
     def __init__(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         self._processes = processes
 
     def wait_until_ready(self) -> None:
-        """Raises WorkerError when one cannot connect."""
+        """Wait until all are connected. Raises WorkerError when one cannot connect."""
         for process in self._processes:
-            said = self._next(process)
-            if not isinstance(said, Ready):
-                raise WorkerError(f"a worker said {said!r} before it was ready")
+            report = self._next(process)
+            if not isinstance(report, Ready):
+                raise WorkerError(f"a worker wrote {report!r} before it was ready")
 
     def start(self, warm_up_s: float, duration_s: float) -> Start:
-        """Set all off at the same moment."""
+        """Set all workers off at the same moment."""
         start = Start(time.monotonic() + 0.05, warm_up_s, duration_s)
         for process in self._processes:
             _pipe(process.stdin).write(msgspec.json.encode(start) + b"\n")
@@ -177,48 +178,48 @@ class Crew:
         return start
 
     def watch(self, on_tick: Callable[[int, Tick], None] | None = None) -> list[Result]:
-        """Follow all until the last has ended. Raises WorkerError when one fails."""
-        said: SimpleQueue[tuple[int, Tick | Result | WorkerError]] = SimpleQueue()
+        """Follow all workers until the last has ended. Raises WorkerError when one fails."""
+        reports: SimpleQueue[tuple[int, Tick | Result | WorkerError]] = SimpleQueue()
         for number, process in enumerate(self._processes):
-            threading.Thread(target=self._follow, args=(number, process, said), daemon=True).start()
+            threading.Thread(target=self._follow, args=(number, process, reports), daemon=True).start()
         results: list[Result] = []
         while len(results) < len(self._processes):
-            number, news = said.get()
-            if isinstance(news, WorkerError):
-                raise news
-            if isinstance(news, Result):
-                results.append(news)
+            number, report = reports.get()
+            if isinstance(report, WorkerError):
+                raise report
+            if isinstance(report, Result):
+                results.append(report)
             elif on_tick is not None:
-                on_tick(number, news)
+                on_tick(number, report)
         return results
 
     def _follow(
         self,
         number: int,
         process: "subprocess.Popen[bytes]",
-        said: "SimpleQueue[tuple[int, Tick | Result | WorkerError]]",
+        reports: "SimpleQueue[tuple[int, Tick | Result | WorkerError]]",
     ) -> None:
         try:
-            while not isinstance(news := self._next(process), Result):
-                if isinstance(news, Tick):
-                    said.put((number, news))
-            said.put((number, news))
+            while not isinstance(report := self._next(process), Result):
+                if isinstance(report, Tick):
+                    reports.put((number, report))
+            reports.put((number, report))
         except (WorkerError, msgspec.DecodeError) as error:
-            said.put((number, WorkerError(str(error))))
+            reports.put((number, WorkerError(str(error))))
 
     @staticmethod
-    def _next(process: "subprocess.Popen[bytes]") -> Said:
+    def _next(process: "subprocess.Popen[bytes]") -> Report:
         line = _pipe(process.stdout).readline()
         if not line:
             error = _pipe(process.stderr).read().decode(errors="replace").strip()
             raise WorkerError(error.splitlines()[-1] if error else f"a worker ended with {process.wait()}")
-        said: Said = _decoder.decode(line)
-        return said
+        report: Report = _decoder.decode(line)
+        return report
 
 
 @contextmanager
-def crew(module: str, plans: Sequence[Any]) -> Iterator[Crew]:
-    """Start one worker for each plan; kill what is left of them at the end."""
+def start_workers(module: str, plans: Sequence[Any]) -> Iterator[Workers]:
+    """Start one worker for each plan. At the end, kill those that still run."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for plan in plans:
@@ -228,12 +229,12 @@ def crew(module: str, plans: Sequence[Any]) -> Iterator[Crew]:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is ours to handle
+                start_new_session=True,  # Ctrl-C in a terminal goes to this process only
             )
             processes.append(process)
             _pipe(process.stdin).write(msgspec.json.encode(plan) + b"\n")
             _pipe(process.stdin).flush()
-        yield Crew(processes)
+        yield Workers(processes)
     finally:
         for process in processes:
             process.kill()

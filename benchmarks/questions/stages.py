@@ -1,15 +1,21 @@
-"""What does each step on a batch's way cost, and does each trick earn its keep?
+"""The CPU time of each step of a batch, and of the plain form that an optimised step replaced.
 
-CPU time of this thread, in several samples of some milliseconds, of which the lowest is shown: what is above it came
-from elsewhere, such as the other thread of the same core. Below a trick, indented, stands the plain form it replaced.
+CPU time of one thread, in several samples of some milliseconds. The lowest sample is shown, since other work on the
+machine, such as on the other thread of the same core, can only add to it. A row "instead: …" is the plain form of the
+row above it.
 """
 
 import asyncio
+import os
 import struct
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,9 +25,11 @@ from pamqp.body import ContentBody
 from pamqp.header import ContentHeader
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from benchmarks import machine, traffic
-from benchmarks.figures import Figure
-from benchmarks.machine import Machine
+from benchmarks.drivers import traffic
+from benchmarks.report import machine, plots
+from benchmarks.report.document import Cell, Chart, Report, Sentence, Table
+from benchmarks.report.figures import Figure, short
+from benchmarks.report.machine import REPOSITORY, Machine
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import Destination, IncomingFrames, PublishFramer, Settled
 from gateway.ingest import batch, wire
@@ -54,7 +62,7 @@ ORIGIN = batch.Origin(42, REQUEST_ID, ACCEPTED_AT)
 FRAME_MAX = 131_072  # RabbitMQ's default
 CHANNEL = 1
 NAME = "sms.outbound"
-MULTIPLIER = 134_956_987_654_321  # any that shares no factor with 62
+MULTIPLIER = 134_956_987_654_321  # any number without a common factor with 62
 FORMAT, TYPE = traffic.WRONG_FORMAT, traffic.WRONG_TYPE
 ACK_BYTES = 21
 ENVELOPE = 100
@@ -62,33 +70,50 @@ ACKS_PER_MESSAGE = 0.012  # measured: quorum queues coalesce, about 12 acks per 
 
 
 class Stage(msgspec.Struct):
-    """One row: microseconds per message, by batch size."""
+    """One row, in microseconds per message, by batch size."""
 
     name: str
-    plain: bool  # what a trick replaced
+    plain: bool  # the plain form of the row above
     us_per_message: dict[int, Figure]
 
 
 class Refusing(msgspec.Struct):
-    """Row 6 of the bars (benchmarks/README.md): all refused ÷ clean, everything of the gateway's up to the publish."""
+    """Row 6 of the bars (benchmarks/README.md): a batch refused as a whole ÷ a clean one, up to the publish."""
 
     flaw: str
     ratio: Figure
 
 
 class Stages(msgspec.Struct):
-    """Everything `stages --json` writes."""
+    """The content of the file that `stages --json` writes."""
 
     machine: Machine
     stages: list[Stage]
     refusing: list[Refusing]
 
 
+class Against(msgspec.Struct):
+    """One row of this checkout ÷ the same row of the baseline, by batch size. Ratios of the lowest samples."""
+
+    name: str
+    ratio: dict[int, Figure]
+
+
+class StagesAgainstBaseline(msgspec.Struct):
+    """The content of the file that `stages --baseline … --json` writes."""
+
+    machine: Machine
+    baseline_commit: str
+    rows: list[Against]
+    only_here: list[str]  # rows that the baseline does not have
+    rounds: list[tuple[Stages, Stages]]  # this checkout and the baseline, round by round
+
+
 Work = Callable[[], object]
 
 
 def measure(sizes: Sequence[int] = SIZES) -> Stages:
-    """All stages at all sizes."""
+    """Measure all stages at all sizes."""
     described = machine.describe()
     table: dict[str, Stage] = {}
     for size in sizes:
@@ -98,8 +123,58 @@ def measure(sizes: Sequence[int] = SIZES) -> Stages:
     return Stages(described, list(table.values()), _refusing(max(sizes)))
 
 
+def measure_against(baseline: Path, rounds: int) -> StagesAgainstBaseline:
+    """Measure this checkout and another one in turn, each in fresh processes.
+
+    The other checkout measures itself with its own `python -m benchmarks stages`. Raises StagesError when that fails.
+    """
+    measured = [(_measure_checkout(REPOSITORY), _measure_checkout(baseline)) for _ in range(rounds)]
+    return compare_rounds(machine.describe(), machine.commit_of(baseline), measured)
+
+
+class StagesError(Exception):
+    """A checkout could not measure its stages. The text is the end of its output."""
+
+
+def _measure_checkout(folder: Path) -> Stages:
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = Path(temporary, "stages.json")
+        done = subprocess.run(  # noqa: S603 - a checkout of this repository that the caller named
+            [sys.executable, "-m", "benchmarks", "stages", "--json", str(figures)],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise StagesError(f"`python -m benchmarks stages` failed in {folder}: {done.stderr.strip()[-500:]}")
+        return msgspec.json.decode(figures.read_bytes(), type=Stages)
+
+
+def compare_rounds(
+    described: Machine, baseline_commit: str, rounds: list[tuple[Stages, Stages]]
+) -> StagesAgainstBaseline:
+    """Return the ratios of the rows that both checkouts have. A ratio is taken within its round."""
+    by_name = [tuple({stage.name: stage for stage in one.stages} for one in pair) for pair in rounds]
+    rows, only_here = [], []
+    for name, stage in by_name[0][0].items():
+        if name not in by_name[0][1]:
+            only_here.append(name)
+            continue
+        ratio = {
+            size: Figure.of(
+                ours[name].us_per_message[size].lowest / older[name].us_per_message[size].lowest
+                for ours, older in by_name
+            )
+            for size in stage.us_per_message
+        }
+        rows.append(Against(name, ratio))
+    return StagesAgainstBaseline(described, baseline_commit, rows, only_here, rounds)
+
+
 def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
-    """Name, whether it is the plain form, and the work, for one batch of `size`."""
+    """Yield the stages of a batch of `size`: the name, True for a plain form, and the work."""
     clean, one_bad, bad, wrong_type = _body(size), _body(size, 1), _body(size, size), _body(size, size, TYPE)
     yield "decode", False, partial(wire.decode_bulk, clean)
     yield "decode, one wrong type", False, partial(wire.decode_bulk, _body(size, 1, TYPE))
@@ -152,7 +227,7 @@ def _build(draft: batch.Draft, ids: list[str], layout: Layout = batch.PLAIN) -> 
 
 
 def _payload_objects(draft: batch.Draft, ids: list[str]) -> list[Payload]:
-    """What build() makes before it encodes."""
+    """Return the objects that build() makes before it encodes them."""
     return [
         Payload(
             message_id,
@@ -173,7 +248,7 @@ def _payload_objects(draft: batch.Draft, ids: list[str]) -> list[Payload]:
 
 
 def _ids(size: int) -> Work:
-    """Takes from one lease after the other, as IdSupply does."""
+    """Take ids from one lease after the other, as IdSupply does."""
     leases = count()
     leased = LeasedIds(next(leases))
 
@@ -187,7 +262,7 @@ def _ids(size: int) -> Work:
 
 
 def _arithmetic_id(number: int) -> str:
-    """An id of the same kind from a number: scattered by a multiplication, then eight digits to the base of 62."""
+    """Return an id of the same kind from a number: scattered by a multiplication, then eight digits to base 62."""
     scattered = number * MULTIPLIER % BASE**8
     characters = bytearray(8)
     for place in range(8):
@@ -197,7 +272,7 @@ def _arithmetic_id(number: int) -> str:
 
 
 def _frames_by_formatting(ids: Sequence[str], payloads: Sequence[bytes]) -> Work:
-    """One `%` per message, over a template of what does not change."""
+    """Format each message with one `%`, over a template of the constant parts."""
     publish, header = (pamqp.frame.marshal(frame, CHANNEL) for frame in _publish_frames("00000000", b""))
     before_size = publish + header[:11]
     before_id, after_id = header[19:].split(b"00000000")
@@ -226,7 +301,7 @@ def _frames_by_formatting(ids: Sequence[str], payloads: Sequence[bytes]) -> Work
 
 
 def _frames_by_pamqp(ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
-    """The marshaller's objects, as aiormq uses them."""
+    """Marshal frame objects, as aiormq does."""
     return b"".join(
         [
             pamqp.frame.marshal(frame, CHANNEL)
@@ -245,7 +320,7 @@ def _publish_frames(message_id: str, payload: bytes) -> tuple[commands.Basic.Pub
 
 
 def _ack_chunks(size: int, acks: int) -> list[bytes]:
-    """What the broker sends for a batch: a few acks, each read by itself, or one for each message, all read at once."""
+    """Return the broker's acks for a batch: a few, each in a read of its own, or one a message, all in one read."""
     tags = [size * (number + 1) // acks for number in range(acks)]
     frames = [pamqp.frame.marshal(commands.Basic.Ack(delivery_tag=tag, multiple=acks < size), CHANNEL) for tag in tags]
     return frames if acks < size else [b"".join(frames)]
@@ -264,7 +339,7 @@ def _confirm(ids: Sequence[str], chunks: Sequence[bytes]) -> None:
 
 
 def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractEventLoop) -> None:
-    """A future for each message, each settled by itself, and frames unmarshalled as objects."""
+    """Settle a future for each message, with frames unmarshalled as objects."""
     futures = {tag: loop.create_future() for tag in range(1, size + 1)}
     settled_to = 0
     for chunk in chunks:
@@ -283,7 +358,7 @@ def _confirm_plainly(size: int, chunks: Sequence[bytes], loop: asyncio.AbstractE
 
 
 def _measure(counters: Counters, size: int, answer: Answer) -> None:
-    """All that one request is measured by, as api.py does."""
+    """Record one request in the counters, as the API does."""
     record = RequestRecord(counters)
     record.account_id = 42
     record.mark(AUTHENTICATE)
@@ -300,7 +375,7 @@ def _measure(counters: Counters, size: int, answer: Answer) -> None:
 
 
 def _measure_by_prometheus_client(size: int) -> Work:
-    """The same metrics of a clean batch as its library has them, label values looked up where they are fixed."""
+    """Record the same metrics of a clean batch with prometheus-client, with fixed label values looked up once."""
     registry = CollectorRegistry()
     durations = Histogram("stage_seconds", "Of stages.", ["stage"], buckets=SECONDS, registry=registry)
     stages = [durations.labels(stage) for stage in STAGES]
@@ -326,7 +401,7 @@ def _measure_by_prometheus_client(size: int) -> Work:
 
 
 def _refusing(size: int) -> list[Refusing]:
-    """Whole batches, decode to frames against decode to answer, sampled in turn."""
+    """Measure whole batches in turn: refused ones from decode to answer, clean ones from decode to frames."""
     clean = _body(size)
     framer = PublishFramer(Destination(NAME, NAME, "sms.v1"), CHANNEL, FRAME_MAX)
     take_ids = _ids(size)
@@ -352,7 +427,7 @@ def _seconds(work: Work) -> Figure:
 
 
 def _sample(work: Work) -> float:
-    """CPU seconds of one call, over as many calls as fill SAMPLE_S."""
+    """Return the CPU seconds of one call, over as many calls as fill SAMPLE_S."""
     calls = 0
     begin = time.thread_time_ns()
     until = begin + SAMPLE_S * 1e9
@@ -365,3 +440,50 @@ def _sample(work: Work) -> float:
 
 def _scaled(figure: Figure, factor: float) -> Figure:
     return Figure(figure.median * factor, figure.lowest * factor, figure.highest * factor)
+
+
+def report(stages: Stages) -> Report:
+    """Return the lowest samples as a table, the largest batch as a chart, and row 6."""
+    sizes = list(stages.stages[0].us_per_message)
+    largest = max(sizes)
+    rows: list[list[Cell]] = [
+        [
+            f"– instead: {stage.name}" if stage.plain else stage.name,
+            *(short(stage.us_per_message[size].lowest) for size in sizes),
+        ]
+        for stage in stages.stages
+    ]
+    ours = {stage.name: stage.us_per_message[largest] for stage in stages.stages if not stage.plain}
+    refusing = [
+        Sentence(
+            f"Row 6: a batch refused as a whole ({one.flaw}) ÷ a clean one, up to the publish: "
+            f"{one.ratio.shown(short)} (bar ≤ 3)"
+        )
+        for one in stages.refusing
+    ]
+    return Report(
+        "Stages of a batch",
+        stages.machine,
+        [
+            Table(
+                "CPU µs per message, by batch size: lowest of several samples",
+                ["stage", *(f"{size:,}" for size in sizes)],
+                rows,
+            ),
+            Chart(f"CPU µs per message at {largest:,} messages", plots.bars({"": ours}, "µs")),
+            *refusing,
+        ],
+    )
+
+
+def report_against(against: StagesAgainstBaseline) -> Report:
+    """Return the ratios as a table."""
+    sizes = list(against.rows[0].ratio)
+    rows: list[list[Cell]] = [[one.name, *(one.ratio[size] for size in sizes)] for one in against.rows]
+    title = f"CPU of this checkout ÷ baseline ({against.baseline_commit}), by batch size: median, lowest-highest"
+    only_here = [Sentence(f"Not in the baseline: {', '.join(against.only_here)}.")] if against.only_here else []
+    return Report(
+        "Stages of a batch against a baseline",
+        against.machine,
+        [Table(title, ["stage", *(f"{size:,}" for size in sizes)], rows), *only_here],
+    )

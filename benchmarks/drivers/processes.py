@@ -1,6 +1,6 @@
-"""What processes cost, from the kernel's own accounting: CPU time and peak memory, children included. Linux only.
+"""CPU time and memory of processes and their children, from the kernel's accounting. Linux only.
 
-A server is found by the port it listens on, so it does not matter who started it, or how many processes share it.
+A server is found by the port it listens on, whoever started it and however many processes share the port.
 """
 
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ import psutil
 
 
 def busy_s() -> float:
-    """CPU seconds that this machine has spent on anything, or had taken away by other virtual machines."""
+    """Return the CPU seconds that this machine has spent, those taken by other virtual machines included."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
 class ServerProcesses:
-    """All processes that listen on a local port, and everything below them."""
+    """All processes that listen on a local port, and their descendants."""
 
     def __init__(self, port: int) -> None:
-        """Raises LookupError when nobody on this machine listens there."""
+        """Raises LookupError when no process of this machine listens on the port."""
         listening = {
             socket.pid
             for socket in psutil.net_connections(kind="tcp")
@@ -31,7 +31,7 @@ class ServerProcesses:
         self._roots = [psutil.Process(pid) for pid in listening]
 
     def cpu_s(self) -> float:
-        """CPU seconds so far, user and system; of children that have ended as well, once they have been waited for."""
+        """Return the CPU seconds so far, user and system. Children that have ended and been waited for are included."""
         total = 0.0
         for process in self._all():
             with suppress(psutil.NoSuchProcess):
@@ -39,11 +39,11 @@ class ServerProcesses:
         return total
 
     def resident_mb(self) -> float:
-        """Resident memory now, in MB."""
+        """Return the resident memory now, in MB."""
         return self._memory_mb("VmRSS:")
 
     def peak_mb(self) -> float:
-        """The largest resident memory each process has had, added up, in MB."""
+        """Return the sum of the largest resident memory that each process has had, in MB."""
         return self._memory_mb("VmHWM:")
 
     def _all(self) -> Iterable[psutil.Process]:

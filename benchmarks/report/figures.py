@@ -1,4 +1,4 @@
-"""Figures: a median with its lowest and highest, and a straight line through costs. No IO, no clock."""
+"""Figures with their spread, and a straight line through costs. No IO, no clock."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +7,7 @@ import msgspec
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """What several rounds measured: one number never stands without the spread around it."""
+    """The median of several rounds, with the lowest and the highest value."""
 
     median: float
     lowest: float
@@ -15,25 +15,25 @@ class Figure(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, values: Iterable[float]) -> "Figure":
-        """Raises ValueError when there are none."""
+        """Return the figure of these values. Raises ValueError when there are none."""
         measured = list(values)
         if not measured:
             raise ValueError("a figure needs at least one measurement")
         return cls(statistics.median(measured), min(measured), max(measured))
 
     def shown(self, form: Callable[[float], str]) -> str:
-        """`median (lowest-highest)`, or the median alone where that says it all."""
+        """Return `median (lowest-highest)`, or the median alone when all three read the same."""
         spread = self.spread(form)
         return f"{form(self.median)} ({spread})" if spread else form(self.median)
 
     def spread(self, form: Callable[[float], str]) -> str:
-        """`lowest-highest`; empty when both read the same."""
+        """Return `lowest-highest`, or an empty string when both read the same."""
         lowest, highest = form(self.lowest), form(self.highest)
         return f"{lowest}-{highest}" if lowest != highest else ""
 
 
 def short(value: float) -> str:
-    """Three significant digits and more, as a person would write it: 0.0123, 1.23, 123, 12,300."""
+    """Return a number with two to three significant digits, and whole above 100: 0.012, 1.23, 12.3, 12,345."""
     magnitude = abs(value)
     if magnitude >= 100 or value == 0:
         return f"{value:,.0f}"
@@ -43,16 +43,17 @@ def short(value: float) -> str:
 
 
 class Line(msgspec.Struct, frozen=True):
-    """y = a + b·n: what a request costs, and what each message in it adds."""
+    """The cost of a request of n messages, y = a + b·n."""
 
     a: float
     b: float
 
     @classmethod
     def through(cls, points: Sequence[tuple[float, float]]) -> "Line":
-        """The fit with the least relative error; with absolute errors, the largest n alone would decide `a` as well.
+        """Return the line with the least relative error through (n, y) points.
 
-        Raises ValueError for fewer than two different n.
+        With absolute errors the largest n alone would decide `a` as well. Raises ValueError for fewer than two
+        different n.
         """
         if len({n for n, _ in points}) < 2:
             raise ValueError("a line needs two different sizes")

@@ -1,8 +1,8 @@
-"""The bare publisher: what the broker can do when the client does next to nothing. A worker (see workers.py).
+"""The bare publisher, a minimal AMQP client on plain asyncio with publisher confirms. A worker (see workers.py).
 
-A minimal AMQP client on plain asyncio: batches are encoded before the clock starts, each goes out in one write, and is
-done when the broker has confirmed all of it. It shares no code with the gateway's publisher, so that neither hides the
-other's mistakes; only the payloads are the gateway's own, byte for byte (traffic.py).
+Each connection has one channel. Batches are encoded before the clock starts. Each batch is one write, and is done when
+the broker has confirmed all its messages. The bare publisher shares no code with the gateway's publisher, so that
+neither hides a fault of the other. Only the payloads are the same (traffic.py).
 """
 
 import asyncio
@@ -23,21 +23,20 @@ from pamqp import commands
 from pamqp.body import ContentBody
 from pamqp.header import ContentHeader, ProtocolHeader
 
-from benchmarks import latency, traffic, workers
-from benchmarks.workers import Counter, Ready, Result, Start, hear, say
+from benchmarks.drivers import latency, traffic, workers
+from benchmarks.drivers.workers import Counter, Ready, Result, Start
 
 CHANNEL = 1
-RUN_OUT_S = 15.0  # for the confirms still to come when the time is up
+RUN_OUT_S = 15.0  # time for the confirms that are missing when the measurement ends
 _frame_start = struct.Struct(">BHI")
 _confirm = struct.Struct(">HHQB")
 _ACK = (60, 80)
-
 
 Method = TypeVar("Method", bound=pamqp.base.Frame)
 
 
 class Plan(msgspec.Struct):
-    """What to publish."""
+    """The batches to publish, and their number in flight."""
 
     amqp_url: str
     exchange: str
@@ -50,17 +49,17 @@ class Plan(msgspec.Struct):
 
 
 class BrokerRefused(Exception):
-    """The broker closed the channel or nacked: the run shows nothing."""
+    """The broker closed the channel or rejected a message, so the run has no result."""
 
 
 class Handshake:
-    """Opens a connection and a channel in confirm mode, with pamqp: none of this is timed."""
+    """The opening of a connection and of a channel in confirm mode, with pamqp. It is not timed."""
 
     def __init__(self, url: str) -> None:
         self._url = urlsplit(url)
 
     async def open(self) -> asyncio.WriteTransport:
-        """Returns the connection's transport."""
+        """Open both and return the connection's transport."""
         url = self._url
         self._reader, self._writer = await asyncio.open_connection(url.hostname, url.port or 5672)
         self._writer.write(pamqp.frame.marshal(ProtocolHeader(), 0))
@@ -94,12 +93,12 @@ class Handshake:
         rest = await self._reader.readexactly(_frame_start.unpack(start)[2] + 1)
         _, _, frame = pamqp.frame.unmarshal(start + rest)
         if not isinstance(frame, kind):
-            raise BrokerRefused(f"expected {kind.__name__}, the broker said {frame!r}")
+            raise BrokerRefused(f"expected {kind.__name__}, the broker sent {frame!r}")
         return frame
 
 
 def encode_batch(plan: Plan, routing_key: str, frame_max: int) -> tuple[bytes, int]:
-    """The bytes of one batch, and how many AMQP messages it is."""
+    """Return the bytes of one batch, and its number of AMQP messages."""
     contents = traffic.envelopes(traffic.payloads(plan.batch, body_length=plan.body_length), plan.sms_per_message)
     publish = commands.Basic.Publish(exchange=plan.exchange, routing_key=routing_key, mandatory=True)
     frames: list[pamqp.base.Frame | ContentHeader | ContentBody] = []
@@ -114,7 +113,7 @@ def encode_batch(plan: Plan, routing_key: str, frame_max: int) -> tuple[bytes, i
 
 
 class Confirms:
-    """Delivery tags in, finished batches out. All batches have one size, so a batch is a range of tags."""
+    """A table of delivery tags that finds finished batches. All batches have one size: a batch is a range of tags."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -127,11 +126,12 @@ class Confirms:
         return len(self._written)
 
     def add(self, now: float) -> None:
+        """Add a batch written at `now`."""
         self._next_tag += self._size
         self._written.append((self._next_tag - 1, now))
 
     def settle(self, tag: int, *, multiple: bool) -> list[float]:
-        """When each of the batches was written that are now settled."""
+        """Settle one tag, or all up to it. Return the times at which the batches that are now settled were written."""
         if multiple:
             self._contiguous = max(self._contiguous, tag)
         else:
@@ -146,7 +146,7 @@ class Confirms:
 
 
 class Publishing(asyncio.Protocol):
-    """One connection: keeps a number of batches in flight until the time is up."""
+    """One connection, which keeps a number of batches in flight until the time is up."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Publishing(asyncio.Protocol):
         confirms: Confirms,
         on_batch: Callable[[float, float], bool],
     ) -> None:
-        """`on_batch(now, written_at)` says whether another batch is to follow."""
+        """`on_batch(now, written_at)` counts a batch, and returns True when another one is to follow."""
         self._transport = transport
         self._buffers = buffers
         self.confirms = confirms
@@ -164,6 +164,7 @@ class Publishing(asyncio.Protocol):
         self.lost = ""
 
     def write(self) -> None:
+        """Write the next batch."""
         self.confirms.add(time.perf_counter())
         self._transport.write(next(self._buffers))
 
@@ -183,7 +184,7 @@ class Publishing(asyncio.Protocol):
         class_id, method_id, tag, bits = _confirm.unpack_from(buffer, at + _frame_start.size)
         if (class_id, method_id) != _ACK:
             _, _, frame = pamqp.frame.unmarshal(buffer[at:])
-            self.lost = f"the broker said {frame!r} {dict(frame) if isinstance(frame, pamqp.base.Frame) else ''}"
+            self.lost = f"the broker sent {frame!r} {dict(frame) if isinstance(frame, pamqp.base.Frame) else ''}"
             return
         now = time.perf_counter()
         for written_at in self.confirms.settle(tag, multiple=bool(bits & 1)):
@@ -195,16 +196,16 @@ class Publishing(asyncio.Protocol):
 
 
 async def run(plan: Plan) -> Result:
-    """Connect, wait for the start, publish until the time is up, and wait for what is in flight."""
+    """Connect, wait for the start, publish until the time is up, and wait for the last confirms."""
     opened = [Handshake(plan.amqp_url) for _ in range(plan.connections)]
     transports = [await handshake.open() for handshake in opened]
     encoded = [encode_batch(plan, key, opened[0].frame_max) for key in plan.routing_keys]
     buffers, size = cycle(buffer for buffer, _ in encoded), encoded[0][1]
     recorder = latency.Recorder()
-    say(Ready())
-    start = hear(Start)
-    workers.end_with_starter()
-    # perf_counter and monotonic are the same clock on Linux, the machine's, so that all workers agree on the time.
+    workers.write_line(Ready())
+    start = workers.read_line(Start)
+    workers.exit_with_parent()
+    # perf_counter and monotonic are the same clock on Linux, so all workers agree on the time.
     counter = Counter(start)
 
     def on_batch(now: float, written_at: float) -> bool:
@@ -227,7 +228,7 @@ async def run(plan: Plan) -> Result:
         if cpu_after is None and now >= start.measure_until:
             cpu_after = time.process_time()
         if now - start.begin > workers.TICK_S / 2:
-            say(counter.take_tick(now, sum(len(connection.confirms) for connection in connections)))
+            workers.write_line(counter.take_tick(now, sum(len(connection.confirms) for connection in connections)))
         if lost := next((connection.lost for connection in connections if connection.lost), ""):
             raise BrokerRefused(lost)
         if now >= start.measure_until and not any(len(connection.confirms) for connection in connections):
@@ -242,4 +243,4 @@ async def run(plan: Plan) -> Result:
 
 
 if __name__ == "__main__":
-    say(uvloop.run(run(hear(Plan))))
+    workers.write_line(uvloop.run(run(workers.read_line(Plan))))

@@ -1,6 +1,6 @@
-"""What does the gateway hold: idle, and at 64 concurrent 5 MB requests, from the first second to the last?
+"""The gateway's resident memory, idle and under 64 concurrent requests of 5 MB.
 
-Most of those requests are refused: GATEWAY_MAX_BYTES_IN_FLIGHT is what bounds the memory, and 503 `overloaded` is how.
+GATEWAY_MAX_BYTES_IN_FLIGHT bounds the memory. Most of those requests are refused with 503 `overloaded`.
 """
 
 import threading
@@ -8,25 +8,27 @@ import time
 
 import msgspec
 
-from benchmarks import generator, machine, runs
-from benchmarks.compare import Bar
-from benchmarks.figures import Figure
-from benchmarks.generator import Plan
-from benchmarks.machine import Machine
-from benchmarks.processes import ServerProcesses
-from benchmarks.runs import GATEWAY, Setup
-from benchmarks.stand import Names, Stand, open_stand
-from benchmarks.workers import crew
+from benchmarks.drivers import generator
+from benchmarks.drivers.backends import Backends, Names, open_backends
+from benchmarks.drivers.generator import Plan
+from benchmarks.drivers.processes import ServerProcesses
+from benchmarks.drivers.systems import GATEWAY, Setup, serving
+from benchmarks.drivers.workers import start_workers
+from benchmarks.report import bars, machine, plots
+from benchmarks.report.bars import Bar
+from benchmarks.report.document import Chart, Report, Sentence
+from benchmarks.report.figures import Figure, short
+from benchmarks.report.machine import Machine
 from gateway.ingest.wire import MAX_BODY_BYTES
 
 MESSAGES = 1_000
-BODY_LENGTH = MAX_BODY_BYTES // MESSAGES - 80  # 80: the JSON around each text. Just below 5 MB together
+BODY_LENGTH = MAX_BODY_BYTES // MESSAGES - 80  # 80 bytes of JSON around each text; just below 5 MB together
 PURGE_EVERY_S = 0.5  # each accepted request leaves 5 MB in the queue
 SAMPLE_S = 0.1
 
 
 class Options(msgspec.Struct, frozen=True):
-    """What the gateway has to take."""
+    """The load of the run."""
 
     connections: int = 64
     seconds: float = 15.0
@@ -34,13 +36,13 @@ class Options(msgspec.Struct, frozen=True):
 
 
 class Memory(msgspec.Struct):
-    """Everything `memory --json` writes. Resident memory in MB."""
+    """The content of the file that `memory --json` writes. Resident memory in MB."""
 
     machine: Machine
     options: Options
     idle_mb: float
     peak_mb: float
-    growth_mb: float  # median of the last third less that of the middle third: what a longer run would add to
+    growth_mb: float  # median of the last third minus that of the middle third
     samples: list[tuple[float, float]]  # (second, MB)
     statuses: dict[str, int]
     bars: list[Bar]
@@ -48,30 +50,30 @@ class Memory(msgspec.Struct):
 
 
 def measure(options: Options) -> Memory:
-    """One run; the queue is emptied all the while, and what was in it counted."""
+    """Measure one run. The queue is emptied throughout, and its messages are counted."""
     described = machine.describe()
     setup = Setup(queue_type=options.queue_type)
     with (
-        open_stand() as stand,
-        stand.names(options.queue_type, declare=False) as names,
-        runs.serving(GATEWAY, stand, names, setup) as server,
+        open_backends() as backends,
+        backends.names(options.queue_type, declare=False) as names,
+        serving(GATEWAY, backends, names, setup) as server,
     ):
         processes = ServerProcesses(server.port.number)
-        time.sleep(1.0)  # what the start left behind is collected
+        time.sleep(1.0)  # lets the garbage of the start be collected
         idle_mb = processes.resident_mb()
         plan = Plan(
             url=server.url,
-            key=stand.key,
-            list_numbers=stand.list_numbers,
+            key=backends.key,
+            list_numbers=backends.list_numbers,
             batch=MESSAGES,
             connections=options.connections,
             body_length=BODY_LENGTH,
         )
-        with crew(generator.__name__, [plan]) as generators, _Watch(stand, names, processes) as watch:
+        with start_workers(generator.__name__, [plan]) as generators, _Watch(backends, names, processes) as watch:
             generators.wait_until_ready()
             generators.start(0.0, options.seconds)
             (result,) = generators.watch()
-        purged = watch.purged + stand.purge(names)
+        purged = watch.purged + backends.purge(names)
         peak_mb = processes.peak_mb()
     void = result.ended_early
     if purged != result.all_messages:
@@ -98,12 +100,12 @@ def measure(options: Options) -> Memory:
 
 
 class _Watch:
-    """Samples the memory and empties the queue, in threads of their own, while a run goes on."""
+    """Threads that sample the memory and empty the queue during a run."""
 
-    def __init__(self, stand: Stand, names: Names, processes: ServerProcesses) -> None:
+    def __init__(self, backends: Backends, names: Names, processes: ServerProcesses) -> None:
         self.samples: list[tuple[float, float]] = []
         self.purged = 0
-        self._stand = stand
+        self._backends = backends
         self._names = names
         self._processes = processes
         self._over = threading.Event()
@@ -126,4 +128,23 @@ class _Watch:
 
     def _purge(self) -> None:
         while not self._over.wait(PURGE_EVERY_S):
-            self.purged += self._stand.purge(self._names)
+            self.purged += self._backends.purge(self._names)
+
+
+def report(memory: Memory) -> Report:
+    """Return the bars, the memory over time, and the answers."""
+    void = [Sentence(f"Void: {memory.void}", is_bad=True)] if memory.void else []
+    return Report(
+        "Memory of the gateway",
+        memory.machine,
+        [
+            bars.table_of(memory.bars),
+            Chart(
+                f"Resident memory under {memory.options.connections} concurrent 5 MB requests",
+                plots.lines({"gateway": memory.samples}, x_label="seconds", y_label="MB"),
+            ),
+            Sentence(f"Growth from the middle third of the run to the last third: {short(memory.growth_mb)} MB."),
+            Sentence(f"Answers by status: {memory.statuses}."),
+            *void,
+        ],
+    )

@@ -1,4 +1,4 @@
-"""What is sent: request bodies and the AMQP payloads that come of them, seeded, so that every run sends the same."""
+"""Request bodies, and the AMQP payloads that they become. Seeded, so that every run sends the same bytes."""
 
 import random
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ SEED = 20261123
 BODY_LENGTH = 50
 _REFERENCE = " Ref: {{messageId}}"
 
-# One flaw per way to fail: what it replaces, and whether the value has the wrong type altogether.
+# One flaw for each way to fail. WRONG_TYPE alone makes the decoder fail, not a check after it.
 WRONG_FORMAT: dict[str, Any] = {"to": "4155559876"}
 WRONG_TYPE: dict[str, Any] = {"to": 4155559876}
 FLAWS: tuple[dict[str, Any], ...] = (
@@ -36,7 +36,7 @@ def messages(
     flaws: Sequence[dict[str, Any]] = FLAWS,
     seed: int = SEED,
 ) -> list[dict[str, Any]]:
-    """Messages, of which `bad`, spread evenly, have a flaw; lists take turns."""
+    """Return messages, of which `bad`, spread evenly, have a flaw. The lists take turns."""
     chance = random.Random(seed)  # noqa: S311 - reproducible, not secret
     text = "Your parcel is on its way and arrives today. " * (body_length // 45 + 1)
     body = text[: body_length - len(_REFERENCE)] + _REFERENCE if body_length > len(_REFERENCE) else text[:body_length]
@@ -52,9 +52,9 @@ def messages(
 def request_bodies(
     kinds: int, count: int, list_numbers: Sequence[str], *, body_length: int = BODY_LENGTH, bad_share: float = 0.0
 ) -> list[tuple[bytes, int]]:
-    """`kinds` different request bodies, each with how many of its messages are good.
+    """Return `kinds` different request bodies, each with the number of its good messages.
 
-    The share of bad messages is kept over all bodies together, so that it also holds for batches of one.
+    The share of bad messages holds over all bodies together, so that it also holds for batches of one.
     """
     made = []
     bad_before = 0
@@ -68,7 +68,7 @@ def request_bodies(
 
 
 def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
-    """What the gateway would publish for `count` good messages: the bare publisher sends the very same bytes."""
+    """Return the payloads that the gateway publishes for `count` good messages. The bare publisher sends the same."""
     number = "+18005551000"
     body = msgspec.json.encode({"messages": messages(count, [number], body_length=body_length)})
     origin = Origin(42, "0123456789abcdef" * 2, "2026-11-23T11:00:00.123Z")
@@ -77,7 +77,7 @@ def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
 
 
 def envelopes(single: Sequence[bytes], sms_per_message: int) -> list[bytes]:
-    """Payloads carried several to an AMQP message, as a JSON array; as they are when it is one."""
+    """Return AMQP bodies of several payloads each, as JSON arrays, or the payloads as they are for one SMS each."""
     if sms_per_message == 1:
         return list(single)
     groups = (single[at : at + sms_per_message] for at in range(0, len(single), sms_per_message))

@@ -1,8 +1,9 @@
-"""The comparison: the same contract as a competent engineer would write it first, with FastAPI, pydantic, asyncpg and
-aio-pika, each used as its documentation shows. Neither crippled nor tuned: one query for the lists and not one per
-message, ids leased in blocks, and all messages of a batch published together and not one after the other.
+"""The FastAPI service: the same contract in FastAPI, pydantic, asyncpg and aio-pika, for comparison.
 
-    uvicorn benchmarks.fastapi_service:app --loop uvloop --http httptools
+Each library is used as its documentation shows. The service is neither crippled nor tuned: one query finds all lists of
+a batch, ids are leased in blocks, and all messages of a batch are published together.
+
+    uvicorn benchmarks.drivers.fastapi_service:app --loop uvloop --http httptools
 """
 
 import asyncio
@@ -59,7 +60,7 @@ class MessageIn(BaseModel):
 
 
 class BulkRequest(BaseModel):
-    """Messages stay dictionaries here: each is validated by itself, since a bad one costs only itself."""
+    """A request. Each message is validated by itself later, since a bad one does not spoil the others."""
 
     messages: Annotated[list[Any], Field(min_length=1)]
     list_number: str | None = None
@@ -94,7 +95,7 @@ class Payload(BaseModel):
 
 
 class IdGenerator:
-    """8-character ids from leased blocks of a database sequence."""
+    """A source of 8-character ids from leased blocks of a database sequence."""
 
     def __init__(self, pool: "asyncpg.Pool[asyncpg.Record]") -> None:
         self._pool = pool
@@ -160,7 +161,7 @@ async def answer_invalid_request(_request: Request, error: RequestValidationErro
 
 
 async def authenticate(request: Request, x_api_key: Annotated[str | None, Header()] = None) -> int:
-    """The id of the account whose key it is."""
+    """Return the id of the account that owns the key."""
     if not x_api_key:
         raise refusal(401, "missing_api_key", "API key required")
     digest = hashlib.sha256(x_api_key.encode()).digest()
@@ -174,7 +175,7 @@ async def authenticate(request: Request, x_api_key: Annotated[str | None, Header
 
 
 def explain(index: int, raw: Any, error: ValidationError) -> ErrorRow:
-    """The row of a message that did not validate: its first failing check, missing fields first."""
+    """Return the row of a bad message, for its first failing check. Missing fields come first."""
     to = raw.get("to") if isinstance(raw, dict) else None
     shown = to if isinstance(to, str) else None
     if not isinstance(raw, dict):

@@ -1,4 +1,7 @@
-"""The test stand: real private servers, somebody to send as, and for each run names of its own on the broker."""
+"""The database and the broker behind all systems under test, with an account, its key and its lists.
+
+Each run has an exchange and queues of its own, and can count the messages in them.
+"""
 
 import asyncio
 import os
@@ -12,36 +15,37 @@ from contextlib import contextmanager, suppress
 import aio_pika
 import msgspec
 
-from benchmarks.workers import REPOSITORY
+from benchmarks.drivers.workers import REPOSITORY
 from gateway.cli.admin import open_admin
 from testbed.servers import ServerError, Servers
 
 QUEUE_TYPES = ("quorum", "classic", "stream")
-DEPTH_TIMEOUT_S = 15.0  # a quorum queue counts a message a moment after confirming it, when busy several
-STREAM_QUIET_S = 1.0  # a stream that sends nothing for this long has sent all
-# Far above what a run of some seconds leaves in a queue that nobody consumes: no alarm is to decide a figure.
+DEPTH_TIMEOUT_S = 15.0  # a busy quorum queue counts messages seconds after it has confirmed them
+STREAM_QUIET_S = 1.0  # a stream that delivers nothing for this long has delivered everything
+# Far above what a run of some seconds leaves in a queue without consumers, so that no memory alarm slows a run.
 BROKER_MEMORY = "6GiB"
 
 
 class Names(msgspec.Struct, frozen=True):
-    """What one run calls its exchange and queue."""
+    """The exchange and the queues of one run."""
 
     exchange: str
     queue: str
     shards: int = 1
 
     def settings(self) -> dict[str, str]:
+        """Return the gateway's settings for these names."""
         return {"GATEWAY_AMQP_EXCHANGE": self.exchange, "GATEWAY_AMQP_QUEUE": self.queue}
 
     def queues(self) -> list[str]:
-        """Named as the gateway names its shards."""
+        """Return the names of the queues, as the gateway names its shards."""
         if self.shards == 1:
             return [self.queue]
         return [f"{self.queue}.{shard}" for shard in range(self.shards)]
 
 
-class Stand:
-    """Servers, and an account with a key and lists."""
+class Backends:
+    """A database and a broker, with an account, its key and its lists."""
 
     def __init__(self, servers: Servers, key: str, list_numbers: list[str]) -> None:
         self.servers = servers
@@ -50,7 +54,7 @@ class Stand:
 
     @contextmanager
     def names(self, queue_type: str, *, declare: bool, shards: int = 1) -> Iterator[Names]:
-        """Names for one run, with exchange and queues behind them if `declare`; all of it is deleted afterwards."""
+        """Yield names for one run, and declare exchange and queues if `declare`. Delete all of them at the end."""
         name = f"bench.{uuid.uuid4().hex[:8]}"
         names = Names(name, name, shards)
         try:
@@ -61,7 +65,7 @@ class Stand:
             asyncio.run(self._delete(names))
 
     async def _declare(self, names: Names, queue_type: str) -> None:
-        """The same topology as the gateway's own."""
+        """Declare the same topology as the gateway."""
         async with await aio_pika.connect(self.servers.amqp_url) as connection:
             channel = await connection.channel()
             exchange = await channel.declare_exchange(names.exchange, aio_pika.ExchangeType.DIRECT, durable=True)
@@ -81,11 +85,11 @@ class Stand:
                 await channel.exchange_delete(exchange)
 
     def purge(self, names: Names) -> int:
-        """Empty the queues; returns how many messages they held. For runs that would fill them beyond reason."""
+        """Empty the queues and return the number of messages in them, for runs that would fill them too far."""
         return sum(asyncio.run(_purge(self.servers.amqp_url, queue)) for queue in names.queues())
 
     def wait_for_depth(self, names: Names, queue_type: str, expected: int) -> int:
-        """How many AMQP messages are in the queues, once it is `expected` or the time is up."""
+        """Return the number of AMQP messages in the queues, once it is `expected` or the time is up."""
         count = _stream_depth if queue_type == "stream" else _depth
         deadline = time.monotonic() + DEPTH_TIMEOUT_S
         while True:
@@ -110,7 +114,7 @@ async def _purge(amqp_url: str, queue: str) -> int:
 
 
 async def _stream_depth(amqp_url: str, queue: str) -> int:
-    """A passive declare of a stream answers 0 whatever it holds: the offset of its last message tells."""
+    """Return the offset after the last message of a stream. A passive declare of a stream always answers 0."""
     depth = 0
     async with await aio_pika.connect(amqp_url) as connection:
         channel = await connection.channel()
@@ -126,8 +130,8 @@ async def _stream_depth(amqp_url: str, queue: str) -> int:
 
 
 @contextmanager
-def open_stand(lists: int = 1) -> Iterator[Stand]:
-    """Start the servers, migrate, and create an account with a key and lists; stop all of it at the end."""
+def open_backends(lists: int = 1) -> Iterator[Backends]:
+    """Start the servers, migrate, create an account with a key and lists. Stop the servers at the end."""
     with Servers() as servers:
         migrated = subprocess.run(
             [sys.executable, "-m", "gateway", "migrate"],
@@ -141,15 +145,15 @@ def open_stand(lists: int = 1) -> Iterator[Stand]:
             raise ServerError(f"the database could not be migrated:\n{migrated.stderr}")
         if servers.rabbitmq is not None:
             servers.rabbitmq.ctl("set_vm_memory_high_watermark", "absolute", BROKER_MEMORY)
-        yield asyncio.run(become_someone(servers, lists))
+        yield asyncio.run(with_account(servers, lists))
 
 
-async def become_someone(servers: Servers, lists: int) -> Stand:
-    """An account, a key and lists on servers that run and are migrated."""
+async def with_account(servers: Servers, lists: int) -> Backends:
+    """Create an account, a key and lists on servers that run and are migrated."""
     async with open_admin(servers.database_url) as admin:
         account = (await admin.create_account("benchmark"))["id"]
         key = (await admin.create_key(account))["key"]
         numbers = [f"+1{uuid.uuid4().int % 10**13:013}" for _ in range(lists)]
         for number in numbers:
             await admin.add_list(account, number)
-    return Stand(servers, key, numbers)
+    return Backends(servers, key, numbers)

@@ -1,11 +1,11 @@
-"""The load generator: HTTP/1.1 over plain asyncio protocols. A worker (see workers.py).
+"""The load generator, an HTTP/1.1 client on plain asyncio protocols. A worker (see workers.py).
 
-It shares two cores with what it measures, so it does little: requests are encoded before the clock starts, each goes
-out in one write, and of an answer only status and counts are read. aiohttp's client takes ten times as much.
+The generator shares two cores with the server under test, so it does little. Requests are encoded before the clock
+starts, each is one write, and only status and counts of an answer are read. aiohttp's client takes ten times the CPU.
 
-Closed loop: each connection sends its next request when the last one is answered. A slow server is then asked less,
-so latencies flatter it. Open loop: requests are due at fixed times, whether the server keeps up or not, and latency
-counts from the moment a request was due, waiting for a free connection included.
+Closed loop: each connection sends its next request when the last one is answered. A slow server then gets fewer
+requests, so its latencies look better than they are. Open loop: requests are due at fixed times, however slow the
+server is. Latency counts from the moment a request was due, the wait for a free connection included.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ import httptools
 import msgspec
 import uvloop
 
-from benchmarks import latency, traffic, workers
-from benchmarks.workers import Counter, Ready, Result, Start, hear, say
+from benchmarks.drivers import latency, traffic, workers
+from benchmarks.drivers.workers import Counter, Ready, Result, Start
 
 PATH = "/api/v2/send/bulk"
 BODIES = 16  # different request bodies, sent in turn
@@ -31,9 +31,9 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class Plan(msgspec.Struct):
-    """What to send, and how."""
+    """The requests of one worker, and their timing."""
 
-    url: str  # the server's; PATH is added when it has no path of its own
+    url: str  # of the server; PATH is added when the URL has no path
     key: str
     list_numbers: list[str]
     batch: int = 1_000
@@ -41,18 +41,19 @@ class Plan(msgspec.Struct):
     body_length: int = traffic.BODY_LENGTH
     bad_share: float = 0.0
     requests_per_s: float = 0.0  # open loop at this rate; 0: closed loop
-    ramp_s: float = 0.0  # from nothing to all connections, or to the whole rate
+    ramp_s: float = 0.0  # time to reach all connections, or the whole rate
     timeout_s: float = 30.0  # of one request
-    give_up_s: float = 3.0  # without a single connection for this long, the server is gone
-    share: int = 0  # this is worker `share` of `shares`, which take the arrivals of an open loop in turn
+    give_up_s: float = 3.0  # the server counts as gone after this time without any connection
+    share: int = 0  # the number of this worker among `shares`, which take the arrivals of an open loop in turn
     shares: int = 1
     all_bad: str = ""  # one flaw in every message: "format" or "type"
 
 
 def arrivals(plan: Plan) -> Iterator[float]:
-    """When this worker's requests are due in an open loop, in seconds from the start: a rising rate, then a constant.
+    """Yield the times at which this worker's requests are due in an open loop, in seconds from the start.
 
-    During the ramp the rate is r·t/ramp, so r·t²/(2·ramp) requests are due by t: solved for the n-th of them.
+    The rate rises during the ramp, then it is constant. During the ramp it is r·t/ramp, so r·t²/(2·ramp) requests are
+    due by t. The time of the n-th request follows from that.
     """
     in_ramp = plan.requests_per_s * plan.ramp_s / 2
     for n in count(plan.share, plan.shares):
@@ -63,7 +64,7 @@ def arrivals(plan: Plan) -> Iterator[float]:
 
 
 class Answer(msgspec.Struct):
-    """What of an answer is looked at."""
+    """The part of an answer that is read."""
 
     queued_count: int
 
@@ -82,7 +83,7 @@ class _Request:
 
 
 def prepare(plan: Plan) -> list[_Request]:
-    """The requests, byte for byte."""
+    """Return the requests, encoded."""
     url = urlsplit(plan.url)
     head = (
         f"POST {url.path.rstrip('/') or PATH} HTTP/1.1\r\nHost: {url.netloc}\r\n"
@@ -101,7 +102,7 @@ def prepare(plan: Plan) -> list[_Request]:
 
 
 class _Connection(asyncio.Protocol):
-    """One keep-alive connection, with at most one request on its way."""
+    """One keep-alive connection, with at most one request in flight."""
 
     def __init__(self, load: "Load") -> None:
         self._load = load
@@ -111,7 +112,7 @@ class _Connection(asyncio.Protocol):
 
     @property
     def overdue_since(self) -> float | None:
-        """Since when it has been waiting for an answer."""
+        """The time since which the connection has waited for an answer, or None."""
         return None if self._request is None else self._since
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -119,7 +120,7 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
 
     def send(self, request: _Request, since: float) -> None:
-        """`since`: when the request was due."""
+        """Send a request that was due at `since`."""
         assert self._transport is not None  # noqa: S101 - only made connections are asked to send
         self._request, self._since = request, since
         self._transport.write(request.content)
@@ -140,7 +141,7 @@ class _Connection(asyncio.Protocol):
             self._load.completed(self._since, "lost", 0, failed=True)
         self._load.lost(self)
 
-    # What httptools calls.
+    # Called by httptools.
 
     def on_message_begin(self) -> None:
         self._body: list[bytes] = []
@@ -151,7 +152,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         request, self._request = self._request, None
         if request is None:
-            self.abort()  # an answer to nothing
+            self.abort()  # an answer without a request
             return
         status, stays_open = self._parser.get_status_code(), self._parser.should_keep_alive()
         body = b"".join(self._body)
@@ -170,11 +171,11 @@ def _queued(body: bytes) -> int:
     try:
         return _answer.decode(body).queued_count
     except msgspec.DecodeError:
-        return -1  # no answer of this API
+        return -1  # not an answer of this API
 
 
 class Load:
-    """All connections of this worker, and who sends what when."""
+    """All connections of this worker, and the schedule of their requests."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -189,11 +190,11 @@ class Load:
         self._recorder = latency.Recorder()
 
     async def connect(self) -> None:
-        """Open the first connection, so that a wrong address shows at once. Raises OSError."""
+        """Open the first connection, so that a wrong address fails at once. Raises OSError."""
         await self._connect()
 
     async def run(self, start: Start) -> Result:
-        """Send until the time is up, or the server is gone."""
+        """Send until the time is up or the server is gone."""
         plan = self._plan
         self._counter = Counter(start)
         await asyncio.sleep(start.begin - time.perf_counter())
@@ -218,7 +219,7 @@ class Load:
         return result
 
     def completed(self, since: float, status: str, queued: int, *, failed: bool) -> None:
-        """A request has been answered, or will never be."""
+        """Count a request that has been answered, or that never will be."""
         now = time.perf_counter()
         statuses = self._counter.result.statuses
         statuses[status] = statuses.get(status, 0) + 1
@@ -227,13 +228,13 @@ class Load:
             self._recorder.record(now - since)
 
     def failed(self, status: int, body: bytes) -> None:
-        """Keep what the first failure said, for a person to read."""
+        """Keep the answer to the first request that failed, for the report."""
         result = self._counter.result
         if not result.first_failure:
             result.first_failure = f"{status}: {body[:300].decode(errors='replace')}"
 
     def idle(self, connection: _Connection) -> None:
-        """The connection is free to send the next request."""
+        """Send the next request on a free connection, or keep the connection until one is due."""
         if not self._started or not self._sending:
             self._idle.append(connection)
         elif not self._plan.requests_per_s:
@@ -244,7 +245,7 @@ class Load:
             self._idle.append(connection)
 
     def lost(self, connection: _Connection) -> None:
-        """The connection has ended."""
+        """Replace a connection that has ended."""
         self._open.discard(connection)
         if connection in self._idle:
             self._idle.remove(connection)
@@ -275,7 +276,7 @@ class Load:
                 return
 
     async def _arrive(self, start: Start) -> None:
-        """Let requests arrive when they are due. The loop's timers are good for a millisecond: so is the latency."""
+        """Send requests when they are due. Timers of the event loop, and so latencies, are exact to a millisecond."""
         until = start.measure_until
         for offset in arrivals(self._plan):
             due = start.begin + offset
@@ -290,7 +291,7 @@ class Load:
                 self._due.append(due)
 
     async def _watch(self, start: Start) -> tuple[float, str]:
-        """Ticks until all is done; returns the CPU time of the measurement, and why it ended early if it did."""
+        """Report ticks until the end. Return the CPU time of the measurement, and the reason of an early end or ''."""
         cpu_before = cpu_after = None
         while True:
             now = time.perf_counter()
@@ -298,10 +299,10 @@ class Load:
                 cpu_before = time.process_time()
             if cpu_after is None and now >= start.measure_until:
                 cpu_after = time.process_time()
-                self._sending = bool(self._due)  # what has arrived is still sent, else its latency were left out
+                self._sending = bool(self._due)  # requests that were due are still sent, so that their latency counts
             waiting = [connection for connection in self._open if connection.overdue_since is not None]
             if now - start.begin > workers.TICK_S / 2:
-                say(self._counter.take_tick(now, len(waiting) + len(self._due)))
+                workers.write_line(self._counter.take_tick(now, len(waiting) + len(self._due)))
             if not self._open and now - self._last_open_at > self._plan.give_up_s:
                 return time.process_time() - (cpu_before or 0.0), "the server is gone: no connection can be opened"
             for connection in waiting:
@@ -323,11 +324,11 @@ async def run(plan: Plan) -> Result:
     """Connect, wait for the start, send."""
     load = Load(plan)
     await load.connect()
-    say(Ready())
-    start = hear(Start)
-    workers.end_with_starter()
+    workers.write_line(Ready())
+    start = workers.read_line(Start)
+    workers.exit_with_parent()
     return await load.run(start)
 
 
 if __name__ == "__main__":
-    say(uvloop.run(run(hear(Plan))))
+    workers.write_line(uvloop.run(run(workers.read_line(Plan))))

@@ -1,14 +1,14 @@
-"""Plots as inline SVG: bars with their spread, and lines. No IO, no scripts, nothing fetched from anywhere."""
+"""Plots as inline SVG: bars with their spread, and lines. No IO, no scripts, no external resources."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
-from benchmarks.figures import Figure, short
+from benchmarks.report.figures import Figure, short
 
 WIDTH = 760
-COLOURS = {"limit": "#8a8f98", "gateway": "#2563eb", "fastapi": "#e07b1a"}
+COLOURS = {"bare publisher": "#8a8f98", "gateway": "#2563eb", "fastapi": "#e07b1a", "baseline": "#12946a"}
 OTHER_COLOURS = ("#2563eb", "#e07b1a", "#12946a", "#b4367e", "#8a8f98")
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 12, 40  # room around a line plot, in pixels
@@ -16,19 +16,19 @@ _HEIGHT = 260
 
 
 class Ticks(NamedTuple):
-    """Marks of an axis: where, and what stands there."""
+    """Marks of an axis, with their labels."""
 
     places: Sequence[float]
     labels: Sequence[str]
 
 
 def colour(name: str, number: int = 0) -> str:
-    """A system has its own colour in every plot."""
+    """Return the colour of a series. A system has the same one in every plot."""
     return COLOURS.get(name, OTHER_COLOURS[number % len(OTHER_COLOURS)])
 
 
 def bars(groups: Mapping[str, Mapping[str, Figure]], unit: str, *, one_scale: bool = False) -> str:
-    """Horizontal bars; each group to a scale of its own, since batch sizes differ by orders of magnitude."""
+    """Return horizontal bars. Each group has its own scale, since batch sizes differ by orders of magnitude."""
     overall = max((figure.highest for figures in groups.values() for figure in figures.values()), default=0) or 1
     group_width = 8 * max(map(len, groups), default=0) + 8
     label_width = group_width + 7 * max((len(name) for figures in groups.values() for name in figures), default=0) + 12
@@ -64,7 +64,7 @@ def lines(
     x_ticks: Ticks | None = None,
     scale_x: Callable[[float], float] = lambda x: x,
 ) -> str:
-    """Lines over one x axis; y begins at 0, so that a small change does not look like a large one."""
+    """Return lines over one x axis. The y axis begins at 0, so that a small change does not look like a large one."""
     points = {name: [(scale_x(x), y) for x, y in line] for name, line in series.items() if line}
     if not points:
         return "<p>No data.</p>"
@@ -107,12 +107,12 @@ PERCENTILE_TICKS = Ticks((50, 90, 99, 99.9, 99.99, 99.999), ("50 %", "90 %", "99
 
 
 def percentile_scale(percentile: float) -> float:
-    """Each further nine takes the same room."""
+    """Map a percentile to its place on the axis: 90, 99, 99.9 are equally far apart."""
     return -math.log10(1 - min(percentile, 99.9999) / 100)
 
 
 def _round_ticks(low: float, high: float) -> Ticks:
-    """About five marks at round numbers; the last one at or above `high`."""
+    """Return about five marks at round numbers. The last one is at or above `high`."""
     rough = (high - low) / 5 or 1
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -122,7 +122,7 @@ def _round_ticks(low: float, high: float) -> Ticks:
 
 
 def standalone(svg: str) -> str:
-    """An inline picture as a file of its own, readable on a light and on a dark page."""
+    """Return an inline plot as an SVG file of its own, readable on a light and on a dark page."""
     style = "<style>text{font:11px sans-serif;fill:#6b7280}line{stroke:#6b7280}</style>"
     return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f">{style}", 1) + "\n"
 

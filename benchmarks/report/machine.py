@@ -1,4 +1,4 @@
-"""Where and of what figures were made: without it they say nothing."""
+"""The machine, the commit and the versions that figures were measured with."""
 
 import os
 import platform
@@ -9,13 +9,12 @@ from pathlib import Path
 
 import msgspec
 
-from benchmarks.workers import REPOSITORY
-
+REPOSITORY = Path(__file__).parents[2]
 PACKAGES = ("aiohttp", "uvloop", "msgspec", "asyncpg", "aio-pika", "fastapi", "pydantic", "uvicorn")
 
 
 class Machine(msgspec.Struct):
-    """Stands in every JSON file and report."""
+    """The part that every JSON file and every report begins with."""
 
     date: str
     commit: str
@@ -24,11 +23,17 @@ class Machine(msgspec.Struct):
     memory_gb: float
     kernel: str
     versions: dict[str, str]
-    load_average: float  # of the minute before: what else the machine was doing
+    load_average: float  # of the minute before the run
+
+    @property
+    def summary(self) -> str:
+        """One line: date, commit, processor, versions."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.date} · commit {self.commit} · {self.cores} × {self.processor} · {versions}"
 
 
 def describe() -> Machine:
-    """This machine, now."""
+    """Return this machine and this checkout as they are now."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -37,7 +42,7 @@ def describe() -> Machine:
             continue
     return Machine(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        commit=_commit(),
+        commit=commit_of(REPOSITORY),
         processor=_processor(),
         cores=len(os.sched_getaffinity(0)),
         memory_gb=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -47,19 +52,19 @@ def describe() -> Machine:
     )
 
 
-def _commit() -> str:
-    """The commit's first characters; with a + when files differ from it."""
+def commit_of(folder: Path) -> str:
+    """Return the short commit id of a checkout, with a + when files differ from it, or `unknown`."""
     try:
-        commit = _git("rev-parse", "--short", "HEAD")
-        return commit + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        commit = _git(folder, "rev-parse", "--short", "HEAD")
+        return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-def _git(*arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(  # noqa: S603
         ["git", *arguments],  # noqa: S607
-        cwd=REPOSITORY,
+        cwd=folder,
         capture_output=True,
         text=True,
         check=True,
