@@ -384,6 +384,7 @@ def _summary_tables(comparison: Comparison) -> list[Table]:
                 [f"{one.batch:,}×{one.in_flight}", one.system, *(figure(one) for figure in columns.values())]
                 for one in comparison.summaries
             ],
+            text_columns=2,
         )
         for title, columns in titles.items()
     ]

@@ -41,6 +41,6 @@ def closing_parts(other_cores: Figure, void: Sequence[Run]) -> list[Table | Sent
     rows = [[_kind(run), run.void] for run in void]
     return [
         Sentence(others),
-        Table("Void runs", ["run", "reason"], rows),
+        Table("Void runs", ["run", "reason"], rows, text_columns=2),
         Sentence("Void runs enter no figure.", is_bad=True),
     ]

@@ -18,11 +18,12 @@ Cell = str | Figure | Verdict | None
 
 
 class Table(NamedTuple):
-    """A table. The first column is aligned to the left, the others to the right."""
+    """A table. The first `text_columns` are aligned to the left, the others to the right."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    text_columns: int = 1
 
 
 class Chart(NamedTuple):

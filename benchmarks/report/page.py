@@ -13,7 +13,7 @@ h1 { font-size: 1.5rem; margin-bottom: .2rem } h2 { font-size: 1.1rem; margin-to
 .machine { color: var(--soft); font-size: .85rem }
 table { border-collapse: collapse; font-size: .85rem; width: 100%; font-variant-numeric: tabular-nums }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .5rem; text-align: right; vertical-align: top }
-th:first-child, td:first-child { text-align: left } td small { display: block; color: var(--soft) }
+.text { text-align: left } td small { display: block; color: var(--soft) }
 svg { width: 100%; height: auto; font-size: 12px } svg text { fill: currentColor }
 svg .grid { stroke: var(--line) } svg .spread { stroke: currentColor; stroke-width: 1.5 }
 .legend span { margin-right: 1.2rem } .legend i { display: inline-block; width: 1em; height: .7em; margin-right: .4em }
@@ -47,9 +47,17 @@ def _part(part: Table | Chart | Sentence) -> str:
         return f"<h2>{escape(part.title)}</h2>{part.svg}"
     if isinstance(part, Sentence):
         return f'<p class="bad">{escape(part.text)}</p>' if part.is_bad else f"<p>{escape(part.text)}</p>"
-    head = "".join(f"<th>{escape(name)}</th>" for name in part.head)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in part.rows)
-    return f"<h2>{escape(part.title)}</h2><table><tr>{head}</tr>{body}</table>"
+    return f"<h2>{escape(part.title)}</h2>{_table(part)}"
+
+
+def _table(table: Table) -> str:
+    aligned = [' class="text"' if place < table.text_columns else "" for place in range(len(table.head))]
+    head = "".join(f"<th{style}>{escape(name)}</th>" for style, name in zip(aligned, table.head, strict=True))
+    rows = (
+        "".join(f"<td{style}>{_cell(cell)}</td>" for style, cell in zip(aligned, row, strict=True))
+        for row in table.rows
+    )
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
 
 
 def _cell(cell: Cell) -> str:

@@ -31,9 +31,11 @@ def show_line(text: str, *, is_bad: bool = False) -> None:
 
 
 def _show_table(table: Table) -> None:
-    shown = RichTable(title=table.title, padding=(0, 1) if len(table.head) < 6 else (0, 0), pad_edge=False)
+    is_wide = len(table.head) > 6
+    shown = RichTable(title=table.title, padding=(0, 0 if is_wide else 1), show_edge=not is_wide, pad_edge=False)
     for place, name in enumerate(table.head):
-        shown.add_column(name, justify="right" if place else "left")
+        is_text = place < table.text_columns
+        shown.add_column(name, justify="left" if is_text else "right", no_wrap=not is_text)
     for row in table.rows:
         shown.add_row(*map(_cell, row))
     console.print(shown)

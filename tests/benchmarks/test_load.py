@@ -50,6 +50,23 @@ async def accept(request: web.Request) -> web.Response:
     return web.json_response({"queued_count": count, "error_count": 0, "errors": []})
 
 
+def stalling(*, at_request: int, seconds: float) -> Handler:
+    """Return a handler that stands still once, for `seconds` from the given request on."""
+    is_over = asyncio.Event()
+    answered = 0
+
+    async def handle(request: web.Request) -> web.Response:
+        nonlocal answered
+        answered += 1
+        if answered == at_request:
+            asyncio.get_running_loop().call_later(seconds, is_over.set)
+        if answered >= at_request:
+            await is_over.wait()
+        return await accept(request)
+
+    return handle
+
+
 @asynccontextmanager
 async def served(handler: Handler) -> AsyncIterator[tuple[str, web.AppRunner]]:
     app = web.Application()
@@ -97,19 +114,7 @@ async def test_closed_loop_counts_what_was_accepted() -> None:
 
 async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> None:
     """The server stands still for half a second. Requests that were due then have waited, sent or not."""
-    stands_still = asyncio.Event()
-    answered = 0
-
-    async def stall_once(request: web.Request) -> web.Response:
-        nonlocal answered
-        answered += 1
-        if answered == 20:
-            asyncio.get_running_loop().call_later(0.5, stands_still.set)
-        if answered >= 20:
-            await stands_still.wait()
-        return await accept(request)
-
-    async with served(stall_once) as (url, _):
+    async with served(stalling(at_request=20, seconds=0.5)) as (url, _):
         outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=2.0))
     waited = [latency_ms for percentile, latency_ms in outcome.latencies.curve_ms if percentile >= 85]
     # 50 of the 200 requests are due within the half second, and only two could be sent. A load generator with
@@ -122,19 +127,7 @@ async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> N
 
 async def test_open_loop_waits_for_what_was_due_before_the_time_was_up() -> None:
     """The server stands still from 0.7 s on for 0.8 s. The measurement ends at 1.0 s."""
-    goes_on = asyncio.Event()
-    answered = 0
-
-    async def stall_at_the_end(request: web.Request) -> web.Response:
-        nonlocal answered
-        answered += 1
-        if answered == 70:
-            asyncio.get_running_loop().call_later(0.8, goes_on.set)
-        if answered >= 70:
-            await goes_on.wait()
-        return await accept(request)
-
-    async with served(stall_at_the_end) as (url, _):
+    async with served(stalling(at_request=70, seconds=0.8)) as (url, _):
         outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=1.0))
     assert outcome.requests == pytest.approx(100, abs=5)
     assert outcome.latencies.at(90) > 400
