@@ -22,7 +22,7 @@ from urllib.parse import urlencode
 import aiohttp
 import msgspec
 
-from benchmarks.stand import BROKER_MEMORY, Stand, open_stand
+from benchmarks.drivers.backends import BROKER_MEMORY, Backends, open_backends
 from testbed.servers import Gateway, Port, Server
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ class TwoWorkers(Gateway):
         return [*super()._command(), "--workers", "2"]
 
 
-async def call_until(end: float, url: str, stand: Stand) -> None:
+async def call_until(end: float, url: str, stand: Backends) -> None:
     """Callers who send again and again; one message in forty is bad."""
     good = {"to": "+14155551234", "list_number": stand.list_numbers[0], "body": "Your code is 1234. Ref: {{messageId}}"}
     messages = [good if number % 40 else {**good, "to": "4155551234"} for number in range(BATCH)]
@@ -127,7 +127,7 @@ async def call_until(end: float, url: str, stand: Stand) -> None:
             callers.create_task(call())
 
 
-async def hurt(stand: Stand, begin: float, seconds: float) -> None:
+async def hurt(stand: Backends, begin: float, seconds: float) -> None:
     """A memory alarm, and a database that hangs."""
     rabbitmq, postgres = stand.servers.rabbitmq, stand.servers.postgres
     if rabbitmq is None or postgres is None:
@@ -145,7 +145,7 @@ async def hurt(stand: Stand, begin: float, seconds: float) -> None:
 def run(seconds: float) -> tuple[dict[str, Any], dict[int, list[Series]]]:
     """The dashboard, and what each of its panels showed."""
     dashboard = msgspec.json.decode(DASHBOARD.read_bytes())
-    with open_stand() as stand, stand.names("quorum", declare=False) as names:
+    with open_backends() as stand, stand.names("quorum", declare=False) as names:
         environment = stand.servers.environment() | names.settings()
         with TwoWorkers(environment) as gateway, Prometheus(gateway.ops_port) as prometheus:
             begin = time.time()

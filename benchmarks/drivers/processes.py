@@ -20,7 +20,7 @@ class ServerProcesses:
     """All processes that listen on a local port, and their descendants."""
 
     def __init__(self, port: int) -> None:
-        """Raises LookupError when no process of this machine listens on the port."""
+        """Find the processes. Raises LookupError when no process of this machine listens on the port."""
         listening = {
             socket.pid
             for socket in psutil.net_connections(kind="tcp")

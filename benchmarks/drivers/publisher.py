@@ -155,7 +155,7 @@ class Publishing(asyncio.Protocol):
         confirms: Confirms,
         on_batch: Callable[[float, float], bool],
     ) -> None:
-        """`on_batch(now, written_at)` counts a batch, and returns True when another one is to follow."""
+        """Take `on_batch(now, written_at)`, which counts a batch and returns True when another one follows."""
         self._transport = transport
         self._buffers = buffers
         self.confirms = confirms

@@ -197,7 +197,7 @@ class Progress:
     """The state of a load test as lines of text, one for each whole second."""
 
     def __init__(self, options: Options, on_line: Callable[[int, str], None]) -> None:
-        """`on_line(second, line)` is called once for each second of the run."""
+        """Call `on_line(second, line)` once for each second of the run."""
         self._before_s = options.warm_up_s + options.ramp_s
         self._total_s = self._before_s + options.duration_s
         self._on_line = on_line

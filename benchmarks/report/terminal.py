@@ -42,7 +42,7 @@ def _show_table(table: Table) -> None:
 
 
 def _cell(cell: Cell) -> Text:
-    """A figure's spread stands on a line of its own, and in thousands, so that the table fits a terminal."""
+    """Render a cell. A figure's spread is on a line of its own, and in thousands, so that tables fit a terminal."""
     if isinstance(cell, Figure):
         spread = cell.spread(_brief)
         return Text.assemble(_brief(cell.median), (f"\n{spread}" if spread else "", "dim"))

@@ -1,7 +1,11 @@
 """`scripts/bench stages` measures every row, and compares rows with those of a baseline."""
 
-import pytest
+from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks.__main__ import app
 from benchmarks.questions import stages
 from benchmarks.questions.stages import Stage, Stages
 from benchmarks.report import machine
@@ -47,3 +51,10 @@ def test_rows_are_compared_with_the_baseline_by_their_lowest_samples_within_a_ro
     assert [row.name for row in against.rows] == ["decode"]
     assert [against.rows[0].ratio[1_000].lowest, against.rows[0].ratio[1_000].highest] == pytest.approx([0.5, 0.5])
     assert against.only_here == ["new"]
+
+
+@pytest.mark.parametrize("command", ["stages", "compare"])
+def test_a_baseline_that_is_no_checkout_is_refused(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [command, "--baseline", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "is no checkout" in done.output
