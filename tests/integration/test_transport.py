@@ -42,6 +42,7 @@ from gateway.cli.admin import open_admin
 from gateway.config import ConfigurationError, Settings
 from gateway.postgres.pool import connect_to_primary, reason
 from gateway.server import process as server
+from gateway.server.unix_sockets import listen_on_own_socket
 from gateway.urls import with_tls
 from testbed.servers import Certificates, Gateway, PostgresWithTls, RabbitMQ, Servers
 from tests.conftest import GatewayUnderTest, new_number
@@ -551,16 +552,16 @@ async def test_a_unix_socket_is_for_its_user_and_group_replaces_a_dead_one_and_s
     _, first = server.make_runners(gateway.runtime)
     _, second = server.make_runners(gateway.runtime)
     try:
-        await server.listen_on_own_socket(first, str(path))
+        await listen_on_own_socket(first, str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.* is served by another process"):
-            await server.listen_on_own_socket(second, str(path))
+            await listen_on_own_socket(second, str(path))
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
             batch, key = {"messages": [gateway.message()]}, {"X-Api-Key": gateway.key}
             async with session.post("http://gateway/api/v2/send/bulk", json=batch, headers=key) as response:
                 assert (await response.json())["queued_count"] == 1
         await first.cleanup()
-        await server.listen_on_own_socket(second, str(path))
+        await listen_on_own_socket(second, str(path))
     finally:
         await first.cleanup()
         await second.cleanup()
@@ -572,9 +573,9 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, gateway: G
     _, runner = server.make_runners(gateway.runtime)
     try:
         with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.*cannot be had: .*already in use"):
-            await server.listen_on_own_socket(runner, str(path))
+            await listen_on_own_socket(runner, str(path))
         with pytest.raises(ConfigurationError, match="cannot be had: No such file or directory"):
-            await server.listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
+            await listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
     finally:
         await runner.cleanup()
     assert path.read_text() == "mine"
