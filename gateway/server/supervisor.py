@@ -52,7 +52,7 @@ class Worker:
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
                     env=environment,
-                    stdin=asyncio.subprocess.PIPE,  # its end tells the worker that the supervisor is gone
+                    stdin=asyncio.subprocess.PIPE,  # its end of file tells the worker that the supervisor is gone
                 )
             except OSError as error:  # no memory, process or descriptor is free: try again later
                 log.error("worker %s cannot be started: %s", self.number, error)
@@ -116,12 +116,13 @@ class Worker:
 
 async def supervise(settings: Settings, count: int) -> None:
     """Run `count` workers until SIGTERM or SIGINT, then drain all of them."""
+    workers: list[Worker] = []
+    stop = handle_signals(on_hangup=partial(_renew_certificates, workers) if settings.api_tls_cert_file else None)
     with (
         tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory,
         _held_port(settings.api_host, settings.api_port) as port,
     ):
-        workers = [Worker(number, settings, Path(directory)) for number in range(count)]
-        stop = handle_signals(on_hangup=partial(_renew_certificates, workers) if settings.api_tls_cert_file else None)
+        workers += [Worker(number, settings, Path(directory)) for number in range(count)]
         runner = web.AppRunner(make_probes_app(workers), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
         await runner.setup()
         try:
