@@ -19,6 +19,8 @@ from prometheus_client.registry import Collector
 from gateway import __version__, errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.connection import STATES
+from gateway.amqp.publisher import Publisher
+from gateway.amqp.reconnection import PublishConnections
 from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Histogram
 
@@ -47,7 +49,8 @@ class ProcessMetrics(Collector):
         yield build_info()
         yield from _of_requests(self._runtime)
         yield from _of_load(self._runtime)
-        yield from _of_broker(self._runtime)
+        yield from _of_connections(self._runtime.publisher.connections)
+        yield from _of_messages(self._runtime.publisher)
         yield from _of_database(self._runtime)
         yield from _PROCESS.collect()
 
@@ -127,9 +130,7 @@ def _of_load(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge("gateway_draining", "1 after SIGTERM.", runtime.draining)
 
 
-def _of_broker(runtime: Runtime) -> Iterator[Metric]:
-    publisher = runtime.publisher
-    connections = publisher.connections
+def _of_connections(connections: PublishConnections) -> Iterator[Metric]:
     states = connections.states()
     yield _labelled_gauge(
         "gateway_broker_connections",
@@ -145,6 +146,14 @@ def _of_broker(runtime: Runtime) -> Iterator[Metric]:
         "Time that broker alarms blocked publish connections, summed over connections.",
         connections.blocked_s,
     )
+    yield _total(
+        "gateway_late_confirms",
+        "AMQP messages that the broker acked or nacked only after their caller was told outcome unknown.",
+        connections.late_confirms,
+    )
+
+
+def _of_messages(publisher: Publisher) -> Iterator[Metric]:
     yield _counter(
         "gateway_published",
         "AMQP messages by the broker's response within the deadline: acked, nacked, returned (unroutable), unknown (no "
@@ -154,11 +163,6 @@ def _of_broker(runtime: Runtime) -> Iterator[Metric]:
             (outcome.name.lower(),): publisher.outcomes[outcome]
             for outcome in (Outcome.ACKED, Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN)
         },
-    )
-    yield _total(
-        "gateway_late_confirms",
-        "AMQP messages that the broker acked or nacked only after their caller was told outcome unknown.",
-        connections.late_confirms,
     )
     yield _total(
         "gateway_republished",
