@@ -3,14 +3,14 @@
 import asyncio
 
 from gateway.ingest.message_ids import IdBlock, LeasedIds
-from gateway.postgres.queries import Store
+from gateway.postgres.queries import Queries
 
 
 class IdSupply:
     """Ids for batches. Each batch's ids are neighbours in one lease; the few left at a lease's end are given up."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, queries: Queries) -> None:
+        self._queries = queries
         self._current: LeasedIds | None = None
         self._next: LeasedIds | None = None
         self._leasing: asyncio.Task[None] | None = None
@@ -45,10 +45,10 @@ class IdSupply:
         return self._leasing
 
     async def _lease_next(self) -> None:
-        self._next = LeasedIds(await self._store.lease_message_ids())
+        self._next = LeasedIds(await self._queries.lease_message_ids())
         self.leases += 1
 
     def _leased(self, task: asyncio.Task[None]) -> None:
         self._leasing = None
         if not task.cancelled():
-            task.exception()  # logged in the store; a batch that needs the lease asks again, and is told
+            task.exception()  # logged by the pool; a batch that needs the lease asks again, and is told

@@ -19,23 +19,23 @@ class Coalescer(Generic[Q, A]):
     """Answers single questions by asking many at once."""
 
     def __init__(
-        self, ask_all: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], *, weigh: Callable[[Q], int] = lambda _: 1
+        self, fetch_all: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], *, weigh: Callable[[Q], int] = lambda _: 1
     ) -> None:
-        """`ask_all` returns one answer per question, in order; what it raises, every question of the group gets."""
-        self._ask_all = ask_all
+        """`fetch_all` returns one answer per question, in order; what it raises, every question of the group gets."""
+        self._fetch_all = fetch_all
         self._weigh = weigh
         self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
         self._queries: set[asyncio.Task[None]] = set()
 
-    async def ask(self, question: Q) -> A:
+    async def get(self, question: Q) -> A:
         """The answer to one question, from a query that starts after the question was asked: never an older one."""
         answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         self._waiting.append((question, answer))
         if len(self._queries) < MAX_QUERIES:
-            self._queries.add(asyncio.create_task(self._answer_the_waiting()))
+            self._queries.add(asyncio.create_task(self._run()))
         return await answer
 
-    async def _answer_the_waiting(self) -> None:
+    async def _run(self) -> None:
         try:
             while self._waiting:
                 await self._answer(self._next_group())
@@ -47,7 +47,7 @@ class Coalescer(Generic[Q, A]):
 
     async def _answer(self, group: list[tuple[Q, asyncio.Future[A]]]) -> None:
         try:
-            answers = await self._ask_all([question for question, _ in group])
+            answers = await self._fetch_all([question for question, _ in group])
         except BaseException as error:
             if isinstance(error.__cause__, TimeoutError):
                 # Those who waited meanwhile too: to ask a silent server again would make them wait twice as long.

@@ -35,7 +35,7 @@ IS_AWAY = (
 DATABASE_ERRORS = (*IS_AWAY, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
-class Database:
+class Pool:
     """Connects when first asked, and again whenever the database has been away or another host became the primary."""
 
     def __init__(self, settings: Settings) -> None:
@@ -86,16 +86,16 @@ class Database:
         return int(self._pool.get_idle_size())
 
     @asynccontextmanager
-    async def connection(self, turns: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
+    async def connection(self, slots: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
         """A connection for one question. Waiting for it, and for the answer, take database_timeout_s together at most.
 
-        `turns` bounds how many questions of one kind are asked at once. Raises DatabaseUnavailable, from the error that
+        `slots` bounds how many questions of one kind are asked at once. Raises DatabaseUnavailable, from the error that
         shows why.
         """
         if self._return is not None:
             raise DatabaseUnavailable
         try:
-            async with self._bounded_connection(turns) as connection:
+            async with self._bounded_connection(slots) as connection:
                 yield connection
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
@@ -108,8 +108,8 @@ class Database:
             raise DatabaseUnavailable from error
 
     @asynccontextmanager
-    async def _bounded_connection(self, turns: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
-        async with asyncio.timeout(self._timeout_s), turns or nullcontext():
+    async def _bounded_connection(self, slots: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
+        async with asyncio.timeout(self._timeout_s), slots or nullcontext():
             connection = await self._pool.acquire()
             try:
                 yield connection

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
-from gateway.postgres.pool import Database
+from gateway.postgres.pool import Pool
 
 FIND_ACCOUNTS_BY_KEY = """
     SELECT key.sha256, account.id, account.status = 'active' AS is_active
@@ -20,7 +20,7 @@ FIND_ACCOUNTS_BY_KEY = """
     WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
 """
 
-FIND_OWNED_LISTS = """
+RESOLVE_LISTS = """
     SELECT list.account_id, list.number, list.id
     FROM unnest($1::bigint[], $2::text[]) AS asked (account_id, number)
     JOIN sending_lists AS list ON list.account_id = asked.account_id AND list.number = asked.number
@@ -93,34 +93,34 @@ class KnownKey(NamedTuple):
     answer: bytes | None  # None: another run holds it
 
 
-class Store:
+class Queries:
     """Answers the questions of a request."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._accounts = Coalescer(self._find_accounts)
-        self._lists = Coalescer(self._find_lists, weigh=lambda question: len(question[1]))
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._accounts = Coalescer(self._fetch_accounts)
+        self._lists = Coalescer(self._fetch_lists, weigh=lambda question: len(question[1]))
         # Writes wait for disks, and perhaps for a standby: they must not take all connections from the other questions.
         self._holding, self._settling = asyncio.Semaphore(2), asyncio.Semaphore(1)
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         """Whose key it is; None when it is unknown or revoked."""
-        return await self._accounts.ask(key_sha256)
+        return await self._accounts.get(key_sha256)
 
-    async def find_owned_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
+    async def resolve_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
         """List number → list id, for those of `numbers` that are active lists of this account."""
-        return await self._lists.ask((account_id, numbers)) if numbers else {}
+        return await self._lists.get((account_id, numbers)) if numbers else {}
 
-    async def _find_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
-        async with self._database.connection() as connection:
+    async def _fetch_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
+        async with self._pool.connection() as connection:
             rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
         accounts = {sha256: Account(account_id, is_active) for sha256, account_id, is_active in rows}
         return [accounts.get(key) for key in keys]
 
-    async def _find_lists(self, questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
+    async def _fetch_lists(self, questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
         asked = [(account_id, number) for account_id, numbers in questions for number in numbers]
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(FIND_OWNED_LISTS, *map(list, zip(*asked, strict=True)))
+        async with self._pool.connection() as connection:
+            rows = await connection.fetch(RESOLVE_LISTS, *map(list, zip(*asked, strict=True)))
         owned = {(account_id, number): list_id for account_id, number, list_id in rows}
         return [
             {number: owned[account_id, number] for number in numbers if (account_id, number) in owned}
@@ -139,7 +139,7 @@ class Store:
         numbers: list[str],
     ) -> HeldKey | KnownKey | None:
         """Hold an Idempotency-Key for `hold_s` seconds, or learn why not; None when it went away in between."""
-        async with self._database.connection(self._holding) as connection:
+        async with self._pool.connection(self._holding) as connection:
             rows = await connection.fetch(
                 HOLD_KEY, account_id, key, body_sha256, first_id, holder, timedelta(seconds=hold_s), numbers
             )
@@ -166,12 +166,12 @@ class Store:
         return await self._execute(SWEEP_KEYS) == f"DELETE {SWEPT_AT_ONCE}"
 
     async def _execute(self, statement: str, *arguments: object) -> str:
-        async with self._database.connection(self._settling) as connection:
+        async with self._pool.connection(self._settling) as connection:
             status: str = await connection.execute(statement, *arguments)
         return status
 
     async def lease_message_ids(self) -> int:
         """The number of a lease that no other process has, or will ever have."""
-        async with self._database.connection() as connection:
+        async with self._pool.connection() as connection:
             lease: int = await connection.fetchval(LEASE_MESSAGE_IDS)
         return lease

@@ -38,7 +38,7 @@ async def send_bulk(request: web.Request) -> web.Response:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
     runtime, record = request.app[RUNTIME], request[RECORD]
     with runtime.admission.admit() as slot:
-        account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.store)
+        account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.queries)
         record.account_id = account.id
         record.mark(AUTHENTICATE)
         runtime.publisher.refuse_if_full(account.id)

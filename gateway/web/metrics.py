@@ -185,19 +185,19 @@ def _of_messages(publisher: Publisher) -> Iterator[Metric]:
 
 
 def _of_database(runtime: Runtime) -> Iterator[Metric]:
-    database = runtime.database
-    idle = database.idle_connections
+    pool = runtime.pool
+    idle = pool.idle_connections
     yield _labelled_gauge(
         "gateway_database_connections",
         "Connections of the pool: used by a query, or idle.",
         "state",
-        {"used": database.connections - idle, "idle": idle},
+        {"used": pool.connections - idle, "idle": idle},
     )
     yield _gauge(
         "gateway_database_connections_limit", "Size of the connection pool.", runtime.settings.database_pool_size
     )
-    yield _gauge("gateway_database_up", "1 while the database's primary answers.", database.is_up)
-    yield _total("gateway_database_failures", "Database queries that failed or timed out.", database.failures)
+    yield _gauge("gateway_database_up", "1 while the database's primary answers.", pool.is_up)
+    yield _total("gateway_database_failures", "Database queries that failed or timed out.", pool.failures)
 
 
 async def show(request: web.Request) -> web.Response:

@@ -16,7 +16,7 @@ from yarl import URL
 from gateway.amqp.connection import declare_topology
 from gateway.cli import status
 from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
-from gateway.postgres import queries as store
+from gateway.postgres import queries
 from gateway.postgres.pool import connect_to_primary
 from testbed.servers import Servers
 from tests.conftest import MakeSettings, StartGateway, run_gateway
@@ -24,7 +24,7 @@ from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue
 
 # All that the gateway ever says to the database, by name; and what `status` asks about migrations.
-STATEMENTS = {name: sql for name, sql in vars(store).items() if name.isupper() and isinstance(sql, str)}
+STATEMENTS = {name: sql for name, sql in vars(queries).items() if name.isupper() and isinstance(sql, str)}
 STATEMENTS["APPLIED_MIGRATIONS"] = status.APPLIED_MIGRATIONS
 
 
@@ -151,7 +151,7 @@ async def test_the_gateway_serves_as_the_role_keys_and_all(
         for replayed in (None, "true"):
             status, answer, headers = await gateway.post(body, Idempotency_Key="one")
             assert (status, answer["error_count"], headers.get("Idempotent-Replayed")) == (200, 2, replayed)
-        assert not await gateway.runtime.store.sweep_keys()
+        assert not await gateway.runtime.queries.sweep_keys()
         assert await queue.depth() == 1
         await queue.delete()
 

@@ -1,6 +1,6 @@
 """Promise 7 in its short form, and whether the loop would notice a broken one. Long: CONTRIBUTING.md."""
 
-from gateway.postgres.queries import Account, Store
+from gateway.postgres.queries import Account, Queries
 from testbed.servers import Servers
 from tests.conftest import MakeSettings, StartGateway
 from tests.integration.revocation import TAKINGS, Verdict, gateways, play
@@ -20,7 +20,7 @@ async def test_what_is_taken_away_is_refused_from_the_commit_on_by_every_process
     assert set(tally.beside) == {Verdict(200, ""), *(taking.told for taking in TAKINGS.values())}
 
 
-class CachingStore(Store):
+class CachingQueries(Queries):
     """The mistake that the loop is there to catch: remembers the accounts it has let in."""
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
@@ -37,7 +37,7 @@ async def test_the_loop_notices_a_cache(
     servers: Servers, start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings())
-    gateway.runtime.store.__class__ = CachingStore
+    gateway.runtime.queries.__class__ = CachingQueries
     tally = await play([gateway.api_url], servers.database_url, times=40, seed=1)
     noticed = {broken.partition(",")[0] for broken in tally.broken}
     assert noticed == {"key revoked", "account suspended"}, "and nothing of lists, which are not cached"

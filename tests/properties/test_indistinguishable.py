@@ -17,7 +17,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
-from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, FIND_OWNED_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed.servers import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, new_number
 from tests.support.raw_http import exchange
@@ -230,7 +230,7 @@ async def test_the_database_takes_the_same_way_to_a_list_whatever_its_state(
 ) -> None:
     numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.list_number}
     plans = {
-        reason: await plan_of(crowded, FIND_OWNED_LISTS, [gateway.account_id], [number])
+        reason: await plan_of(crowded, RESOLVE_LISTS, [gateway.account_id], [number])
         for reason, number in numbers.items()
     }
     assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans
