@@ -99,7 +99,7 @@ def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
     back = run_gateway("list", "activate", str(kept["id"]), database_url=servers.database_url)
     assert back.returncode == 2
     bad = run_gateway("list", "add", one, "12345", database_url=servers.database_url)
-    assert "that is no E.164 number" in bad.stderr
+    assert "that is not an E.164 number" in bad.stderr
 
 
 def test_migrating_twice_changes_nothing(servers: Servers) -> None:
@@ -110,7 +110,7 @@ def test_migrating_twice_changes_nothing(servers: Servers) -> None:
     ("url", "says"),
     [
         ("", "GATEWAY_DATABASE_URL is not set"),
-        ("mysql://x/y", "GATEWAY_DATABASE_URL is no postgres URL"),
+        ("mysql://x/y", "GATEWAY_DATABASE_URL is not a postgres URL"),
         ("postgres://127.0.0.1:1/x", "cannot reach the database"),
     ],
 )

@@ -163,7 +163,7 @@ async def test_rights_that_would_limit_nothing_are_not_given(servers: Servers, r
         with pytest.raises(AdminError, match="postgres owns the tables"):
             await admin.grant_service("postgres")
     async with open_admin(role.url) as admin:
-        with pytest.raises(AdminError, match="only the owner of the tables can give"):
+        with pytest.raises(AdminError, match="only the owner of the tables can grant"):
             await admin.grant_service(role.name)
 
 
