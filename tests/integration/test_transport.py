@@ -443,14 +443,14 @@ async def broker_says(settings: Settings) -> str:
 
 async def test_a_server_of_another_authority_is_refused_with_what_to_do(stand: Stand, tmp_path: Path) -> None:
     other = str(Authority(tmp_path).ca_file)
-    assert "GATEWAY_DATABASE_CA_FILE must name the authority" in await database_says(
+    assert "GATEWAY_DATABASE_CA_FILE must be the file of the CA" in await database_says(
         stand.settings(database_ca_file=other)
     )
-    assert "GATEWAY_AMQP_CA_FILE must name the authority" in await broker_says(stand.settings(amqp_ca_file=other))
+    assert "GATEWAY_AMQP_CA_FILE must be the file of the CA" in await broker_says(stand.settings(amqp_ca_file=other))
     # Without a word about authorities it is the system's, which know nothing of ours.
     url = stand.environment["GATEWAY_DATABASE_URL"] + "?sslmode=verify-full"
-    assert "must name the authority" in await database_says(stand.settings(database_ca_file="", database_url=url))
-    assert "must name the authority" in await broker_says(stand.settings(amqp_ca_file=""))
+    assert "must be the file of the CA" in await database_says(stand.settings(database_ca_file="", database_url=url))
+    assert "must be the file of the CA" in await broker_says(stand.settings(amqp_ca_file=""))
 
 
 async def test_a_server_with_another_name_is_refused_with_what_to_do(stand: Stand) -> None:
@@ -461,8 +461,10 @@ async def test_a_server_with_another_name_is_refused_with_what_to_do(stand: Stan
             for name in ("database_url", "amqp_url")
         }
     )
-    assert "GATEWAY_DATABASE_URL must name the server as its certificate does" in await database_says(settings)
-    assert "GATEWAY_AMQP_URL must name the server as its certificate does" in await broker_says(settings)
+    assert "The host name in GATEWAY_DATABASE_URL must be one of the certificate's names" in await database_says(
+        settings
+    )
+    assert "The host name in GATEWAY_AMQP_URL must be one of the certificate's names" in await broker_says(settings)
     unnamed = settings.database_url + "?sslmode=verify-ca"
     assert await database_says(stand.settings(database_url=unnamed)) == ""
 
@@ -525,7 +527,7 @@ def test_files_that_could_not_work_are_refused_at_start_by_the_variables_name(st
         unmatched = refusal(stand, **{f"{name}_cert_file": str(one.cert), f"{name}_key_file": str(other.key)})
         assert f"{variable}_CERT_FILE and {variable}_KEY_FILE cannot be used" in unmatched
         alone = refusal(stand, **{f"{name}_cert_file": "", f"{name}_key_file": str(one.key)})
-        assert alone == f"{variable}_KEY_FILE is the key of no certificate. Set {variable}_CERT_FILE"
+        assert alone == f"{variable}_KEY_FILE is set without its certificate. Set {variable}_CERT_FILE"
         if name != "api_tls":
             assert f"{variable}_CA_FILE" in refusal(stand, **{f"{name}_ca_file": str(no_pem)})
     url = stand.environment["GATEWAY_DATABASE_URL"] + "?sslrootcert=/nowhere.pem"
