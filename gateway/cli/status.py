@@ -18,9 +18,10 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
-from gateway.amqp import connection as amqp
+from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
-from gateway.postgres import pool as postgres
+from gateway.postgres.pool import DATABASE_ERRORS
+from gateway.postgres.pool import reason as database_reason
 from gateway.telemetry.log import printable
 from gateway.urls import urls_of_hosts
 
@@ -185,7 +186,7 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
                 queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
             await _time_confirm(connection, state)
     except Exception as error:  # any error of the library is this node's problem alone
-        state.problem = _one_line(error, amqp.reason(error))
+        state.problem = _one_line(error, broker_reason(error))
     except asyncio.CancelledError:  # aiormq raises this for a lost connection
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
@@ -218,7 +219,7 @@ async def _check_queue(connection: "AbstractConnection", name: str, queue_type: 
     except aiormq.exceptions.ChannelNotFoundEntity:
         queue.problem = "does not exist. A gateway declares it when it connects, unless GATEWAY_AMQP_TOPOLOGY=check"
     except aiormq.exceptions.AMQPChannelError as error:
-        queue.problem = _one_line(error, amqp.reason(error))
+        queue.problem = _one_line(error, broker_reason(error))
     finally:
         with suppress(Exception):
             await channel.close()
@@ -259,8 +260,8 @@ async def _check_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema
                 return host, await _check_schema(connection, migrations)
         finally:
             connection.terminate()
-    except postgres.DATABASE_ERRORS as error:
-        host.problem = _one_line(error, postgres.reason(error))
+    except DATABASE_ERRORS as error:
+        host.problem = _one_line(error, database_reason(error))
         return host, None
 
 
