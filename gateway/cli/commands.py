@@ -10,6 +10,7 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from yarl import URL
 
 from gateway import __version__, config, tls
@@ -206,7 +207,8 @@ def _print_table(rows: list[Row]) -> None:
         return
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
+        # Text, because rich would interpret the markup of a plain string.
+        table.add_row(*(Text("" if value is None else log.printable(str(value))) for value in row.values()))
     # A pipe has no width. 160 columns keep a key on one line.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 

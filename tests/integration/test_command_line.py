@@ -65,6 +65,13 @@ def test_tables_show_what_there_is_and_no_secret(servers: Servers) -> None:
     assert number in shown[2]
 
 
+def test_a_table_shows_a_name_literally_and_escapes_what_the_terminal_would_obey(servers: Servers) -> None:
+    name = "[red]A[/red] \x1b[31mB"
+    created = run_gateway("account", "create", name, database_url=servers.database_url).stdout
+    assert r"[red]A[/red] \x1b[31mB" in created
+    assert "\x1b" not in created
+
+
 def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
     account = run_json(servers, "account", "create", "Acme")
     shown = run_gateway("key", "create", str(account["id"]), database_url=servers.database_url).stdout
