@@ -157,7 +157,7 @@ class KeyedClaim(Claim):
             raise OutcomeUnknown from error
 
     async def keep(self, answer: Answer) -> bytes:
-        """Queries the answer, unless a message is unknown or the answer is too long. Return it encoded."""
+        """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
         encoded = encode(answer)
         if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
             await self._settle(self._queries.release_key(*self._row))
