@@ -8,7 +8,7 @@ CREATE TABLE idempotency_keys (
     account_id  bigint NOT NULL REFERENCES accounts (id),
     key         text NOT NULL CHECK (octet_length(key) BETWEEN 1 AND 255),
     body_sha256 bytea NOT NULL CHECK (octet_length(body_sha256) = 32),
-    -- The place of the batch's first message id (gateway/ingest/message_ids.py). The other ids follow it.
+    -- The position of the batch's first message id (gateway/ingest/message_ids.py). The other ids follow it.
     first_id    bigint NOT NULL,
     -- The run that holds the row, and the end of its hold by the database's clock. Another run may take the row after it.
     holder      bigint NOT NULL,

@@ -1,14 +1,14 @@
 """Message ids: 8 characters of [0-9A-Za-z], unique for ever, from numbers leased in blocks. No IO, no randomness.
 
 The ids form a table of 62⁶ rows and 62² columns. A database sequence leases LEASE_ROWS rows at a time. So no two
-processes hold the same row, and no request waits for the database. A process hands out its ids row by row. The place of
-an id is row × COLUMNS + column.
+processes hold the same row, and no request waits for the database. A process hands out its ids row by row. An id's
+position is row × COLUMNS + column.
 
 A row's number is multiplied by a constant modulo 62⁶. The constant shares no factor with 62, so this is a bijection.
 The product has six digits in base 62. A column's number, through a fixed shuffle, gives the last two characters.
 Through fixed tables it also gives six shifts, which are added to the six digits modulo 62. This is one round of a
 Feistel network: the last two characters give the column, so the shifts can be subtracted, and the row can be read.
-Hence no two places share an id, and neighbouring ids look unrelated. For a whole row at once this takes eight
+Hence no two positions share an id, and neighbouring ids look unrelated. For a whole row at once this takes eight
 `bytes.translate`, a fraction of arithmetic per id (scripts/bench stages, row "ids").
 
 **Changing any constant here breaks the promise of uniqueness** for databases that have leased ids already.
@@ -41,7 +41,7 @@ _ADD = [bytes(ALPHABET[(digit + shift) % BASE] for shift in range(BASE)).ljust(2
 
 
 def row_ids(row: int) -> list[str]:
-    """Return all COLUMNS ids of one row, in the order of their places."""
+    """Return all COLUMNS ids of one row, in the order of their positions."""
     scattered = row * _ROW_MULTIPLIER % ROWS
     ids = bytearray(b" ") * (9 * COLUMNS)  # ids and spaces: split() is four times faster than slicing
     for k in range(6):
@@ -52,14 +52,14 @@ def row_ids(row: int) -> list[str]:
 
 
 class IdBlock(NamedTuple):
-    """Ids of neighbouring places. `first` is the place of the first id."""
+    """Ids of neighbouring positions. `first` is the position of the first id."""
 
     first: int
     ids: list[str]
 
 
 def ids_at(first: int, count: int) -> list[str]:
-    """Return the ids of `count` places, beginning at `first`."""
+    """Return the ids of `count` positions, beginning at `first`."""
     row, column = divmod(first, COLUMNS)
     ids = row_ids(row)[column : column + count]
     while len(ids) < count:

@@ -79,7 +79,7 @@ class Account(NamedTuple):
 
 
 class HeldKey(NamedTuple):
-    """An Idempotency-Key that this run holds: the place of its first message id, and list ids by number."""
+    """An Idempotency-Key that this run holds: the position of its first message id, and list ids by number."""
 
     first_id: int
     lists: dict[str, int]
