@@ -13,7 +13,7 @@ COPIES = [
     "gateway/web/openapi.json",
     "docs/asyncapi.yaml",
     "examples/consumer/payloads.py",
-    "benchmarks/fastapi_service.py",
+    "benchmarks/drivers/fastapi_service.py",
 ]
 
 
