@@ -13,7 +13,7 @@ _is_key = re.compile(rf"{KEY_PREFIX}[0-9A-Za-z]{{{KEY_CHARACTERS}}}").fullmatch
 
 
 def hash_key(key: str) -> bytes:
-    """Return the stored form of a key. With 190 random bits one round of SHA-256 is enough; a slow hash would cost."""
+    """Return the stored form of a key. A key has 190 random bits, so one round of SHA-256 is enough."""
     return hashlib.sha256(key.encode("ascii")).digest()
 
 

@@ -406,7 +406,7 @@ async def test_an_answer_that_nobody_reads_is_given_up(
 async def test_a_bug_is_answered_without_a_traceback(
     gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gateway.runtime.ids = None  # type: ignore[assignment]  # the bug
+    gateway.runtime.pipeline = None  # type: ignore[assignment]  # the bug
     body = msgspec.json.encode({"messages": [gateway.message()]})
     sentence = await assert_refused(await gateway.post(body, X_Request_Id="bug-1"), 500, "internal_error")
     assert "bug-1" in sentence
