@@ -70,7 +70,7 @@ class Tracing:
     def __init__(
         self, settings: Settings, exporter: "SpanExporter | None" = None, sampler: "Sampler | None" = None
     ) -> None:
-        """`exporter` and `sampler` replace those that the OTEL_* variables describe."""
+        """Read the OTEL_* variables; `exporter` and `sampler` replace those that they describe."""
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -98,7 +98,7 @@ class Tracing:
         attributes = {"http.request.method": known, "url.scheme": "http"}
         if route:
             attributes |= {"http.route": route, "url.path": route}
-        # All spans of a request rest on one reading of the wall clock, so that a change of the clock does not tear them.
+        # One reading of the wall clock for all spans of a request: a change of the clock does not tear them.
         record.origin_ns = time.time_ns() - int((time.perf_counter() - record.began) * 1e9)
         record.span = self._tracer.start_span(
             f"{'HTTP' if known == '_OTHER' else known} {route}".strip(),
