@@ -1,93 +1,119 @@
-"""The benchmarks' command line: one command for each question."""
+"""Benchmarks of the gateway. benchmarks/README.md explains each command and its figures."""
 
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 import typer
 
-from benchmarks import capacity as sizing
-from benchmarks import compare as comparing
-from benchmarks import limit as limits
-from benchmarks import load as loading
-from benchmarks import memory as memories
-from benchmarks import observing as watching
-from benchmarks import report, tables, traffic
-from benchmarks import stages as staging
-from benchmarks.runs import FASTAPI, GATEWAY, LIMIT
-from benchmarks.stand import QUEUE_TYPES
-from benchmarks.workers import WorkerError
+from benchmarks.drivers import traffic
+from benchmarks.drivers.backends import QUEUE_TYPES
+from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
+from benchmarks.drivers.workers import WorkerError
+from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, stages
+from benchmarks.questions.run_report import show_run
+from benchmarks.report import page, terminal
+from benchmarks.report.document import Report
 from testbed.servers import ServerError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every figure to this file.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write an HTML page with plots to this file.")]
-Rounds = Annotated[int, typer.Option(min=1, help="How often everything is run; figures are medians.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of rounds. Figures are medians over them.")]
 Seconds = Annotated[float, typer.Option(min=0.5, help="Measured time of a run, after its warm-up.")]
+
+Baseline = Annotated[
+    Path | None, typer.Option(help="Folder with another checkout of this repository, measured in turn with this one.")
+]
 
 EXIT_VOID = 1
 EXIT_UNUSABLE = 2
-SYSTEMS = (LIMIT, GATEWAY, FASTAPI)
-_SIZES = ",".join(map(str, comparing.IN_FLIGHT))
-_CARRIED = ",".join(map(str, limits.SMS_PER_MESSAGE))
-_IN_FLIGHT = ",".join(map(str, comparing.IN_FLIGHT.values()))
+SYSTEMS = {"publisher": BARE_PUBLISHER, "gateway": GATEWAY, "fastapi": FASTAPI}
+_SIZES = ",".join(map(str, compare.IN_FLIGHT))
+_SMS_PER_MESSAGE = ",".join(map(str, bare_publisher.SMS_PER_MESSAGE))
+_IN_FLIGHT = ",".join(map(str, compare.IN_FLIGHT.values()))
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """`1,10,100`, all of them at least 1."""
+    """Parse `1,10,100`. Each number is at least 1."""
     if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,10,100")
     return tuple(map(int, text.split(",")))
 
 
 def queue_type_of(text: str) -> str:
-    """One of RabbitMQ's."""
+    """Return `text` when it is a queue type of RabbitMQ."""
     if text not in QUEUE_TYPES:
         raise typer.BadParameter(f"{text!r} is none of {', '.join(QUEUE_TYPES)}")
     return text
 
 
 def settings_of(given: list[str]) -> dict[str, str]:
-    """`NAME=VALUE` each."""
+    """Parse settings of the form `NAME=VALUE`."""
     if wrong := [one for one in given if not re.fullmatch(r"GATEWAY_[A-Z_]+=.*", one)]:
         raise typer.BadParameter(f"{wrong[0]!r} is not of the form GATEWAY_NAME=VALUE")
     return {name: value for name, _, value in (one.partition("=") for one in given)}
 
 
-@app.command()
-def stages(*, json_file: JsonFile = None, report_file: ReportFile = None) -> None:
-    """What each step on a batch's way costs, and what the plain form of each trick would."""
-    measured = staging.measure()
-    tables.show_stages(measured)
-    write(json_file, measured, report_file, report.of_stages)
+def systems_of(text: str, baseline: Path | None) -> tuple[str, ...]:
+    """Parse the systems to compare. The baseline comes right after the gateway."""
+    names = text.split(",")
+    if not set(names) <= SYSTEMS.keys():
+        raise typer.BadParameter(f"--systems: {text} is not among {', '.join(SYSTEMS)}")
+    chosen = [SYSTEMS[name] for name in names]
+    if baseline is not None:
+        place = chosen.index(GATEWAY) + 1 if GATEWAY in chosen else len(chosen)
+        chosen.insert(place, BASELINE)
+    return tuple(chosen)
 
 
-@app.command()
-def observing(*, json_file: JsonFile = None, report_file: ReportFile = None) -> None:
-    """What a request's record, its line in the log and its spans cost."""
-    measured = watching.measure()
-    tables.show_observing(measured)
-    write(json_file, measured, report_file, report.of_observing)
+def checkout_of(baseline: Path | None) -> Path | None:
+    """Return the absolute path of the baseline when it is a checkout of this repository."""
+    if baseline is not None and not (baseline / "gateway" / "__main__.py").exists():
+        raise typer.BadParameter(f"--baseline: {baseline} is no checkout of this repository")
+    return baseline.resolve() if baseline else None
 
 
-@app.command()
-def limit(
+@app.command("stages")
+def stages_command(
+    *, baseline: Baseline = None, rounds: Rounds = 3, json_file: JsonFile = None, report_file: ReportFile = None
+) -> None:
+    """CPU time of each step of a batch, and of the plain form that each optimised step replaced.
+
+    With --baseline, ratios of this checkout to another one, over --rounds rounds of 20 s.
+    """
+    if other := checkout_of(baseline):
+        against = stages.measure_against(other, rounds)
+        publish(against, stages.report_against(against), json_file, report_file)
+    else:
+        measured = stages.measure()
+        publish(measured, stages.report(measured), json_file, report_file)
+
+
+@app.command("observing")
+def observing_command(*, json_file: JsonFile = None, report_file: ReportFile = None) -> None:
+    """CPU time of a request's record, its log line and its spans."""
+    measured = observing.measure()
+    publish(measured, observing.report(measured), json_file, report_file)
+
+
+@app.command("publisher")
+def publisher_command(
     *,
     queue_types: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(QUEUE_TYPES),
-    sms_per_message: Annotated[str, typer.Option(help="SMS per AMQP message, separated by commas.")] = _CARRIED,
-    in_flight: Annotated[int, typer.Option(min=1, help="Batches of 1,000 SMS on the wire at once.")] = 8,
-    amqp_connections: Annotated[int, typer.Option(min=1)] = 2,
+    sms_per_message: Annotated[str, typer.Option(help="SMS per AMQP message, separated by commas.")] = _SMS_PER_MESSAGE,
+    in_flight: Annotated[int, typer.Option(min=1, help="Batches of 1,000 SMS in flight.")] = 8,
+    amqp_connections: Annotated[int, typer.Option(min=1, help="Connections of the publisher.")] = 2,
     rounds: Rounds = 3,
     seconds: Seconds = 2.0,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:
-    """How fast is the broker itself? A bare publisher against a private RabbitMQ."""
-    options = limits.Options(
+    """Rate of a bare publisher against a private RabbitMQ, by queue type and SMS per AMQP message."""
+    options = bare_publisher.Options(
         queue_types=tuple(map(queue_type_of, queue_types.split(","))),
         sms_per_message=numbers(sms_per_message),
         in_flight=in_flight,
@@ -95,45 +121,44 @@ def limit(
         rounds=rounds,
         seconds=seconds,
     )
-    measured = limits.measure(options, tables.show_run)
-    tables.show_limits(measured)
-    write(json_file, measured, report_file, report.of_limits)
+    measured = bare_publisher.measure(options, show_run)
+    publish(measured, bare_publisher.report(measured), json_file, report_file)
     if measured.void:
         raise typer.Exit(EXIT_VOID)
 
 
-@app.command()
-def compare(
+@app.command("compare")
+def compare_command(
     *,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = _SIZES,
     in_flight: Annotated[str, typer.Option(help="Batches in flight, one number for each size.")] = _IN_FLIGHT,
-    systems: Annotated[str, typer.Option(help="What takes part, separated by commas.")] = ",".join(SYSTEMS),
+    systems: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SYSTEMS),
     queue_type: Annotated[str, typer.Option(help="quorum, classic or stream.")] = "quorum",
     messages_per_envelope: Annotated[int, typer.Option(min=1, help="SMS per AMQP message.")] = 1,
-    shards: Annotated[int, typer.Option(min=1, help="Queues; a list has one, so give as many --lists at least.")] = 1,
-    lists: Annotated[int, typer.Option(min=1, help="Sending lists that the messages take turns with.")] = 1,
+    shards: Annotated[int, typer.Option(min=1, help="Queues. Each list uses one: give as many --lists.")] = 1,
+    lists: Annotated[int, typer.Option(min=1, help="Sending lists, used in turn by the messages.")] = 1,
     amqp_connections: Annotated[int, typer.Option(min=1, help="Of the gateway and of the bare publisher.")] = 2,
-    processes: Annotated[int, typer.Option(min=1, help="Load generators.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Load generator processes.")] = 1,
     setting: Annotated[
-        list[str] | None, typer.Option(help="Of the gateway, such as GATEWAY_DATABASE_POOL_SIZE=20; may be repeated.")
+        list[str] | None,
+        typer.Option(help="A setting such as GATEWAY_DATABASE_POOL_SIZE=20. Repeatable."),
     ] = None,
-    extras: Annotated[bool, typer.Option(help="The lone batch and the refused batches as well.")] = True,
+    baseline: Baseline = None,
+    extras: Annotated[bool, typer.Option(help="Measure the lone batch and refused batches, too.")] = True,
     rounds: Rounds = 3,
     seconds: Seconds = 3.0,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
-    plot: Annotated[Path | None, typer.Option(help="Write the rates as an SVG picture, for a document.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write the rates as an SVG picture to this file.")] = None,
 ) -> None:
-    """Gateway, broker's limit and a FastAPI service, interleaved: rates, ratios, CPU, latency, memory."""
+    """Gateway, bare publisher and a FastAPI service, interleaved: rates, ratios, CPU, latency, memory."""
     sizes, flights = numbers(batch), numbers(in_flight)
     if len(sizes) != len(flights):
         raise typer.BadParameter("--in-flight needs one number for each size of --batch")
-    chosen = tuple(systems.split(","))
-    if not set(chosen) <= set(SYSTEMS):
-        raise typer.BadParameter(f"--systems: {systems} is not among {', '.join(SYSTEMS)}")
-    options = comparing.Options(
+    other = checkout_of(baseline)
+    options = compare.Options(
         sizes=dict(zip(sizes, flights, strict=True)),
-        systems=chosen,
+        systems=systems_of(systems, other),
         rounds=rounds,
         seconds=seconds,
         queue_type=queue_type_of(queue_type),
@@ -143,66 +168,66 @@ def compare(
         amqp_connections=amqp_connections,
         processes=processes,
         settings=settings_of(setting or []),
+        baseline=str(other or ""),
         extras=extras,
     )
-    comparison = comparing.compare(options, tables.show_run)
-    tables.show_comparison(comparison)
-    write(json_file, comparison, report_file, report.of_comparison)
+    comparison = compare.measure(options, show_run)
+    publish(comparison, compare.report(comparison), json_file, report_file)
     if plot is not None:
-        plot.write_text(report.rates_picture(comparison), encoding="utf-8")
+        plot.write_text(compare.rates_picture(comparison), encoding="utf-8")
     if comparison.void:
         raise typer.Exit(EXIT_VOID)
 
 
-@app.command()
-def memory(
+@app.command("memory")
+def memory_command(
     *,
-    connections: Annotated[int, typer.Option(min=1, help="Requests of 5 MB at once.")] = 64,
-    seconds: Annotated[float, typer.Option(min=3.0)] = 15.0,
+    connections: Annotated[int, typer.Option(min=1, help="Concurrent requests of 5 MB.")] = 64,
+    seconds: Annotated[float, typer.Option(min=3.0, help="Duration of the load.")] = 15.0,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:
-    """What the gateway holds: idle, and at 64 concurrent 5 MB requests."""
-    measured = memories.measure(memories.Options(connections=connections, seconds=seconds))
-    tables.show_memory(measured)
-    write(json_file, measured, report_file, report.of_memory)
+    """Resident memory of the gateway, idle and under 64 concurrent requests of 5 MB."""
+    measured = memory.measure(memory.Options(connections=connections, seconds=seconds))
+    publish(measured, memory.report(measured), json_file, report_file)
     if measured.void:
         raise typer.Exit(EXIT_VOID)
 
 
-@app.command()
-def load(
+@app.command("load")
+def load_command(
     *,
-    url: Annotated[str, typer.Option(help="Of the gateway, such as https://sms.example.com")],
-    key: Annotated[str, typer.Option(envvar="SMS_API_KEY", help="Better given in the environment than typed.")],
-    list_number: Annotated[list[str], typer.Option(help="May be repeated: messages take turns.")],
-    connections: Annotated[int, typer.Option(min=1, help="Requests in flight at most.")] = 16,
+    url: Annotated[str, typer.Option(help="URL of the gateway, such as https://sms.example.com")],
+    key: Annotated[str, typer.Option(envvar="SMS_API_KEY", help="API key. Prefer the environment variable.")],
+    list_number: Annotated[list[str], typer.Option(help="Sending list. Repeatable: messages take turns.")],
+    connections: Annotated[int, typer.Option(min=1, help="Largest number of requests in flight.")] = 16,
     rate: Annotated[
         float,
-        typer.Option(min=0, help="Open loop: messages a second that arrive, come what may. 0: closed loop."),
+        typer.Option(min=0, help="Open loop: messages a second, however slow the server is. 0: closed loop."),
     ] = 0.0,
     batch: Annotated[int, typer.Option(min=1, max=1_000, help="Messages in a request.")] = 100,
     bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of bad messages.")] = 0.0,
-    body_length: Annotated[int, typer.Option(min=1, help="Characters of a text.")] = traffic.BODY_LENGTH,
+    body_length: Annotated[int, typer.Option(min=1, help="Length of a text, in characters.")] = traffic.BODY_LENGTH,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of measurement.")] = 30.0,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds before it.")] = 2.0,
-    ramp: Annotated[float, typer.Option(min=0, help="Seconds from nothing to the full load, before warm-up.")] = 0.0,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of full load before the measurement.")] = 2.0,
+    ramp: Annotated[float, typer.Option(min=0, help="Seconds to reach the full load, before warm-up.")] = 0.0,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until a request counts as failed.")] = 30.0,
-    processes: Annotated[int, typer.Option(min=1, help="Load generators, for more than one core.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Load generator processes, for more than one core.")] = 1,
     max_p99_ms: Annotated[float | None, typer.Option(help="Exit 1 when the p99 is above.")] = None,
     min_rate: Annotated[float | None, typer.Option(help="Exit 1 below these accepted messages a second.")] = None,
     max_error_rate: Annotated[float | None, typer.Option(help="Exit 1 above this share of failed requests.")] = None,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:
-    """Load on a gateway of yours. Exit status 0: fine, 1: a threshold is broken, 2: unusable, 3: the server is gone.
+    """Load test of a deployment of your own.
 
-    A request fails that is not answered 200 with just its good messages queued. Everything that is accepted is really
-    queued: point it at a deployment whose messages nobody delivers.
+    Exit status: 0 success, 1 a threshold is broken, 2 unusable options or address, 3 the server is gone. A request
+    succeeds when the answer is 200 and queued_count is the number of its good messages. Accepted messages are really
+    queued: use a deployment whose messages are not delivered.
     """
     if processes > connections:
-        raise typer.BadParameter("each of --processes needs a connection at least")
-    options = loading.Options(
+        raise typer.BadParameter("each of --processes needs at least one connection")
+    options = load.Options(
         url=url,
         list_numbers=tuple(list_number),
         batch=batch,
@@ -215,37 +240,36 @@ def load(
         ramp_s=ramp,
         timeout_s=timeout,
         processes=processes,
-        thresholds=loading.Thresholds(max_p99_ms, min_rate, max_error_rate),
+        thresholds=load.Thresholds(max_p99_ms, min_rate, max_error_rate),
     )
-    with tables.LoadProgress(ramp + warm_up + duration, ramp + warm_up) as progress:
-        outcome = loading.run(options, key, progress.show)
-    tables.show_load(outcome)
-    write(json_file, outcome, report_file, report.of_load)
+    with terminal.Progress() as progress:
+        outcome = load.run(options, key, load.Progress(options, progress.show).add)
+    publish(outcome, load.report(outcome), json_file, report_file)
     raise typer.Exit(outcome.exit_code)
 
 
-@app.command()
-def capacity(
+@app.command("capacity")
+def capacity_command(
     *,
     measured: Annotated[Path | None, typer.Option("--from", help="A file that `compare --json` wrote.")] = None,
     gateway_us: Annotated[float | None, typer.Option(help="Gateway CPU µs per message.")] = None,
     broker_us: Annotated[float | None, typer.Option(help="Broker CPU µs per message.")] = None,
     database_us: Annotated[float | None, typer.Option(help="Database CPU µs per message.")] = None,
-    queue_rate: Annotated[float | None, typer.Option(help="Messages a second that one queue takes.")] = None,
+    queue_rate: Annotated[float | None, typer.Option(help="Messages a second of one queue.")] = None,
     sms_per_message: Annotated[int | None, typer.Option(min=1, help="SMS per AMQP message.")] = None,
-    per_minute: Annotated[float, typer.Option(min=1, help="Messages a minute that are wanted.")] = 50e6,
+    per_minute: Annotated[float, typer.Option(min=1, help="Messages a minute to reach.")] = 50e6,
     headroom: Annotated[float, typer.Option(min=0, max=0.95, help="Share of each core that stays free.")] = 0.5,
-    copies: Annotated[int, typer.Option(min=1, help="Of each message: members of the queue.")] = 3,
-    cores_per_node: Annotated[int, typer.Option(min=1, help="Of a broker node.")] = 8,
+    copies: Annotated[int, typer.Option(min=1, help="Copies of each message (members of the queue).")] = 3,
+    cores_per_node: Annotated[int, typer.Option(min=1, help="Cores of a broker node.")] = 8,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:
-    """From measured costs to what 50 million messages a minute take: cores, nodes, queues, network."""
-    costs = sizing.Costs()
+    """Cores, nodes, queues and network for 50 million messages a minute, from measured costs."""
+    costs = capacity.Costs()
     if measured is not None:
-        comparison = msgspec.json.decode(measured.read_bytes(), type=comparing.Comparison)
+        comparison = msgspec.json.decode(measured.read_bytes(), type=compare.Comparison)
         try:
-            costs = sizing.costs_of(comparison, str(measured))
+            costs = capacity.costs_of(comparison, str(measured))
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     given = {
@@ -258,32 +282,27 @@ def capacity(
     costs = msgspec.structs.replace(costs, **{name: value for name, value in given.items() if value is not None})
     if not all(getattr(costs, name) for name in given):
         raise typer.BadParameter("give --from, or all of --gateway-us, --broker-us, --database-us, --queue-rate")
-    wanted = sizing.Wanted(per_minute / 60, headroom, cores_per_node, copies)
-    result = sizing.calculate(costs, wanted)
-    tables.show_capacity(report.capacity_rows(result), costs.source)
-    write(json_file, result, report_file, report.of_capacity)
+    wanted = capacity.Wanted(per_minute / 60, headroom, cores_per_node, copies)
+    result = capacity.calculate(costs, wanted)
+    publish(result, capacity.report(result), json_file, report_file)
 
 
-Figures = TypeVar("Figures", bound=msgspec.Struct)
-
-
-def write(
-    json_path: Path | None, figures: Figures, report_path: Path | None, make_report: Callable[[Figures], str]
-) -> None:
-    """The files that were asked for."""
+def publish(figures: msgspec.Struct, report: Report, json_path: Path | None, page_path: Path | None) -> None:
+    """Print the report, and write the files that were asked for."""
+    terminal.show(report)
     if json_path is not None:
         json_path.write_bytes(msgspec.json.format(msgspec.json.encode(figures), indent=2))
         typer.echo(f"wrote {json_path}")
-    if report_path is not None:
-        report_path.write_text(make_report(figures), encoding="utf-8")
-        typer.echo(f"wrote {report_path}")
+    if page_path is not None:
+        page_path.write_text(page.render(report), encoding="utf-8")
+        typer.echo(f"wrote {page_path}")
 
 
 def main() -> None:
-    """Expected errors are one line and exit status 2; Ctrl-C ends everything that was started."""
+    """Run a command. An expected error is one line on standard error and exit status 2."""
     try:
         app()
-    except (ServerError, WorkerError, OSError, msgspec.DecodeError) as error:
+    except (ServerError, WorkerError, stages.StagesError, OSError, msgspec.DecodeError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_UNUSABLE)
 

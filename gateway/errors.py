@@ -1,39 +1,39 @@
-"""Every refusal the gateway can give: of a whole request (an exception), or of one message (a code in a row).
+"""All refusals of the gateway: of a whole request (an exception), or of one message (a code in an error row).
 
 GatewayError                    status  code                    the caller may send it again
-├── MissingMessages             400     missing_messages        after mending it
-├── InvalidIdempotencyKey       400     invalid_idempotency_key after mending it
-├── InvalidJson                 400     invalid_json            after mending it
-├── MalformedHttp               400     malformed_http          after mending it
+├── MissingMessages             400     missing_messages        corrected
+├── InvalidIdempotencyKey       400     invalid_idempotency_key corrected
+├── InvalidJson                 400     invalid_json            corrected
+├── MalformedHttp               400     malformed_http          corrected
 ├── MissingApiKey               401     missing_api_key         with a key
 ├── InvalidApiKey               401     invalid_api_key         with another key
 ├── AccountSuspended            403     account_suspended       once the account is active
-├── NotFound                    404     not_found               elsewhere
-├── MethodNotAllowed            405     method_not_allowed      as one of Allow
+├── NotFound                    404     not_found               to another path
+├── MethodNotAllowed            405     method_not_allowed      with a method of the Allow header
 ├── RequestTimeout              408     request_timeout         always
-├── IdempotencyInProgress       409     idempotency_in_progress in a moment, with the same key
+├── IdempotencyInProgress       409     idempotency_in_progress after Retry-After, with the same key
 ├── TooManyMessages             413     too_many_messages       in parts
 ├── PayloadTooLarge             413     payload_too_large       in parts
 ├── UnsupportedMediaType        415     unsupported_media_type  as plain JSON
-├── ExpectationFailed           417     expectation_failed      without it
+├── ExpectationFailed           417     expectation_failed      without the Expect header
 ├── IdempotencyKeyReused        422     idempotency_key_reused  with another key
-├── InternalError               500     internal_error          it is our bug
-├── Unavailable                 503     (its children)          always: nothing of the request was queued
+├── InternalError               500     internal_error          after a fix of the gateway
+├── Unavailable                 503     (its subclasses)        always: nothing of the request was queued
 │   ├── QueueUnavailable                queue_unavailable
 │   ├── DatabaseUnavailable             database_unavailable
 │   ├── Overloaded                      overloaded
 │   └── Draining                        draining
-└── OutcomeUnknown              504     outcome_unknown         it may be queued already
+└── OutcomeUnknown              504     outcome_unknown         but messages may be queued already
 """
 
 import math
 from typing import ClassVar, NamedTuple
 
-MAX_RETRY_AFTER_S = 10  # a promise for longer than that nobody can keep
+MAX_RETRY_AFTER_S = 10  # load cannot be predicted for longer
 
 
 class GatewayError(Exception):
-    """A refusal of a whole request; `str()` of it is the sentence the caller reads."""
+    """A refusal of a whole request. `str()` returns the sentence for the caller."""
 
     status: ClassVar[int]
     code: ClassVar[str]
@@ -43,48 +43,66 @@ class GatewayError(Exception):
         super().__init__(sentence or self.sentence)
 
     def headers(self) -> dict[str, str]:
-        """HTTP headers that belong to this refusal, beside those every answer has."""
+        """Return the HTTP headers of this refusal, beside those of every answer."""
         return {}
 
 
 class MissingMessages(GatewayError):
+    """The body has no `messages`, or `messages` is empty or not an array."""
+
     status, code = 400, "missing_messages"
     sentence = "messages must be a non-empty array of message objects"
 
 
 class InvalidIdempotencyKey(GatewayError):
+    """The request has several Idempotency-Key headers, or one that is too long or not visible ASCII."""
+
     status, code = 400, "invalid_idempotency_key"
     sentence = "Idempotency-Key must be sent once, as 1 to 255 visible ASCII characters"
 
 
 class InvalidJson(GatewayError):
+    """The body is not JSON in UTF-8, or not an object."""
+
     status, code = 400, "invalid_json"
     sentence = "The request body must be one JSON object in UTF-8"
 
 
 class MalformedHttp(GatewayError):
+    """The request cannot be parsed as HTTP/1.1."""
+
     status, code = 400, "malformed_http"
     sentence = "The request is not valid HTTP"
 
 
 class MissingApiKey(GatewayError):
+    """The request has no X-Api-Key header."""
+
     status, code, sentence = 401, "missing_api_key", "API key required"
 
 
 class InvalidApiKey(GatewayError):
+    """The key is malformed, unknown or revoked, or the X-Api-Key header is repeated."""
+
     status, code, sentence = 401, "invalid_api_key", "Invalid API key"
 
 
 class AccountSuspended(GatewayError):
+    """The key's account is suspended."""
+
     status, code, sentence = 403, "account_suspended", "Account is suspended"
 
 
 class NotFound(GatewayError):
+    """The path does not exist."""
+
     status, code = 404, "not_found"
     sentence = "There is nothing at this path. Send messages to POST /api/v2/send/bulk"
 
 
 class MethodNotAllowed(GatewayError):
+    """The path exists, but not with this method. `allow` is the Allow header's value."""
+
     status, code = 405, "method_not_allowed"
     sentence = "This path does not take that method; see the Allow header"
 
@@ -93,93 +111,122 @@ class MethodNotAllowed(GatewayError):
         self.allow = allow
 
     def headers(self) -> dict[str, str]:
+        """Return the Allow header."""
         return {"Allow": self.allow}
 
 
 class RequestTimeout(GatewayError):
+    """Head or body of the request did not arrive in time (header_timeout_s, body_timeout_s)."""
+
     status, code = 408, "request_timeout"
     sentence = "The request body did not arrive in time. Nothing was queued; send it again"
 
 
 class IdempotencyInProgress(GatewayError):
+    """Another request with the same Idempotency-Key is still running."""
+
     status, code = 409, "idempotency_in_progress"
     sentence = "The first request with this Idempotency-Key has not ended yet; send it again in a moment"
 
     def headers(self) -> dict[str, str]:
+        """Return the Retry-After header, in seconds."""
         return {"Retry-After": "1"}
 
 
 class TooManyMessages(GatewayError):
+    """The request has more than 1,000 messages."""
+
     status, code = 413, "too_many_messages"
     sentence = "A request may carry at most 1,000 messages. Split it"
 
 
 class PayloadTooLarge(GatewayError):
+    """The body has more than 5 MiB."""
+
     status, code = 413, "payload_too_large"
     sentence = "A request body may have at most 5,242,880 bytes. Split it"
 
 
 class UnsupportedMediaType(GatewayError):
+    """The Content-Type is not application/json in UTF-8, or the body has a Content-Encoding."""
+
     status, code = 415, "unsupported_media_type"
     sentence = "Send the body as application/json in UTF-8, without Content-Encoding"
 
 
 class ExpectationFailed(GatewayError):
+    """The Expect header is not 100-continue."""
+
     status, code = 417, "expectation_failed"
     sentence = "The only expectation this service meets is 100-continue"
 
 
 class IdempotencyKeyReused(GatewayError):
+    """The Idempotency-Key was sent before with another body."""
+
     status, code = 422, "idempotency_key_reused"
     sentence = "This Idempotency-Key was sent with another body. Use a new key for a new batch"
 
 
 class InternalError(GatewayError):
+    """An unexpected exception was caught at the outermost handler."""
+
     status, code = 500, "internal_error"
     sentence = "Something went wrong on our side. Please report the request id"
 
 
 class Unavailable(GatewayError):
-    """Nothing of this request was queued; it is always safe to send again."""
+    """Nothing of this request was queued. Sending it again is always safe."""
 
     status = 503
 
     def __init__(self, sentence: str | None = None, *, retry_after_s: float = 1.0) -> None:
-        """`retry_after_s`: what was measured says that it is worth another try then."""
+        """`retry_after_s` is the expected time until a retry succeeds; it is rounded up to 1 … MAX_RETRY_AFTER_S."""
         super().__init__(sentence)
         self.retry_after_s = min(max(math.ceil(retry_after_s), 1), MAX_RETRY_AFTER_S)
 
     def headers(self) -> dict[str, str]:
+        """Return the Retry-After header, in seconds."""
         return {"Retry-After": str(self.retry_after_s)}
 
 
 class QueueUnavailable(Unavailable):
+    """No message was queued: no connection to the broker is usable, or the broker refused all messages."""
+
     code = "queue_unavailable"
     sentence = "The message queue is unavailable. Nothing was queued; send it again"
 
 
 class DatabaseUnavailable(Unavailable):
+    """A query failed or timed out, or the database is known to be down."""
+
     code = "database_unavailable"
     sentence = "The database is unavailable. Nothing was queued; send it again"
 
 
 class Overloaded(Unavailable):
+    """A bound on requests, bytes or unconfirmed messages is reached."""
+
     code = "overloaded"
     sentence = "Too many requests are in flight. Nothing was queued; send it again"
 
 
 class Draining(Unavailable):
+    """The process is draining after SIGTERM."""
+
     code = "draining"
     sentence = "This process is shutting down. Nothing was queued; send it again"
 
 
 class OutcomeUnknown(GatewayError):
+    """No message is known to be queued, but some may be."""
+
     status, code = 504, "outcome_unknown"
     sentence = "The queue did not confirm in time: these messages may or may not be queued"
 
 
 class Refusal(NamedTuple):
-    """Why one message was refused: the `code` and `error` of its row."""
+    """The refusal of one message: `code` and `error` of its row."""
 
     code: str
     sentence: str
@@ -204,12 +251,12 @@ OUTCOME_UNKNOWN = Refusal(
 
 
 def kinds() -> list[type[GatewayError]]:
-    """Every refusal of a whole request that has a code, in the order of the tree above."""
+    """Return all refusals of a whole request that have a code, in the order of the tree above."""
     return [kind for kind in _below(GatewayError) if hasattr(kind, "code")]
 
 
 def refusals() -> list[Refusal]:
-    """Every refusal of a single message."""
+    """Return all refusals of a single message."""
     return [value for value in globals().values() if isinstance(value, Refusal)]
 
 

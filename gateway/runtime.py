@@ -17,8 +17,8 @@ from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Idempotency
 from gateway.ingest.pipeline import Pipeline
-from gateway.postgres.pool import Database
-from gateway.postgres.queries import Store
+from gateway.postgres.pool import Pool
+from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import Counters, Histogram
 from gateway.telemetry.requests import RequestLog
 from gateway.telemetry.tracing import NoTracing, Tracing
@@ -31,8 +31,8 @@ class Runtime:
     """The state of one gateway process."""
 
     settings: Settings
-    database: Database
-    store: Store
+    pool: Pool
+    queries: Queries
     ids: IdSupply
     idempotency: Idempotency
     publisher: Publisher
@@ -67,27 +67,27 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
     async with AsyncExitStack() as stack:
         tracing = Tracing(settings) if settings.traces == "on" else NoTracing()
         stack.push_async_callback(tracing.close)
-        database = Database(settings)
-        await database.open()
-        stack.push_async_callback(database.close)
-        store = Store(database)
-        ids = IdSupply(store)
+        pool = Pool(settings)
+        await pool.open()
+        stack.push_async_callback(pool.close)
+        queries = Queries(pool)
+        ids = IdSupply(queries)
         stack.push_async_callback(ids.close)
         publisher = Publisher(settings)
         publisher.start()
         stack.push_async_callback(publisher.close)
-        idempotency = Idempotency(store, longest_run_s=settings.confirm_timeout_s)
+        idempotency = Idempotency(queries, longest_run_s=settings.confirm_timeout_s)
         stack.push_async_callback(idempotency.close)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
         runtime = Runtime(
             settings=settings,
-            database=database,
-            store=store,
+            pool=pool,
+            queries=queries,
             ids=ids,
             idempotency=idempotency,
             publisher=publisher,
             pipeline=Pipeline(
-                store=store, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
+                queries=queries, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
             ),
             admission=Admission(max_requests=settings.max_requests_in_flight, max_bytes=settings.max_bytes_in_flight),
             counters=Counters(),

@@ -1,4 +1,4 @@
-"""TLS: to the broker, to the database, and for callers. What is verified, and what to do when a handshake fails.
+"""TLS contexts for the broker, the database and the API, and advice about failed handshakes.
 
 Contexts are made from their files at each connect, off the event loop: a renewed certificate needs no restart.
 """
@@ -12,58 +12,63 @@ from urllib.parse import urlsplit
 from gateway.config import PREFIX, ConfigurationError, Settings
 from gateway.urls import is_local, tls_parameters
 
-POSTGRES_ALPN = "postgresql"  # PostgreSQL 17 asks for it where TLS is spoken from the first byte
+POSTGRES_ALPN = "postgresql"  # required by PostgreSQL 17 for direct TLS
 
-# OpenSSL's X509_V_ERR_*: what it has against a certificate.
+# OpenSSL's X509_V_ERR_* codes.
 NOT_YET_VALID, HAS_EXPIRED, HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH = 9, 10, 62, 64
 
 
 def api_context(settings: Settings) -> ssl.SSLContext | None:
-    """How callers are served: TLS 1.2 or newer with the configured certificate; None for plain HTTP."""
+    """Return the API's server context: TLS 1.2 or newer; None for plain HTTP. Raises OSError."""
     if not settings.api_tls_cert_file:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # TLS 1.2 lets callers ask for one handshake after the other
+    context.options |= ssl.OP_NO_RENEGOTIATION  # each TLS 1.2 renegotiation would cost a handshake's CPU
     context.set_alpn_protocols(["http/1.1"])
     _load_certificate(context, settings.api_tls_cert_file, settings.api_tls_key_file)
     return context
 
 
 def renew_api_certificate(context: ssl.SSLContext, settings: Settings) -> None:
-    """Serve what the files hold now to new connections. Raises OSError, and then nothing has changed."""
-    api_context(settings)  # a certificate and a key that do not match must not get half-way into the one in use
+    """Load the certificate files again, for new connections. After OSError the old certificate stays in use."""
+    api_context(settings)  # raises before a certificate that does not match its key reaches the context in use
     _load_certificate(context, settings.api_tls_cert_file, settings.api_tls_key_file)
 
 
 def broker_context(settings: Settings) -> ssl.SSLContext:
-    """For amqps: chain and host name are verified. Reads files: not for the event loop. Raises OSError."""
+    """Return the context for amqps: chain and host name are verified. Reads files, so it blocks. Raises OSError."""
     return _client_context(settings.amqp_ca_file, settings.amqp_cert_file, settings.amqp_key_file)
 
 
 def is_wanted(url: str) -> bool:
-    """Whether a database's URL asks for TLS; reads no file."""
+    """Return True if a PostgreSQL URL uses TLS. Reads no file."""
     return tls_parameters(url)["sslmode"] != "disable"
 
 
 def database_context(url: str) -> ssl.SSLContext | Literal[False]:
-    """What a URL asks for in libpq's words (urls.with_tls); False: plain. Reads files. Raises OSError."""
-    said = tls_parameters(url)
-    mode, ca_file = said["sslmode"], said.get("sslrootcert", "system")
+    """Return the context for a PostgreSQL URL's libpq parameters; False for a plain connection.
+
+    Reads files, so it blocks. Raises OSError.
+    """
+    parameters = tls_parameters(url)
+    mode, ca_file = parameters["sslmode"], parameters.get("sslrootcert", "system")
     if mode == "disable":
         return False
-    context = _client_context("" if ca_file == "system" else ca_file, said.get("sslcert", ""), said.get("sslkey", ""))
+    context = _client_context(
+        "" if ca_file == "system" else ca_file, parameters.get("sslcert", ""), parameters.get("sslkey", "")
+    )
     context.set_alpn_protocols([POSTGRES_ALPN])
     if mode != "verify-full":
         context.check_hostname = False
-    if mode == "require" and "sslrootcert" not in said:  # with a root, libpq takes it for verify-ca
+    if mode == "require" and "sslrootcert" not in parameters:  # with a root certificate, libpq treats it as verify-ca
         context.verify_mode = ssl.CERT_NONE
     return context
 
 
 def _client_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLContext:
     if ca_file:
-        Path(ca_file).open("rb").close()  # OpenSSL's errors do not name the file
+        Path(ca_file).open("rb").close()  # raises an error that names the file; OpenSSL's does not
     context = ssl.create_default_context(cafile=ca_file or None)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if cert_file:
@@ -74,39 +79,44 @@ def _client_context(ca_file: str, cert_file: str, key_file: str) -> ssl.SSLConte
 def _load_certificate(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
     for file in (cert_file, key_file or cert_file):
         Path(file).open("rb").close()
-    context.load_cert_chain(cert_file, key_file or None, password=lambda: "")  # else OpenSSL asks at the terminal
+    # Without a password callback, OpenSSL would ask for one at the terminal.
+    context.load_cert_chain(cert_file, key_file or None, password=lambda: "")
 
 
 def check(settings: Settings) -> None:
-    """Raise ConfigurationError for what could not work: files that are missing, unreadable, no PEM, or no match."""
+    """Raise ConfigurationError for files that are missing, unreadable, not PEM, or that do not match each other."""
     if settings.api_socket and settings.api_tls_cert_file:
         raise ConfigurationError(
-            f"{PREFIX}API_SOCKET is for callers on this machine, and takes no {PREFIX}API_TLS_CERT_FILE. Unset one"
+            f"{PREFIX}API_SOCKET serves callers on this machine, without TLS. Unset it, or {PREFIX}API_TLS_CERT_FILE"
         )
     for party in ("API_TLS", "DATABASE", "AMQP"):
         key, cert = (f"{PREFIX}{party}_{kind}_FILE" for kind in ("KEY", "CERT"))
         files = {variable: path for variable, path in _files(settings) if variable.startswith(PREFIX + party)}
         if key in files and cert not in files:
-            raise ConfigurationError(f"{key} is the key of no certificate. Set {cert}")
+            raise ConfigurationError(f"{key} is set without its certificate. Set {cert}")
         for variable, path in files.items():
             try:
                 Path(path).open("rb").close()
             except OSError as error:
                 raise ConfigurationError(f"{variable}={path!r} cannot be read: {error.strerror}") from None
         try:
-            match party:
-                case "API_TLS":
-                    api_context(settings)
-                case "AMQP":
-                    broker_context(settings)
-                case _:
-                    database_context(settings.database_url_with_tls())
+            _make_context(settings, party)
         except OSError as error:
             variables = " and ".join(files) or f"{PREFIX}{party}_URL"
             raise ConfigurationError(
-                f"{variables} cannot be used: {error}. Certificates and keys are PEM files, a key without password "
-                "and the one of its certificate"
+                f"{variables} cannot be used: {error}. Certificates and keys must be PEM files. A key must have no "
+                "password, and must match its certificate"
             ) from None
+
+
+def _make_context(settings: Settings, party: str) -> None:
+    match party:
+        case "API_TLS":
+            api_context(settings)
+        case "AMQP":
+            broker_context(settings)
+        case _:
+            database_context(settings.database_url_with_tls())
 
 
 def _files(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -116,25 +126,25 @@ def _files(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def weaknesses(settings: Settings) -> list[str]:
-    """What can be read or forged on its way between machines, because the settings want it so."""
+    """Return a sentence for each connection to another machine that can be read or forged with these settings."""
     found = [
-        f"{PREFIX}AMQP_URL: amqp:// sends password and messages in the clear to {parts.hostname}; amqps:// does not"
+        f"{PREFIX}AMQP_URL: amqp:// sends password and messages unencrypted to {parts.hostname}; use amqps://"
         for parts in map(urlsplit, settings.amqp_nodes())
         if parts.scheme == "amqp" and not is_local(parts.geturl())
     ]
     mode = tls_parameters(settings.database_url)["sslmode"]
     if mode != "verify-full" and not is_local(settings.database_url):
-        meaning = "sends all in the clear" if mode == "disable" else "takes another server for the database"
-        found.append(f"{PREFIX}DATABASE_URL: sslmode={mode} {meaning}; sslmode=verify-full does not")
+        meaning = "sends all data unencrypted" if mode == "disable" else "may accept another server as the database"
+        found.append(f"{PREFIX}DATABASE_URL: sslmode={mode} {meaning}; use sslmode=verify-full")
     return found
 
 
 def advice(error: BaseException | None, party: Literal["AMQP", "DATABASE"]) -> str:
-    """What to do about a handshake that failed, to be put behind the error; "" where TLS is not the matter."""
+    """Return what to do about a failed handshake, to append to the error's text; "" for errors not of TLS."""
     url, ca_file = f"{PREFIX}{party}_URL", f"{PREFIX}{party}_CA_FILE"
     while error is not None and not isinstance(error, ssl.SSLError):
-        if "rejected SSL upgrade" in str(error):  # asyncpg's words
-            return f". The server offers no TLS: turn it on there, or set sslmode=disable in {url}"
+        if "rejected SSL upgrade" in str(error):  # asyncpg's text
+            return f". The server offers no TLS. Enable TLS there, or set sslmode=disable in {url}"
         error = error.__cause__
     match error:
         case None:
@@ -142,10 +152,10 @@ def advice(error: BaseException | None, party: Literal["AMQP", "DATABASE"]) -> s
         case ssl.SSLCertVerificationError(verify_code=code) if code in (NOT_YET_VALID, HAS_EXPIRED):
             return ". Renew the server's certificate, or set this machine's clock"
         case ssl.SSLCertVerificationError(verify_code=code) if code in (HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH):
-            return f". {url} must name the server as its certificate does"
+            return f". The host name in {url} must be one of the certificate's names"
         case ssl.SSLCertVerificationError():
-            return f". {ca_file} must name the authority that signed the server's certificate"
+            return f". {ca_file} must be the file of the CA that signed the server's certificate"
         case ssl.SSLError(reason="WRONG_VERSION_NUMBER"):
-            return f". The server speaks no TLS on this port: {url} must name the one on which it does"
+            return f". The server speaks no TLS on this port. {url} must have the server's TLS port"
         case _:
-            return f". If the server asks for a certificate of ours, {PREFIX}{party}_CERT_FILE must name it"
+            return f". If the server requires a client certificate, set {PREFIX}{party}_CERT_FILE"

@@ -1,7 +1,7 @@
--- Who may send, and from which lists; and the sequence that message ids are leased from.
+-- Accounts, API keys, sending lists, and the sequence of message id leases.
 --
--- The gateway reads these tables on every request, without a cache: both of its questions are answered from the
--- unique indexes below, in about 0.1 ms.
+-- The gateway reads these tables on every request, without a cache. Both queries use the unique indexes below, and take
+-- about 0.1 ms.
 
 -- migrate:up
 
@@ -15,10 +15,10 @@ CREATE TABLE accounts (
 CREATE TABLE api_keys (
     id         bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     account_id bigint NOT NULL REFERENCES accounts (id),
-    -- Only the digest is stored: a copy of this table lets nobody send. A key has 190 random bits, so a plain SHA-256
-    -- cannot be searched, and a slow hash would only let callers without a key burn our CPU.
+    -- Only the digest is stored: nobody can send with a copy of this table. A key has 190 random bits, so SHA-256 cannot
+    -- be searched. A slow hash would only let callers without a key use CPU time.
     sha256     bytea NOT NULL UNIQUE CHECK (octet_length(sha256) = 32),
-    -- The first characters, so that people can tell their keys apart.
+    -- The first characters of the key, by which people recognise it.
     prefix     text NOT NULL,
     created_at timestamptz NOT NULL DEFAULT now(),
     revoked_at timestamptz
@@ -32,15 +32,15 @@ CREATE TABLE sending_lists (
     number     text NOT NULL CHECK (number ~ '^\+[1-9][0-9]{1,14}$'),
     status     text NOT NULL DEFAULT 'active' CHECK (status IN ('active', 'inactive')),
     created_at timestamptz NOT NULL DEFAULT now(),
-    -- Led by the account: the question is always "which of these numbers are this account's".
+    -- The account comes first: queries look up numbers within an account.
     UNIQUE (account_id, number)
 );
 
--- A number sends for one account at a time.
+-- A number is active for one account at a time.
 CREATE UNIQUE INDEX sending_lists_active_number ON sending_lists (number) WHERE status = 'active';
 
--- Each value is a lease of 256 rows of 62² message ids (gateway/message_ids.py); 62⁶ / 256 leases in all. It must
--- never run backwards: a value handed out twice would be a million message ids handed out twice.
+-- Each value is one of 62⁶ / 256 leases, of 256 rows of 62² message ids each (gateway/ingest/message_ids.py). The
+-- sequence must never go back: a value used twice would be a million message ids used twice.
 CREATE SEQUENCE message_id_leases AS bigint MINVALUE 0 START 0 MAXVALUE 221875919 NO CYCLE;
 
 -- migrate:down

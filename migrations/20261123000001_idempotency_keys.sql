@@ -1,6 +1,6 @@
--- One row for each batch that came with an Idempotency-Key: who runs it, with which message ids, and its answer.
+-- One row per batch with an Idempotency-Key: the run that holds it, its message ids, and its answer.
 --
--- Rows live for a day (gateway/idempotency.py sweeps them). The answer of a good batch is a few dozen octets.
+-- gateway/ingest/idempotency.py deletes rows after a day. The answer of a valid batch has a few dozen bytes.
 
 -- migrate:up
 
@@ -8,9 +8,9 @@ CREATE TABLE idempotency_keys (
     account_id  bigint NOT NULL REFERENCES accounts (id),
     key         text NOT NULL CHECK (octet_length(key) BETWEEN 1 AND 255),
     body_sha256 bytea NOT NULL CHECK (octet_length(body_sha256) = 32),
-    -- The place of the batch's first message id (gateway/message_ids.py); the others follow it.
+    -- The position of the batch's first message id (gateway/ingest/message_ids.py). The other ids follow it.
     first_id    bigint NOT NULL,
-    -- The run that may settle the row, and until when no other may take it. On the database's clock alone.
+    -- The run that holds the row, and the end of its hold by the database's clock. Another run may take the row after it.
     holder      bigint NOT NULL,
     held_until  timestamptz NOT NULL,
     answer      bytea,

@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def servers() -> Iterator[Servers]:
-    """PostgreSQL, migrated, and RabbitMQ: private ones, or those that the environment names."""
+    """Start PostgreSQL, migrated, and RabbitMQ; or use those that the environment names."""
     with Servers(fsync=False) as running:
         # Our own PostgreSQL trusts every password; one that is sent can leak.
         running.database_url = running.database_url.replace("//postgres@", f"//postgres:{PASSWORD}@")
@@ -43,13 +43,13 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture
 def make_settings(servers: Servers) -> MakeSettings:
-    """Makes settings for a gateway on the session's servers, with names of its own on the broker."""
+    """Return a function that makes settings for the session's servers, with names of their own on the broker."""
     return partial(default_settings, servers)
 
 
 @pytest.fixture
 async def start_gateway(servers: Servers) -> AsyncIterator[StartGateway]:
-    """Starts gateways in this process, connected, ready and with a caller, unless told not to wait."""
+    """Return a function that starts gateways in this process, ready and with a caller unless told not to wait."""
     async with AsyncExitStack() as stack:
 
         async def start(
@@ -67,13 +67,13 @@ async def start_gateway(servers: Servers) -> AsyncIterator[StartGateway]:
 
 @pytest.fixture
 async def gateway(start_gateway: StartGateway, make_settings: MakeSettings) -> GatewayUnderTest:
-    """A gateway in this process, on the session's servers."""
+    """Start a gateway in this process, on the session's servers."""
     return await start_gateway(make_settings())
 
 
 @pytest.fixture
 async def queue(gateway: GatewayUnderTest) -> AsyncIterator[OutboundQueue]:
-    """The queue behind `gateway`; deleted afterwards."""
+    """Yield the queue behind `gateway`; delete it afterwards."""
     settings = gateway.runtime.settings
     async with OutboundQueue(settings.amqp_url, settings.amqp_queue) as outbound:
         yield outbound
@@ -82,12 +82,12 @@ async def queue(gateway: GatewayUnderTest) -> AsyncIterator[OutboundQueue]:
 
 @pytest.fixture
 async def admin(servers: Servers) -> AsyncIterator[Admin]:
-    """The administration of the session's database, as the command line uses it."""
+    """Open the administration of the session's database, as the command line does."""
     async with open_admin(servers.database_url) as opened:
         yield opened
 
 
 @pytest.fixture
 async def caller(admin: Admin) -> Caller:
-    """A caller of the session's database."""
+    """Create a caller in the session's database."""
     return await make_caller(admin)

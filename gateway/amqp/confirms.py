@@ -1,16 +1,16 @@
 """Delivery tags ↔ outcomes. No IO, no clock.
 
-The theory. On a channel in confirm mode the broker numbers what we publish 1, 2, 3, … and settles every number once,
-by basic.ack or basic.nack, one at a time or, with `multiple`, all numbers up to the one named. A message that cannot
-be routed (we publish `mandatory`) comes back as basic.return *before* its ack: the return marks it, the ack only
-settles it. A batch takes a contiguous range of numbers, so one array of states and one count of the unsettled
-stand for all its messages, and whoever published it waits for one thing.
+Theory. On a channel in confirm mode the broker numbers our messages 1, 2, 3, … These numbers are the delivery tags. The
+broker settles every tag once, by basic.ack or basic.nack: one at a time, or with `multiple` all tags up to the given
+one. We publish `mandatory`: a message that cannot be routed comes back as basic.return *before* its ack. The return
+marks the message as returned, and the ack only settles it. A batch has a contiguous range of tags. So one array of
+states and one count of unsettled messages represent the batch, and its publisher waits for one future.
 
 Per message:   WRITTEN ──ack──→ ACKED      WRITTEN ──return──→ RETURNING ──ack, nack, loss──→ RETURNED
                WRITTEN ──nack─→ NACKED     WRITTEN ──loss, deadline──→ UNKNOWN
 
-The line between definite and unknown is the moment the buffer is handed to the connection: what was never written
-is certainly not queued; what was written and never settled may be. Unknown is an outcome of its own, never rounded.
+An outcome is definite until the buffer is handed to the connection: a message that was never written is certainly not
+queued. A message that was written and never settled may be queued. Its outcome is UNKNOWN, and never guessed.
 """
 
 from bisect import bisect_right
@@ -19,7 +19,7 @@ from enum import IntEnum
 
 
 class Outcome(IntEnum):
-    """What is known of one message. Only ACKED counts as queued."""
+    """The state of one message. Only ACKED counts as queued."""
 
     WRITTEN = 0
     RETURNING = 1
@@ -29,15 +29,15 @@ class Outcome(IntEnum):
     UNKNOWN = 5
 
 
-_WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # what is not settled; all above is
+_WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # the unsettled states; all above are settled
 
 
 def _table(written: Outcome) -> bytes:
-    """A bytes.translate table that settles states: WRITTEN becomes `written`, RETURNING becomes RETURNED."""
+    """Return a bytes.translate table that settles states: WRITTEN becomes `written`, RETURNING becomes RETURNED."""
     return bytes([written, Outcome.RETURNED, *range(Outcome.ACKED, 256)])
 
 
-# For a second copy of messages whose first may be queued: that the broker refused this one says nothing of the other.
+# For a second copy of a message whose first copy may be queued: a refusal of the second says nothing about the first.
 REFUSED_IS_UNKNOWN = bytes(
     Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED) else state for state in range(256)
 )
@@ -45,7 +45,7 @@ _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
 
 class PublishedRange:
-    """One batch on the wire: its contiguous delivery tags and what is known of each message."""
+    """One batch on the wire: its contiguous delivery tags, and the state of each message."""
 
     __slots__ = ("_position", "first_tag", "ids", "states", "unsettled")
 
@@ -58,15 +58,16 @@ class PublishedRange:
 
     @property
     def last_tag(self) -> int:
+        """The delivery tag of the last message."""
         return self.first_tag + len(self.ids) - 1
 
     def outcomes(self) -> bytes:
-        """One Outcome per message, in order: what is not settled by now is UNKNOWN."""
+        """Return one Outcome per message, in order. An unsettled message is UNKNOWN, or RETURNED if it came back."""
         return bytes(self.states.translate(_LOSS))
 
     def settle(self, start: int, stop: int, table: bytes) -> None:
-        """Settle the messages from `start` to `stop` that are not settled yet."""
-        if stop - start == 1:  # batches of one, and brokers that ack one by one: spared three copies of one byte
+        """Settle the messages from position `start` to before `stop` that are not settled yet."""
+        if stop - start == 1:  # without three copies of one byte: frequent for small batches and single acks
             state = self.states[start]
             if state <= _RETURNING:
                 self.states[start] = table[state]
@@ -77,8 +78,8 @@ class PublishedRange:
         self.states[start:stop] = part.translate(table)
 
     def mark_returned(self, message_id: str) -> bool:
-        """Mark the message as returned; False when it is not of this range, or settled already."""
-        if self._position is None:  # built at the first return: most batches never see one
+        """Mark the message as returned. Return False if it is not of this range, or already settled."""
+        if self._position is None:  # built at the first return: most batches have none
             self._position = {known: position for position, known in enumerate(self.ids)}
         position = self._position.get(message_id)
         if position is None or self.states[position] != Outcome.WRITTEN:
@@ -88,30 +89,30 @@ class PublishedRange:
 
 
 class ConfirmTracker:
-    """The unsettled ranges of one channel. Methods that settle return the ranges that became wholly settled."""
+    """The unsettled ranges of one channel. Methods that settle return the ranges that they settled completely."""
 
     def __init__(self, *, nacked: Outcome = Outcome.NACKED) -> None:
-        """`nacked` is what a nack says of a message; with quorum queues, that it is certainly not queued."""
+        """`nacked` is the outcome of a nack: NACKED (certainly not queued) for quorum queues."""
         self._nack = _table(nacked)
-        self._ranges: list[PublishedRange] = []  # ascending, contiguous; settled ones leave from the front
+        self._ranges: list[PublishedRange] = []  # ascending, contiguous; settled ones are removed from the front
         self._next_tag = 1
 
     def add(self, ids: Sequence[str]) -> PublishedRange:
-        """Give the next delivery tags to a batch that is about to be written."""
+        """Assign the next delivery tags to a batch that is about to be written."""
         published = PublishedRange(self._next_tag, ids)
         self._next_tag += len(ids)
         self._ranges.append(published)
         return published
 
     def withdraw(self, published: PublishedRange) -> None:
-        """Take back the tags of the newest range: its write failed before a byte left."""
+        """Take back the tags of the newest range, after its write failed before the first byte."""
         if not self._ranges or self._ranges[-1] is not published:
             raise ValueError("only the newest range can be withdrawn")
         self._ranges.pop()
         self._next_tag = published.first_tag
 
     def settle(self, *, acked: bool, delivery_tag: int, multiple: bool) -> list[PublishedRange]:
-        """An ack or a nack. Tags we never gave out, or that are settled already, change nothing."""
+        """Apply an ack or a nack. Unknown tags and settled tags change nothing."""
         table = _ACK if acked else self._nack
         newest = bisect_right(self._ranges, delivery_tag, key=lambda r: r.first_tag) - 1
         if newest < 0 or delivery_tag >= self._next_tag:
@@ -126,21 +127,21 @@ class ConfirmTracker:
         return settled
 
     def mark_returned(self, message_id: str) -> bool:
-        """A basic.return. The ack that follows it settles the message as RETURNED."""
+        """Apply a basic.return; False if no range has the message. Its ack will settle it as RETURNED."""
         return any(published.mark_returned(message_id) for published in self._ranges)
 
     def lose(self) -> list[PublishedRange]:
-        """The channel is gone: everything written and unsettled is unknown, what was returned stays returned."""
+        """Settle all messages after the loss of the channel: as UNKNOWN, or RETURNED if they came back."""
         lost, self._ranges = [r for r in self._ranges if r.unsettled], []
         for published in lost:
             published.settle(0, len(published.states), _LOSS)
         return lost
 
     def oldest(self) -> PublishedRange | None:
-        """The range that has been waiting longest."""
+        """Return the range that has waited longest; None without ranges."""
         return self._ranges[0] if self._ranges else None
 
     def _forget_settled(self) -> None:
-        # Only from the front, to keep the ranges contiguous for bisect: a range settled early waits for its elders.
+        # Only from the front: the ranges must stay contiguous for bisect.
         kept = next((n for n, published in enumerate(self._ranges) if published.unsettled), len(self._ranges))
         del self._ranges[:kept]

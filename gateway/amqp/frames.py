@@ -1,7 +1,7 @@
-"""A batch of payloads → one buffer of AMQP 0-9-1 frames; bytes from the broker → what a publisher must know. No IO.
+"""AMQP 0-9-1 frames: a batch of payloads packed into one buffer, and the broker's bytes parsed to events. No IO.
 
-Frame: type (1), channel (2), size (4), payload, end byte 0xCE. A publish is a method frame, a header frame, and
-body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 4.2.)
+A frame has type (1 byte), channel (2), payload size (4), payload, and the end byte 0xCE. A publish is a method frame, a
+header frame, and body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 4.2.)
 """
 
 import struct
@@ -17,10 +17,10 @@ from pamqp.common import FieldTable
 from pamqp.header import ContentHeader
 
 END = b"\xce"
-FRAME_OVERHEAD = 8  # bytes of a frame beside its payload: 7 before, 1 behind
+FRAME_OVERHEAD = 8  # bytes: 7 before the payload, 1 after it
 HEARTBEAT_FRAME = b"\x08\x00\x00\x00\x00\x00\x00" + END
 PERSISTENT = 2
-DEFAULT_FRAME_MAX = 131_072  # RabbitMQ's
+DEFAULT_FRAME_MAX = 131_072  # bytes, RabbitMQ's default
 
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _KINDS = (_METHOD, _HEADER, _BODY, HEARTBEAT_FRAME[0])
@@ -43,10 +43,10 @@ class Destination(NamedTuple):
 
 
 class PublishFramer:
-    """Packs publishes to one destination on one channel: persistent, mandatory, JSON."""
+    """The frames of publishes to one destination on one channel: persistent, mandatory, JSON."""
 
     def __init__(self, destination: Destination, channel: int, frame_max: int) -> None:
-        """`frame_max` is the negotiated size of a whole frame in bytes; 0 means that the broker sets none."""
+        """`frame_max` is the negotiated maximum of a whole frame in bytes; 0 means that the broker sets none."""
         self._channel = channel
         self._message_type = destination.message_type
         self._headers: FieldTable = {}
@@ -58,7 +58,7 @@ class PublishFramer:
         self._lay_out()
 
     def carrying(self, headers: Mapping[str, str]) -> "PublishFramer":
-        """One that sends these AMQP headers with each message: for a single batch, whose trace they name."""
+        """Return a framer that adds these AMQP headers to each message, for the trace of a single batch."""
         framer = copy(self)
         framer._headers = dict(headers)
         framer._lay_out()
@@ -66,10 +66,10 @@ class PublishFramer:
 
     def _lay_out(self) -> None:
         channel = self._channel
-        # Everything of a publish before its payload has one length, as long as ids have 8 characters.
+        # All ids have 8 characters, so all bytes of a publish before its payload have a fixed layout.
         header = pamqp.frame.marshal(self._header("00000000", 0), channel)
-        size_at = _frame_start.size + _method.size  # behind class id and weight
-        # The last of them: a trace's id, before it, may look the same.
+        size_at = _frame_start.size + _method.size  # after class id and weight
+        # The last match is the id: a trace id before it may contain the same characters.
         before_id, after_id = header[size_at + _body_size.size :].rsplit(b"00000000", 1)
         self._before_size = END + self._publish + header[:size_at]
         self._before_id = before_id
@@ -79,11 +79,11 @@ class PublishFramer:
         ).pack
 
     def pack(self, ids: Sequence[str], payloads: Sequence[bytes]) -> bytes:
-        """All frames of a batch in one buffer, in order. `ids` are of 8 ASCII characters.
+        """Return the frames of a batch in one buffer, in order. Each id has 8 ASCII characters.
 
-        A publish without its payload is packed in one call, and opens with the end byte of the frame before it, so
-        that heads and payloads take turns in one join: in a large batch half of what bytes formatting takes, and a
-        fiftieth of a marshaller's objects (scripts/bench stages, row "frames").
+        One struct call packs all bytes between two payloads: the end byte of the first message, then all of the second
+        up to its payload. One join then alternates these parts with the payloads. For a large batch this takes half the
+        time of bytes formatting, and a fiftieth of the objects of a marshaller (scripts/bench stages, row "frames").
         """
         lengths = list(map(len, payloads))
         if not lengths or not min(lengths) or max(lengths) > self._max_body:
@@ -104,7 +104,7 @@ class PublishFramer:
         return b"".join(parts)
 
     def _pack_one(self, message_id: str, payload: bytes) -> bytes:
-        """One publish of any size: its body split over as many frames as the broker's frame_max asks for."""
+        """Return the frames of one message of any size, with its body split by the broker's frame_max."""
         header = self._header(message_id, len(payload))
         bodies = (payload[at : at + self._max_body] for at in range(0, len(payload), self._max_body))
         frames: list[ContentHeader | ContentBody] = [header, *map(ContentBody, bodies)]
@@ -122,7 +122,7 @@ class PublishFramer:
 
 
 class Settled(NamedTuple):
-    """basic.ack or basic.nack: one delivery tag, or with `multiple` all up to it."""
+    """basic.ack or basic.nack, for one delivery tag, or with `multiple` for all tags up to it."""
 
     acked: bool
     delivery_tag: int
@@ -130,17 +130,17 @@ class Settled(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """basic.return with its content: the broker could not route this message. Its ack follows."""
+    """basic.return with its content: the broker could not route this message. Its ack follows later."""
 
     message_id: str
 
 
 class ChannelClosed(NamedTuple):
-    """channel.close from the broker: nothing written on the channel will be confirmed any more."""
+    """channel.close from the broker. It sends no more confirms on this channel."""
 
 
 class Blocked(NamedTuple):
-    """connection.blocked or connection.unblocked: a memory or disk alarm came, or went."""
+    """connection.blocked or connection.unblocked: a memory or disk alarm begins or ends."""
 
     blocked: bool
 
@@ -149,30 +149,29 @@ Event = Settled | Returned | ChannelClosed | Blocked
 
 
 class _NotAFrame(Exception):
-    """Here ends what can be told from the broker's bytes."""
+    """The broker's bytes are no AMQP frame."""
 
 
 class IncomingFrames:
-    """Splits the broker's bytes: confirms and returns of one channel become events, the rest is passed on.
+    """A parser of the broker's bytes. Confirms and returns of one channel become events, all other bytes pass through.
 
-    A confirm costs a few struct calls here, where a stream reader, a marshaller, two queues and a task stood before
-    (scripts/bench stages, row "confirms", leaves out those queues and tasks). From the first bytes on that are no
-    frame (the broker's protocol header, or garbage) everything is passed on, for the library to judge: what is out of
-    step must never be read as an ack.
+    A confirm costs a few struct calls. In the library it costs a stream reader, a marshaller, two queues and a task
+    (scripts/bench stages, row "confirms", without those queues and tasks). After bytes that are no frame (the broker's
+    protocol header, or garbage) all bytes pass through to the library: garbage must never be read as an ack.
     """
 
     def __init__(self) -> None:
-        self.channel: int | None = None  # the publish channel, once it is open
+        self.channel: int | None = None  # the publish channel; None until it is open
         self._rest = b""
         self._buffer = b""  # of the feed() in progress, like _events
         self._events: list[Event] = []
         self._out_of_step = False
         self._returned_id: str | None = None
-        self._returned_bytes = 0  # of the returned message's content that are still to come; below 0 until its header
+        self._returned_bytes = 0  # bytes of a returned message's body still to come; below 0 before its header
         self._return_begun = False
 
     def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
-        """Take bytes as they came; returns what is not for us, in whole frames, and the events, both in order."""
+        """Parse bytes as they arrive. Return the other frames, whole, and the events, both in order."""
         if self._out_of_step:
             return data, []
         buffer = self._buffer = self._rest + data if self._rest else data
@@ -201,7 +200,10 @@ class IncomingFrames:
         return b"".join(passed_on), events
 
     def _take(self, kind: int, channel: int, start: int, end: int) -> bool:
-        """Turn the frame from `start` to `end` into an event. Return True if it is for us alone. Raises _NotAFrame."""
+        """Add the event of the frame from `start` to `end`. Return True if the library must not see the frame.
+
+        Raises _NotAFrame.
+        """
         buffer, events = self._buffer, self._events
         at = start + _frame_start.size
         size = end - start - FRAME_OVERHEAD
@@ -239,10 +241,10 @@ class IncomingFrames:
 
 
 def _read_header(data: bytes) -> tuple[str | None, int]:
-    """The message id and the size of the body. Raises _NotAFrame."""
+    """Return the message id and the size of the body in bytes. Raises _NotAFrame."""
     header = ContentHeader()
     try:
         header.unmarshal(data)
-    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError) as error:  # pamqp, of garbage
+    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError) as error:  # pamqp's errors for garbage
         raise _NotAFrame from error
     return header.properties.message_id, header.body_size

@@ -1,6 +1,6 @@
-"""Administration of accounts, keys and lists, for the command line: one function per task, SQL as named constants.
+"""Administration of accounts, keys and lists, for the command line: one method per task, SQL as named constants.
 
-Apart from store.py, which stands on the way of every request; this runs by hand, on a connection of its own.
+It runs by hand, on one connection, and shares no SQL with requests (postgres/queries.py).
 """
 
 import secrets
@@ -12,7 +12,7 @@ from typing import Any
 import asyncpg
 
 from gateway.ingest.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
-from gateway.postgres.pool import DATABASE_ERRORS, connect_to_primary, find_primary, reason
+from gateway.postgres.pool import DATABASE_ERRORS, connect_to_primary, reason
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -38,102 +38,117 @@ ADD_LIST = """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
 
-# What serving needs and no more, for a database role of its own: it can neither make a key nor read whose it is.
+# Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
 SERVICE_RIGHTS = {
     "accounts": "SELECT (id, status)",
     "api_keys": "SELECT (sha256, account_id, revoked_at)",
     "sending_lists": "SELECT (id, account_id, number, status)",
     "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer), DELETE",
-    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would take UPDATE
-    "schema_migrations": "SELECT",  # for `status`: whether all are applied
+    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
+    "schema_migrations": "SELECT",  # for `status`
 }
-ALL_OF_OURS = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
+TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
            rolsuper AS is_superuser,
            pg_has_role(role.oid, relowner, 'MEMBER') AS is_owner,
            has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
            has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
-           pg_has_role(current_user, relowner, 'USAGE') AS we_own
+           pg_has_role(current_user, relowner, 'USAGE') AS can_grant
     FROM pg_roles AS role, pg_class AS rel
     JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
     WHERE rolname = $1 AND rel.oid = 'accounts'::regclass
 """
 
 CONNECT_TIMEOUT_S = 5.0
-KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: enough to recognise, 24 bits of 190
+KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: 24 bits of 190
 
 Row = dict[str, Any]
 
 
 class AdminError(Exception):
-    """The task cannot be done; the text says why and what to do."""
+    """The task cannot be done. The text gives the reason, and says what to do."""
 
 
 class Admin:
-    """The administration's tasks, on one connection. Each returns the row or rows it made, changed or found."""
+    """Administration tasks on one connection. Each returns the rows that it created, changed or found.
 
-    def __init__(self, connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+    Raises AdminError when an account, key or list does not exist, or when a constraint forbids the change.
+    """
+
+    def __init__(self, connection: asyncpg.Connection) -> None:
         self._connection = connection
 
     async def create_account(self, name: str) -> Row:
+        """Create an active account."""
         if not name.strip():
             raise AdminError("an account needs a name")
         return await self._one(CREATE_ACCOUNT, name)
 
     async def set_account_status(self, account_id: int, status: str) -> Row:
+        """Set an account's status: "active" or "suspended"."""
         return await self._one(SET_ACCOUNT_STATUS, account_id, status, missing=f"there is no account {account_id}")
 
     async def list_accounts(self) -> list[Row]:
+        """Return all accounts, with the numbers of their usable keys and active lists."""
         return await self._all(LIST_ACCOUNTS)
 
     async def create_key(self, account_id: int) -> Row:
-        """A new key; its secret, under "key", is in this row and nowhere else, now or ever."""
+        """Create an API key. Only this row holds the key itself, under "key"; the database stores its SHA-256."""
         characters = string.ascii_letters + string.digits
         key = KEY_PREFIX + "".join(secrets.choice(characters) for _ in range(KEY_CHARACTERS))
         row = await self._one(CREATE_KEY, account_id, hash_key(key), key[:KEY_PREFIX_SHOWN])
         return row | {"key": key}
 
     async def revoke_key(self, key_id: int) -> Row:
+        """Revoke a key. The time of an earlier revocation stays."""
         return await self._one(REVOKE_KEY, key_id, missing=f"there is no key {key_id}")
 
     async def list_keys(self, account_id: int) -> list[Row]:
+        """Return an account's keys, revoked ones included, without the keys themselves."""
         return await self._all(LIST_KEYS, account_id)
 
     async def add_list(self, account_id: int, number: str) -> Row:
+        """Create an active list for an E.164 number."""
         return await self._one(ADD_LIST, account_id, number)
 
     async def set_list_status(self, list_id: int, status: str) -> Row:
+        """Set a list's status: "active" or "inactive"."""
         return await self._one(SET_LIST_STATUS, list_id, status, missing=f"there is no list {list_id}")
 
     async def list_lists(self, account_id: int) -> list[Row]:
+        """Return an account's lists, inactive ones included."""
         return await self._all(LIST_LISTS, account_id)
 
     async def grant_service(self, role: str) -> list[Row]:
-        """Give an existing role SERVICE_RIGHTS, and take what else it was given of our tables; all or nothing."""
+        """Give an existing database role SERVICE_RIGHTS, and revoke its other rights on our tables, in one transaction.
+
+        Raises AdminError when the rights would not limit the role, or when this connection may not grant them.
+        """
         found = await self._connection.fetchrow(FIND_ROLE, role)
         if found is None:
-            raise AdminError(f"there is no database role {role}: CREATE ROLE {role} LOGIN PASSWORD '...' makes one")
-        if not found["we_own"]:
-            raise AdminError(f"only the owner of the tables can give {role} its rights: migrate as the owner")
+            raise AdminError(f"there is no database role {role}: CREATE ROLE {role} LOGIN PASSWORD '...' creates it")
+        if not found["can_grant"]:
+            raise AdminError(f"only the owner of the tables can grant {role} its rights: run migrate as the owner")
         if found["is_superuser"] or found["is_owner"]:
             raise AdminError(
-                f"{role} owns the tables, or may become who does: rights would limit nothing. Name another"
+                f"{role} owns the tables, or is a member of the role that does, so rights would not limit it. "
+                "Choose another role"
             )
         schema = found["schema"]
         if found["may_create"]:
             raise AdminError(f"{role} may create tables: REVOKE CREATE ON SCHEMA {schema} FROM {found['role']}, PUBLIC")
         statements = [
-            f"REVOKE ALL ON {ALL_OF_OURS} FROM {found['role']}",
+            f"REVOKE ALL ON {TABLES} FROM {found['role']}",
             f"REVOKE ALL ON SEQUENCE message_id_leases FROM {found['role']}",
-            *(f"GRANT {rights} ON {what} TO {found['role']}" for what, rights in SERVICE_RIGHTS.items()),
+            *(f"GRANT {rights} ON {target} TO {found['role']}" for target, rights in SERVICE_RIGHTS.items()),
         ]
         if not found["may_use"]:
             statements.append(f"GRANT USAGE ON SCHEMA {schema} TO {found['role']}")
         async with self._connection.transaction():
             for statement in statements:
                 await self._connection.execute(statement)
-        return [{"role": role, "on": what.split()[-1], "may": rights} for what, rights in SERVICE_RIGHTS.items()]
+        return [{"role": role, "on": target.split()[-1], "may": rights} for target, rights in SERVICE_RIGHTS.items()]
 
     async def _one(self, sql: str, *arguments: object, missing: str = "") -> Row:
         try:
@@ -141,9 +156,11 @@ class Admin:
         except asyncpg.ForeignKeyViolationError:
             raise AdminError(f"there is no account {arguments[0]}") from None
         except asyncpg.UniqueViolationError:
-            raise AdminError("that number is a list already, of this account or, active, of another") from None
+            raise AdminError(
+                "that number is a list already, of this account, or an active list of another account"
+            ) from None
         except asyncpg.CheckViolationError:
-            raise AdminError("that is no E.164 number such as +18005551000") from None
+            raise AdminError("that is not an E.164 number such as +18005551000") from None
         if row is None:
             raise AdminError(missing)
         return dict(row)
@@ -152,21 +169,18 @@ class Admin:
         return [dict(row) for row in await self._connection.fetch(sql, *arguments)]
 
 
-async def url_for_migrations(database_url: str) -> str:
-    """The primary's own URL: dbmate takes one host. Raises AdminError when none can be reached."""
-    try:
-        return await find_primary(database_url, timeout_s=CONNECT_TIMEOUT_S)
-    except DATABASE_ERRORS as error:
-        raise AdminError(f"cannot reach the database: {reason(error)}") from None
+def unreachable(error: BaseException) -> AdminError:
+    """Return the AdminError for a failed connection to the database."""
+    return AdminError(f"cannot reach the database: {reason(error)}")
 
 
 @asynccontextmanager
 async def open_admin(database_url: str) -> AsyncIterator[Admin]:
-    """Connect for administration. Raises AdminError when the database cannot be reached or is not migrated."""
+    """Connect to the primary. Raises AdminError when it cannot be reached, or the database is not migrated."""
     try:
         connection = await connect_to_primary(database_url, timeout=CONNECT_TIMEOUT_S, command_timeout=30)
     except DATABASE_ERRORS as error:
-        raise AdminError(f"cannot reach the database: {reason(error)}") from None
+        raise unreachable(error) from None
     try:
         yield Admin(connection)
     except asyncpg.UndefinedTableError:

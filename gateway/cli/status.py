@@ -1,7 +1,7 @@
-"""`python -m gateway status`: asks everything the gateway rests on, all at once, and says what is wrong.
+"""`python -m gateway status`: the state of gateways, broker and database, collected concurrently.
 
-It changes nothing, and puts nothing in an outbound queue: confirms are timed on a temporary queue of its own. What the
-protocols do not show it does not claim: a queue's type and its bindings (a gateway that connects checks the type).
+It changes nothing and publishes nothing to an outbound queue: confirms are timed on a temporary queue. AMQP shows
+neither a queue's type nor its bindings, so `status` does not check them. A gateway checks the type when it connects.
 """
 
 import asyncio
@@ -18,8 +18,11 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
+from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS
+from gateway.postgres.pool import reason as database_reason
+from gateway.telemetry.log import printable
 from gateway.urls import urls_of_hosts
 
 if TYPE_CHECKING:
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
     from aio_pika.abc import AbstractChannel, AbstractConnection
 
-ANSWER_TIMEOUT_S = 3.0  # for each of those asked
+ANSWER_TIMEOUT_S = 3.0  # per server
 CLOSE_TIMEOUT_S = 0.5
 
 SERVER_STATE = "SELECT pg_is_in_recovery(), current_setting('server_version')"
@@ -37,7 +40,7 @@ STANDBY_LAG = """
 """
 HAS_MIGRATIONS = "SELECT to_regclass('schema_migrations') IS NOT NULL"
 APPLIED_MIGRATIONS = "SELECT version FROM schema_migrations ORDER BY version"
-# A sequence's view shows its value to whoever may use it; the sequence itself only to whoever may read it.
+# The view needs only USAGE on the sequence. Reading the sequence itself needs SELECT.
 LEASED_IDS = """
     SELECT last_value, max_value FROM pg_sequences
     WHERE format('%I.%I', schemaname, sequencename)::regclass = to_regclass('message_id_leases')
@@ -45,7 +48,7 @@ LEASED_IDS = """
 
 
 class GatewayState(msgspec.Struct):
-    """A gateway's operations listener."""
+    """The state of one gateway, from its operations listener."""
 
     url: str
     status: str  # "ready", "not ready", "not running"
@@ -53,7 +56,7 @@ class GatewayState(msgspec.Struct):
 
 
 class Node(msgspec.Struct):
-    """A node of the broker."""
+    """The state of one broker node."""
 
     node: str
     version: str = ""
@@ -63,7 +66,7 @@ class Node(msgspec.Struct):
 
 
 class Queue(msgspec.Struct):
-    """An outbound queue. `configured_type` is what the settings say."""
+    """The state of one outbound queue. `configured_type` comes from the settings."""
 
     name: str
     configured_type: str
@@ -73,7 +76,7 @@ class Queue(msgspec.Struct):
 
 
 class Host(msgspec.Struct):
-    """A host of the database."""
+    """The state of one database host."""
 
     host: str
     role: str = ""  # "primary" or "standby"
@@ -83,18 +86,18 @@ class Host(msgspec.Struct):
 
 
 class Schema(msgspec.Struct):
-    """What the primary knows of migrations and of message ids."""
+    """Migrations and message id leases, from the primary."""
 
     applied: list[str] = []
     pending: list[str] = []
-    newer: list[str] = []  # applied by a later version: fine while that one is being rolled out
+    newer: list[str] = []  # applied by a later version, during its rollout
     leases_used: int | None = None
     leases_in_all: int | None = None
     problem: str = ""
 
 
 class Status(msgspec.Struct, kw_only=True):
-    """Everything, in the order in which it is shown; docs/operations.md describes the JSON."""
+    """The whole state, in display order. docs/operations.md describes the JSON."""
 
     ok: bool
     version: str
@@ -107,71 +110,72 @@ class Status(msgspec.Struct, kw_only=True):
     problems: list[str]
 
 
-async def ask_all(
+async def collect(
     settings: Settings, gateways: Sequence[URL], migrations: Sequence[str], *, must_run: bool = False
 ) -> Status:
-    """The state of everything, within about ANSWER_TIMEOUT_S, whatever is down.
+    """Collect the state of all servers within about 3 × ANSWER_TIMEOUT_S. A server that is down is a problem, no error.
 
-    `migrations` are the versions that this gateway knows. `must_run`: a gateway that does not run is a problem.
+    `migrations` are the versions that this gateway has. `must_run`: a gateway that is not running is a problem.
     """
-    brokers = [_ask_node(settings, URL(node)) for node in settings.amqp_nodes()]
-    hosts = [_ask_host(url, migrations) for url in urls_of_hosts(settings.database_url_with_tls())]
+    host_urls = urls_of_hosts(settings.database_url_with_tls())
     states, nodes_and_queues, hosts_and_schemas = await asyncio.gather(
-        asyncio.gather(*(_ask_gateway(url, must_run=must_run) for url in gateways)),
-        asyncio.gather(*brokers),
-        asyncio.gather(*hosts),
+        asyncio.gather(*(_check_gateway(url, must_run=must_run) for url in gateways)),
+        asyncio.gather(*(_check_node(settings, URL(node)) for node in settings.amqp_nodes())),
+        asyncio.gather(*(_check_host(url, migrations) for url in host_urls)),
     )
     queues = next((queues for _, queues in nodes_and_queues if queues), None)
-    schemas = [schema for _, schema in hosts_and_schemas if schema is not None]
     status = Status(
         ok=False,
         version=__version__,
         gateways=list(states),
         nodes=[node for node, _ in nodes_and_queues],
-        queues=queues or [Queue(name, settings.amqp_queue_type, problem="nobody to ask") for name in settings.queues()],
+        queues=queues
+        or [Queue(name, settings.amqp_queue_type, problem="no broker node answers") for name in settings.queues()],
         hosts=[host for host, _ in hosts_and_schemas],
-        schema=schemas[0] if len(schemas) == 1 else Schema(problem=f"{len(schemas) or 'no'} primary to ask"),
+        schema=_only_schema([schema for _, schema in hosts_and_schemas if schema is not None]),
         settings=settings.masked(),
         problems=[],
     )
-    if len(schemas) > 1:
-        status.schema.problem = "several hosts say that they are the primary: fence all but one at once"
     status.problems = list(_problems(status))
     status.ok = not status.problems
     return status
 
 
+def _only_schema(found: Sequence[Schema]) -> Schema:
+    if not found:
+        return Schema(problem="no primary answers")
+    if len(found) > 1:
+        return Schema(problem="several hosts are primaries: fence all but one at once")
+    return found[0]
+
+
 def _problems(status: Status) -> Iterator[str]:
-    for gateway in status.gateways:
-        yield from _named(f"gateway {gateway.url}", gateway.problem)
-    for node in status.nodes:
-        yield from _named(f"broker {node.node}", node.problem)
-    for queue in status.queues:
-        yield from _named(f"queue {queue.name}", queue.problem)
-    for host in status.hosts:
-        yield from _named(f"database {host.host}", host.problem)
-    yield from _named("schema", status.schema.problem)
+    parts = [
+        *((f"gateway {gateway.url}", gateway.problem) for gateway in status.gateways),
+        *((f"broker {node.node}", node.problem) for node in status.nodes),
+        *((f"queue {queue.name}", queue.problem) for queue in status.queues),
+        *((f"database {host.host}", host.problem) for host in status.hosts),
+        ("schema", status.schema.problem),
+    ]
+    return (f"{name}: {problem}" for name, problem in parts if problem)
 
 
-def _named(what: str, problem: str) -> Iterator[str]:
-    if problem:
-        yield f"{what}: {problem}"
-
-
-async def _ask_gateway(url: URL, *, must_run: bool) -> GatewayState:
+async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
     try:
         timeout = aiohttp.ClientTimeout(total=ANSWER_TIMEOUT_S)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            why = (await response.text())[:200] or f"it answered {response.status}"
-            return GatewayState(str(url), "not ready", why)
+            problem = (await response.text())[:200] or f"/readyz answered {response.status}"
+            return GatewayState(str(url), "not ready", problem)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
-        return GatewayState(str(url), "not running", "" if is_absent else _reason(error))
+        return GatewayState(
+            str(url), "not running", "" if is_absent else _one_line(error, f"{type(error).__name__} {error}")
+        )
 
 
-async def _ask_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
+async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
     state, queues = Node(f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"), []
     try:
         async with _broker(settings, node) as connection:
@@ -179,11 +183,11 @@ async def _ask_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
             properties = transport.connection.server_properties if transport else {}
             state.version = " ".join(str(properties.get(name, "")) for name in ("product", "version")).strip()
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                queues = [await _ask_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
-            await _time_a_confirm(connection, state)
-    except Exception as error:  # whatever the library raises, the others are to be shown
-        state.problem = _reason(error)
-    except asyncio.CancelledError:  # aiormq's word for a connection that died
+                queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
+            await _time_confirm(connection, state)
+    except Exception as error:  # any error of the library is this node's problem alone
+        state.problem = _one_line(error, broker_reason(error))
+    except asyncio.CancelledError:  # aiormq raises this for a lost connection
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
         state.problem = "the connection was lost"
@@ -201,44 +205,44 @@ async def _broker(settings: Settings, node: URL) -> "AsyncIterator[AbstractConne
         yield connection
     finally:
         closing = asyncio.create_task(connection.close())
-        await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)  # a blocked broker reads no goodbyes
+        await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)  # a blocked broker does not answer
         closing.cancel()
         await asyncio.gather(closing, return_exceptions=True)
 
 
-async def _ask_queue(connection: "AbstractConnection", name: str, queue_type: str) -> Queue:
+async def _check_queue(connection: "AbstractConnection", name: str, queue_type: str) -> Queue:
     queue = Queue(name, queue_type)
     channel: AbstractChannel = await connection.channel(publisher_confirms=False)
     try:
         found = (await channel.declare_queue(name, passive=True)).declaration_result
         queue.messages, queue.consumers = found.message_count, found.consumer_count
     except aiormq.exceptions.ChannelNotFoundEntity:
-        queue.problem = "does not exist; a gateway makes it when it connects, unless GATEWAY_AMQP_TOPOLOGY=check"
+        queue.problem = "does not exist. A gateway declares it when it connects, unless GATEWAY_AMQP_TOPOLOGY=check"
     except aiormq.exceptions.AMQPChannelError as error:
-        queue.problem = _reason(error)
+        queue.problem = _one_line(error, broker_reason(error))
     finally:
         with suppress(Exception):
             await channel.close()
     return queue
 
 
-async def _time_a_confirm(connection: "AbstractConnection", state: Node) -> None:
-    """Publish one message to a temporary queue of our own."""
+async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
+    """Measure the confirm of one message to a temporary queue, in milliseconds."""
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             channel = await connection.channel(publisher_confirms=True)
-            own = await channel.declare_queue(exclusive=True, auto_delete=True, arguments={"x-max-length": 1})
+            queue = await channel.declare_queue(exclusive=True, auto_delete=True, arguments={"x-max-length": 1})
             begin = time.perf_counter()
-            await channel.default_exchange.publish(aio_pika.Message(b"status"), own.name)
+            await channel.default_exchange.publish(aio_pika.Message(b"status"), queue.name)
             state.confirm_ms = round((time.perf_counter() - begin) * 1000, 2)
     except aiormq.exceptions.ChannelAccessRefused:
-        state.note = "confirms not timed: the user may not make a temporary queue"
+        state.note = "confirms not timed: the user may not declare a temporary queue"
     except TimeoutError:
         state.problem = "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs"
 
 
-async def _ask_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema | None]:
-    """One host's state; and the schema, if it is the primary."""
+async def _check_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema | None]:
+    """Return one host's state, and the schema if the host is a primary."""
     host = Host(URL(url).authority.rpartition("@")[2])
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -253,22 +257,22 @@ async def _ask_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema |
                 if is_standby:
                     host.lag_s = await connection.fetchval(STANDBY_LAG)
                     return host, None
-                return host, await _ask_schema(connection, migrations)
+                return host, await _check_schema(connection, migrations)
         finally:
             connection.terminate()
     except DATABASE_ERRORS as error:
-        host.problem = _reason(error)
+        host.problem = _one_line(error, database_reason(error))
         return host, None
 
 
-async def _ask_schema(connection: Any, migrations: Sequence[str]) -> Schema:
+async def _check_schema(connection: Any, migrations: Sequence[str]) -> Schema:
     try:
         applied = []
         if await connection.fetchval(HAS_MIGRATIONS):
             applied = [row["version"] for row in await connection.fetch(APPLIED_MIGRATIONS)]
         leased = await connection.fetchrow(LEASED_IDS)
     except asyncpg.InsufficientPrivilegeError:
-        return Schema(problem="this database user may not read schema_migrations: ask as the owner of the tables")
+        return Schema(problem="this database user may not read schema_migrations: use the owner of the tables")
     schema = Schema(
         applied=applied,
         pending=[version for version in migrations if version not in applied],
@@ -278,18 +282,18 @@ async def _ask_schema(connection: Any, migrations: Sequence[str]) -> Schema:
         last, schema.leases_in_all = leased[0], leased[1] + 1
         schema.leases_used = 0 if last is None else last + 1
     if schema.pending:
-        schema.problem = f"{len(schema.pending)} migrations are pending: run `python -m gateway migrate`"
+        schema.problem = f"pending migrations: {len(schema.pending)}. Run `python -m gateway migrate`"
     return schema
 
 
-def _reason(error: BaseException) -> str:
+def _one_line(error: BaseException, reason: str) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {ANSWER_TIMEOUT_S:.0f} s"
-    return " ".join(f"{type(error).__name__} {error}".split())
+    return " ".join(reason.split())
 
 
 def as_text(status: Status) -> str:
-    """For people, on 100 columns; problems stand on their own lines, and again at the end."""
+    """Return the status as text for people, 100 columns wide. Problems follow their row, and again at the end."""
     lines = [f"gateway version {status.version}", ""]
     for gateway in status.gateways:
         lines += _row("gateway", gateway.url, gateway.status, gateway.problem)
@@ -310,8 +314,8 @@ def as_text(status: Status) -> str:
         share = schema.leases_used / schema.leases_in_all
         lines += _row("message ids", "", f"{schema.leases_used:,} of {schema.leases_in_all:,} leases ({share:.4%})", "")
     lines += ["", "settings", *(f"  {name:26} {value}" for name, value in status.settings.items() if value != "")]
-    lines += ["", "problems" if status.problems else "all is well", *(f"  {problem}" for problem in status.problems)]
-    return "\n".join(line.rstrip() for line in lines)
+    lines += ["", "problems" if status.problems else "no problems", *(f"  {problem}" for problem in status.problems)]
+    return "\n".join(printable(line.rstrip()) for line in lines)
 
 
 def _row(kind: str, name: str, state: str, problem: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Turns messages into a draft, and a draft into payloads. No IO, no clock, no randomness.
+"""Validation of messages (`validate`), and payloads from valid messages (`build`). No IO, no clock, no randomness.
 
-Both steps look at the whole batch first, with one regular expression and sets, and at single messages only when the
-whole did not pass: clean batches are the rule, and cost a fraction of a look at each message (scripts/bench stages,
-rows "validate").
+Validation checks the whole batch at once, with one regular expression and sets. It checks message by message only if
+that fails: most batches are clean, and the first check costs a fraction of the second (scripts/bench stages, rows
+"validate").
 """
 
 import re
@@ -21,31 +21,32 @@ from gateway.ingest.wire import (
     Misfit,
     Payload,
     encode,
+    is_absent,
     is_contact_data,
     is_object,
-    sent_nothing,
 )
 
-# Structural E.164, as the contract has it: no numbering-plan lookup. [0-9] and not \d, which takes any script's digits.
-_E164 = r"\+[1-9][0-9]{1,14}"
-_is_number = re.compile(_E164).fullmatch
-_are_numbers = re.compile(rf"{_E164}(?:\n{_E164})*").fullmatch
+# The form of E.164, as in the contract, without numbering plans. [0-9], because \d matches digits of any script.
+# tests/unit/test_e164.py holds the copies in SQL, OpenAPI, AsyncAPI and the examples equal to this pattern.
+E164 = r"\+[1-9][0-9]{1,14}"
+_is_number = re.compile(E164).fullmatch
+_are_numbers = re.compile(rf"{E164}(?:\n{E164})*").fullmatch
 
 MACRO = "{{messageId}}"
 PLAIN = Layout()
 
 
 class Draft(NamedTuple):
-    """The messages that passed validation, and the rows of those that did not."""
+    """The valid messages of a request, and error rows for the others."""
 
     messages: list[Message]
-    list_numbers: list[str]  # one for each of messages, the request's default filled in
-    indexes: Sequence[int]  # where each of messages stood in the request
+    list_numbers: list[str]  # one per message, with the request's default
+    indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
-    size: int  # how many messages the request had, good and bad
+    size: int  # number of messages in the request, valid or not
 
     def distinct_list_numbers(self) -> list[str]:
-        """What the one ownership query asks for."""
+        """Return the list numbers to resolve, each once."""
         return list(set(self.list_numbers))
 
 
@@ -65,17 +66,17 @@ class Origin(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """The messages that the caller may send, and the AMQP messages that carry them."""
+    """The messages to publish with their AMQP messages, and error rows for the other messages of the request."""
 
-    ids: list[str]  # one for each of messages
+    ids: list[str]  # one per message
     messages: list[Message]
-    indexes: Sequence[int]  # index of each of messages in the request
+    indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
     outgoing: Outgoing
-    placed: list[Placed] | None = None  # contents and shard of each AMQP message; None: one message each, one queue
+    placed: list[Placed] | None = None  # one per AMQP message; None: one message per AMQP message, one queue
 
     def outcomes_of_messages(self, outcomes: bytes) -> bytes:
-        """Return one outcome per message, from one per AMQP message; an envelope's outcome holds for all it carries."""
+        """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope."""
         if self.placed is None:
             return outcomes
         spread = bytearray(len(self.messages))
@@ -86,22 +87,22 @@ class Batch(NamedTuple):
 
 
 def validate(bulk: Bulk) -> Draft:
-    """Split a request into the good messages and a row for each bad one."""
+    """Split a request into its valid messages, and an error row for each other message."""
     return (bulk.typed and _validate_whole(bulk)) or _validate_each(bulk)
 
 
 def _validate_whole(bulk: Bulk) -> Draft | None:
-    """The draft of a batch without a single bad message; None when it has to be looked at message by message."""
+    """Return the draft if the whole batch passes at once; None if it must be checked message by message."""
     messages = bulk.messages
     try:
         recipients = [message.to for message in messages]
-        joined = "\n".join(recipients)  # type: ignore[arg-type]  # what is no string raises TypeError
+        joined = "\n".join(recipients)  # type: ignore[arg-type]  # a value that is no string raises TypeError
         default = bulk.list_number
         list_numbers = [message.list_number or default for message in messages]
         distinct = "\n".join(names := set(list_numbers))  # type: ignore[arg-type]
         clean = (
             _are_numbers(joined)
-            # A newline inside a value would let one value pass for two.
+            # With a newline inside a value, one value would count as two.
             and joined.count("\n") == len(messages) - 1
             and _are_numbers(distinct)
             and distinct.count("\n") == len(names) - 1
@@ -122,7 +123,7 @@ def _validate_each(bulk: Bulk) -> Draft:
         refusal = _refusal(message, list_number)
         if refusal is None:
             draft.messages.append(_as_sent(message))
-            draft.list_numbers.append(list_number)  # type: ignore[arg-type]  # has been checked
+            draft.list_numbers.append(list_number)  # type: ignore[arg-type]  # checked above
             indexes.append(index)
         else:
             draft.rows.append(_row(index, message.to, refusal))
@@ -130,16 +131,16 @@ def _validate_each(bulk: Bulk) -> Draft:
 
 
 def _as_sent(message: Message | Misfit) -> Message:
-    """A message that passed every check, without what was sent as null: that is as good as not sent."""
-    if sent_nothing(message.contact_data):
+    """Return a valid message with its null objects removed: null means absent."""
+    if is_absent(message.contact_data):
         message.contact_data = UNSET
-    if sent_nothing(message.metadata):
+    if is_absent(message.metadata):
         message.metadata = UNSET
-    return message  # type: ignore[return-value]  # every field has been checked to be what a Message has
+    return message  # type: ignore[return-value]  # every field was checked: it has a Message's types
 
 
 def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal | None:
-    """The first failing check, in the contract's order; None when all pass."""
+    """Return the first check that fails, in the contract's order; None if all pass."""
     to, body = message.to, message.body
     if to is None or to == "":
         return errors.MISSING_TO
@@ -154,22 +155,22 @@ def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal |
     if message.wrap_links not in (True, False, None):
         return errors.INVALID_WRAP_LINKS
     contact_data, metadata = message.contact_data, message.metadata
-    if not sent_nothing(contact_data) and not is_contact_data(contact_data):
+    if not is_absent(contact_data) and not is_contact_data(contact_data):
         return errors.INVALID_CONTACT_DATA
-    if not sent_nothing(metadata) and not is_object(metadata):
+    if not is_absent(metadata) and not is_object(metadata):
         return errors.INVALID_METADATA
     return None
 
 
 def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin, *, layout: Layout = PLAIN) -> Batch:
-    """Build the payloads of the draft's messages whose list is in `lists` (list number → list id, the account's own).
+    """Build the payloads of the messages whose list number is in `lists`: the account's active list ids by number.
 
-    The id of a message depends on its index alone. When a batch runs again without a list that is gone, the other
-    messages keep their ids.
+    A message's id depends only on its index. So it stays the same when the batch runs again under an Idempotency-Key,
+    even if another version refuses other messages, or a list has become inactive.
     """
     messages, list_numbers, indexes, rows, _ = draft
     if not lists.keys() >= set(list_numbers):
-        messages, list_numbers, indexes, rows, _ = _only_owned(draft, lists)
+        messages, list_numbers, indexes, rows, _ = _drop_unresolved(draft, lists)
     used = ids.messages if len(indexes) == draft.size else [ids.messages[index] for index in indexes]
     account_id, request_id, accepted_at = origin
     contents = [
@@ -209,17 +210,17 @@ def _pack(contents: list[Payload], placed: list[Placed], envelope_ids: list[str]
     return Outgoing(ids, payloads, [shard for shard, _ in placed], account_id)
 
 
-def _only_owned(draft: Draft, lists: Mapping[str, int]) -> Draft:
-    """Return the draft without the messages whose list is not the caller's; each of those gets a row."""
-    mine = Draft([], [], indexes := [], list(draft.rows), draft.size)
+def _drop_unresolved(draft: Draft, lists: Mapping[str, int]) -> Draft:
+    """Return the draft without the messages whose list number is not in `lists`, and an error row for each."""
+    kept = Draft([], [], indexes := [], list(draft.rows), draft.size)
     for message, list_number, index in zip(draft.messages, draft.list_numbers, draft.indexes, strict=True):
         if list_number in lists:
-            mine.messages.append(message)
-            mine.list_numbers.append(list_number)
+            kept.messages.append(message)
+            kept.list_numbers.append(list_number)
             indexes.append(index)
         else:
-            mine.rows.append(_row(index, message.to, errors.LIST_NOT_FOUND))
-    return mine
+            kept.rows.append(_row(index, message.to, errors.LIST_NOT_FOUND))
+    return kept
 
 
 def _row(index: int, to: object, refusal: errors.Refusal) -> ErrorRow:

@@ -1,6 +1,6 @@
-"""Which SMS travel in which AMQP message, and to which shard. No IO, no clock, no randomness.
+"""The distribution of SMS over AMQP messages and shards. No IO, no clock, no randomness.
 
-By default every SMS is an AMQP message of its own, and there is one queue: then none of this is used.
+By default every SMS is an AMQP message of its own, and there is one queue. Then this module is not used.
 """
 
 from collections.abc import Sequence
@@ -8,35 +8,35 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """How SMS are laid out over AMQP messages and queues; the same for the life of a process."""
+    """The number of SMS per AMQP message, and of queues. It is constant for the life of a process."""
 
     messages_per_envelope: int = 1
     shards: int = 1
 
     @property
     def is_plain(self) -> bool:
-        """One SMS an AMQP message, one queue."""
+        """True with one SMS per AMQP message, and one queue."""
         return self.messages_per_envelope == self.shards == 1
 
     def most_envelopes(self, list_numbers: Sequence[str]) -> int:
-        """How many envelopes messages with these list numbers can take at the most; 0 without envelopes."""
+        """Return an upper bound on the envelopes for messages with these list numbers; 0 without envelopes."""
         if self.messages_per_envelope == 1:
             return 0
         return len(list_numbers) // self.messages_per_envelope + len(set(list_numbers))
 
 
 class Placed(NamedTuple):
-    """One AMQP message to be: its shard, and the positions of the SMS it carries."""
+    """The shard of one AMQP message, and the positions of its SMS in the batch."""
 
     shard: int
     positions: Sequence[int]
 
 
 def place(list_ids: Sequence[int], layout: Layout) -> list[Placed]:
-    """Place SMS, given by their list ids, in AMQP messages, ordered by shard.
+    """Distribute SMS, given by their list ids, over AMQP messages. The result is ordered by shard.
 
-    Only SMS of one list share an envelope, in the order in which they came; and all of a list go to the same shard: so
-    a list keeps its order.
+    An envelope has SMS of one list only, in request order. All SMS of a list go to the same shard. So each list keeps
+    its order.
     """
     size = layout.messages_per_envelope
     placed = [

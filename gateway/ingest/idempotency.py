@@ -31,7 +31,7 @@ from gateway.errors import (
 from gateway.ingest.batch import BatchIds
 from gateway.ingest.message_ids import IdBlock, ids_at
 from gateway.ingest.wire import Answer, encode
-from gateway.postgres.queries import HeldKey, Store
+from gateway.postgres.queries import HeldKey, Queries
 
 log = logging.getLogger(__name__)
 
@@ -70,10 +70,10 @@ class Claim:
             encoded = await claim.keep(answer)
     """
 
-    __slots__ = ("_account_id", "_numbers", "_store", "ids", "is_retry", "kept_answer", "lists")
+    __slots__ = ("_account_id", "_numbers", "_queries", "ids", "is_retry", "kept_answer", "lists")
 
-    def __init__(self, store: Store, account_id: int, list_numbers: list[str], ids: BatchIds) -> None:
-        self._store = store
+    def __init__(self, queries: Queries, account_id: int, list_numbers: list[str], ids: BatchIds) -> None:
+        self._queries = queries
         self._account_id = account_id
         self._numbers = list_numbers
         self.ids = ids
@@ -82,7 +82,7 @@ class Claim:
         self.kept_answer: bytes | None = None  # of an earlier run, encoded
 
     async def __aenter__(self) -> "Claim":
-        self.lists = await self._store.find_owned_lists(self._account_id, self._numbers)
+        self.lists = await self._queries.resolve_lists(self._account_id, self._numbers)
         return self
 
     async def __aexit__(
@@ -101,7 +101,7 @@ class KeyedClaim(Claim):
     __slots__ = ("_block", "_holder", "_idempotency", "_submission")
 
     def __init__(self, idempotency: "Idempotency", submission: Submission, block: IdBlock, ids: BatchIds) -> None:
-        super().__init__(idempotency.store, submission.account_id, submission.list_numbers, ids)
+        super().__init__(idempotency.queries, submission.account_id, submission.list_numbers, ids)
         self._idempotency = idempotency
         self._submission = submission
         self._block = block
@@ -113,7 +113,7 @@ class KeyedClaim(Claim):
         Raises IdempotencyInProgress, IdempotencyKeyReused or DatabaseUnavailable.
         """
         sent = self._submission
-        known = await self._store.hold_key(
+        known = await self._queries.hold_key(
             sent.account_id,
             sent.key,
             hashlib.sha256(sent.body).digest(),
@@ -150,9 +150,9 @@ class KeyedClaim(Claim):
         if error is None:
             return
         if isinstance(error, Unavailable) and not self.is_retry:
-            await self._settle(self._store.forget_key(*self._row))
+            await self._settle(self._queries.forget_key(*self._row))
             return
-        await self._settle(self._store.release_key(*self._row))
+        await self._settle(self._queries.release_key(*self._row))
         if isinstance(error, Unavailable):  # nothing of this run is queued, but the first run may have queued it all
             raise OutcomeUnknown from error
 
@@ -160,9 +160,9 @@ class KeyedClaim(Claim):
         """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
         encoded = encode(answer)
         if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
-            await self._settle(self._store.release_key(*self._row))
+            await self._settle(self._queries.release_key(*self._row))
         else:
-            await self._settle(self._store.keep_answer(*self._row, encoded))
+            await self._settle(self._queries.keep_answer(*self._row, encoded))
         return encoded
 
     @property
@@ -176,8 +176,8 @@ class KeyedClaim(Claim):
 class Idempotency:
     """Claims for requests with a key. The rows are in the database that all processes share."""
 
-    def __init__(self, store: Store, *, longest_run_s: float) -> None:
-        self.store = store
+    def __init__(self, queries: Queries, *, longest_run_s: float) -> None:
+        self.queries = queries
         self.hold_s = longest_run_s + HOLD_MARGIN_S
         self._settling: set[asyncio.Task[None]] = set()
         self.requests: Counter[str] = Counter()  # requests with a key, by result
@@ -191,7 +191,7 @@ class Idempotency:
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_INTERVAL_S)  # noqa: S311 - jitter
             try:
-                while await self.store.sweep_keys():
+                while await self.queries.sweep_keys():
                     pass
             except DatabaseUnavailable:
                 log.warning("expired idempotency keys stay until the next sweep")

@@ -1,14 +1,15 @@
 """Message ids: 8 characters of [0-9A-Za-z], unique for ever, from numbers leased in blocks. No IO, no randomness.
 
-The ids are a table of 62⁶ rows and 62² columns. A database sequence leases rows, LEASE_ROWS at a time, so no two
-processes ever hold the same row, and no request waits for the database. Handing out ids is walking along the rows.
+The ids form a table of 62⁶ rows and 62² columns. A database sequence leases LEASE_ROWS rows at a time. So no two
+processes hold the same row, and no request waits for the database. A process hands out its ids row by row. An id's
+position is row × COLUMNS + column.
 
-A row's number, multiplied by a constant modulo 62⁶ (a bijection, for the constant shares no factor with 62), gives
-six digits. A column's number gives, through a fixed shuffle, the last two characters; and through fixed tables six
-shifts, which are added to the row's six digits modulo 62. It is one round of a Feistel network: reading the last two
-characters tells the column, so the shifts can be taken off again and the row be read, hence no two places share
-an id; and neighbours look unrelated. Done for a whole row at once it is eight `bytes.translate`, and a
-fraction of what arithmetic per id takes (scripts/bench stages, row "ids").
+A row's number is multiplied by a constant modulo 62⁶. The constant shares no factor with 62, so this is a bijection.
+The product has six digits in base 62. A column's number, through a fixed shuffle, gives the last two characters.
+Through fixed tables it also gives six shifts, which are added to the six digits modulo 62. This is one round of a
+Feistel network: the last two characters give the column, so the shifts can be subtracted, and the row can be read.
+Hence no two positions share an id, and neighbouring ids look unrelated. For a whole row at once this takes eight
+`bytes.translate`, a fraction of arithmetic per id (scripts/bench stages, row "ids").
 
 **Changing any constant here breaks the promise of uniqueness** for databases that have leased ids already.
 """
@@ -18,15 +19,15 @@ from typing import NamedTuple
 
 ALPHABET = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 BASE = len(ALPHABET)
-COLUMNS = BASE**2  # ids in a row
+COLUMNS = BASE**2  # ids per row
 ROWS = BASE**6
-LEASE_ROWS = 256  # about a million ids: a lease a second at full speed, and 221 million leases in all
+LEASE_ROWS = 256  # about a million ids: one lease per second at full speed, of 221 million leases
 LEASES = ROWS // LEASE_ROWS
 _ROW_MULTIPLIER = 35_105_676_821  # near ROWS / golden ratio, odd and no multiple of 31
 
 
 def _tables() -> tuple[list[bytes], list[bytes]]:
-    """Per column of the table: its six shifts, and the two characters of its shuffled number."""
+    """Return, for each column, its six shifts, and the two characters of its shuffled number."""
     noise = hashlib.shake_256(b"sms gateway message ids, version 1").digest(10 * COLUMNS)
     shifts = [bytes(byte % BASE for byte in noise[k * COLUMNS : (k + 1) * COLUMNS]) for k in range(6)]
     keys = noise[6 * COLUMNS :]
@@ -40,9 +41,9 @@ _ADD = [bytes(ALPHABET[(digit + shift) % BASE] for shift in range(BASE)).ljust(2
 
 
 def row_ids(row: int) -> list[str]:
-    """All COLUMNS ids of one row, in the order in which they are handed out."""
+    """Return all COLUMNS ids of one row, in the order of their positions."""
     scattered = row * _ROW_MULTIPLIER % ROWS
-    ids = bytearray(b" ") * (9 * COLUMNS)  # with a space behind each: split() is four times faster than slicing
+    ids = bytearray(b" ") * (9 * COLUMNS)  # ids and spaces: split() is four times faster than slicing
     for k in range(6):
         scattered, digit = divmod(scattered, BASE)
         ids[k::9] = _SHIFTS[k].translate(_ADD[digit])
@@ -51,14 +52,14 @@ def row_ids(row: int) -> list[str]:
 
 
 class IdBlock(NamedTuple):
-    """Ids that are neighbours in the table, from the place `first` on."""
+    """Ids of neighbouring positions. `first` is the position of the first id."""
 
     first: int
     ids: list[str]
 
 
 def ids_at(first: int, count: int) -> list[str]:
-    """`count` ids from a place on; a place is row × COLUMNS + column."""
+    """Return the ids of `count` positions, beginning at `first`."""
     row, column = divmod(first, COLUMNS)
     ids = row_ids(row)[column : column + count]
     while len(ids) < count:
@@ -83,9 +84,9 @@ class LeasedIds:
         return (self._end_row - self._next_row) * COLUMNS + len(self._row) - self._column
 
     def take(self, count: int) -> IdBlock:
-        """The next `count` ids. Raises IndexError, and hands out none, when fewer are left."""
+        """Return the next `count` ids. Raises IndexError, and takes none, when fewer are left."""
         if count > len(self):
-            raise IndexError(f"{count} ids asked for, {len(self)} left in this lease")
+            raise IndexError(f"{count} ids requested, {len(self)} left in this lease")
         first = self._next_row * COLUMNS - (len(self._row) - self._column)
         taken = self._row[self._column : self._column + count]
         self._column += len(taken)

@@ -15,7 +15,7 @@ from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Claim, Idempotency, Submission
 from gateway.ingest.wire import Answer, ErrorRow, decode_bulk
-from gateway.postgres.queries import Store
+from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import BUILD, PUBLISH, RESOLVE_LISTS, VALIDATE
 from gateway.telemetry.requests import RequestRecord
 from gateway.telemetry.tracing import NoTracing, Tracing
@@ -37,14 +37,14 @@ class Pipeline:
     def __init__(
         self,
         *,
-        store: Store,
+        queries: Queries,
         ids: IdSupply,
         idempotency: Idempotency,
         publisher: Publisher,
         layout: Layout,
         tracing: Tracing | NoTracing,
     ) -> None:
-        self._store = store
+        self._queries = queries
         self._ids = ids
         self._idempotency = idempotency
         self._publisher = publisher
@@ -86,7 +86,7 @@ class Pipeline:
         ids = BatchIds(block.ids, []) if self._layout.is_plain else _split(block.ids, draft.size)
         list_numbers = draft.distinct_list_numbers()
         if request.idempotency_key is None:
-            return Claim(self._store, request.account_id, list_numbers, ids)
+            return Claim(self._queries, request.account_id, list_numbers, ids)
         submission = Submission(request.account_id, request.idempotency_key, request.body, draft.size, list_numbers)
         return self._idempotency.claim(submission, block, ids)
 

@@ -1,8 +1,7 @@
-"""The shapes on the wire and their typed codecs, built once. No IO, no clock.
+"""The types of requests, answers and payloads, with their JSON codecs. No IO, no clock.
 
-A well-formed request is decoded in one pass into typed messages. Only when that fails because something has the
-wrong type is the batch taken message by message, so that one misfit costs only itself. `contact_data` and `metadata`
-stay the bytes they came as.
+A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
+message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
 """
 
 from contextlib import suppress
@@ -15,12 +14,12 @@ from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
-# 1,000 messages with this many commas in their texts are possible, only rare: they are looked at twice.
-LARGE_BODY, MANY_COMMAS = 64 * 1024, 20_000
+# Bodies beyond both have their elements counted first. Up to 1,000 valid messages may have as many commas; few do.
+LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
 
 
 class Message(msgspec.Struct, gc=False):
-    """One message as the caller sent it. `null` and absent are the same: nothing sent."""
+    """One message as the caller sent it. `null` means absent."""
 
     to: str | None = None
     list_number: str | None = None
@@ -31,9 +30,9 @@ class Message(msgspec.Struct, gc=False):
 
 
 class Misfit(msgspec.Struct, gc=False):
-    """An element of `messages` that did not decode as a Message, because some value has the wrong type.
+    """An element of `messages` that is no Message, because at least one value has the wrong type.
 
-    Strings and null are themselves; any other value is WRONG_TYPE, and so never equal to something usable.
+    Strings and null are decoded. WRONG_TYPE replaces any other value, and fails every check.
     """
 
     to: object = None
@@ -52,11 +51,11 @@ class Bulk(msgspec.Struct):
 
     messages: list[Message | Misfit]
     list_number: object = None
-    typed: bool = True  # no Misfit among the messages
+    typed: bool = True  # False: some messages are Misfits
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
-    """One refused message in the answer; `to` is what came in if it was a string, else null."""
+    """One message that was not queued. `to` is the caller's value if that is a string, otherwise null."""
 
     index: int
     to: str | None
@@ -67,7 +66,7 @@ class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
 
 
 class Answer(msgspec.Struct):
-    """The answer to a processed batch: queued_count + error_count = messages sent in."""
+    """The answer to a batch: queued_count + error_count is the number of messages in the request."""
 
     queued_count: int
     error_count: int
@@ -75,7 +74,7 @@ class Answer(msgspec.Struct):
 
 
 class Payload(msgspec.Struct, gc=False):
-    """What the consumer gets for one SMS, in this order (AMQP `type: sms.v1`; in `sms.batch.v1`, an array of them)."""
+    """The payload for one SMS, fields in this order: AMQP type `sms.v1`, or an array of them as `sms.batch.v1`."""
 
     id: str
     account_id: int
@@ -92,7 +91,7 @@ class Payload(msgspec.Struct, gc=False):
 
 
 class ContactData(msgspec.Struct):
-    """The sub-fields of `contact_data` whose types the contract fixes; others pass unseen."""
+    """The fields of `contact_data` whose types the contract defines. Other fields are not checked."""
 
     first_name: str | None = None
     last_name: str | None = None
@@ -106,7 +105,7 @@ class _TypedBulk(msgspec.Struct):
 
 
 class _Element:
-    """Whatever stands in `messages`, while it is only counted."""
+    """A stand-in for any element of `messages` during counting."""
 
 
 _ELEMENT = _Element()
@@ -154,9 +153,9 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
     """Decode a request body. Raises InvalidJson, MissingMessages or TooManyMessages."""
     try:
         if not body.isascii():
-            # msgspec skips over raw and unknown fields without looking at their bytes.
+            # msgspec does not check the bytes of raw and unknown fields.
             body.decode("utf-8")
-        if len(body) > LARGE_BODY and body.count(b",") > MANY_COMMAS:
+        if len(body) > LARGE_BODY_BYTES and body.count(b",") > MANY_COMMAS:
             _count_before_building(body)
         try:
             typed = _typed_bulk.decode(body)
@@ -165,27 +164,27 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJson from error
     _check_count(len(typed.messages))
-    return Bulk(typed.messages, typed.list_number)  # type: ignore[arg-type]  # list is invariant, and we only read
+    return Bulk(typed.messages, typed.list_number)  # type: ignore[arg-type]  # list is invariant; read only
 
 
 def _count_before_building(body: bytes | bytearray) -> None:
-    """Raise TooManyMessages at the 1,001st element, before a list of a million is built only to be refused."""
+    """Raise TooManyMessages at the 1,001st element, before a list of perhaps a million objects is built."""
     seen = 0
 
-    def look_at(_kind: type, _element: object) -> _Element:
+    def count(_kind: type, _element: object) -> _Element:
         nonlocal seen
         seen += 1
         if seen > MAX_MESSAGES:
             raise TooManyMessages
         return _ELEMENT
 
-    with suppress(msgspec.ValidationError):  # for the decoding proper to judge
-        msgspec.json.decode(body, type=_CountedBulk, dec_hook=look_at)
+    with suppress(msgspec.ValidationError):  # decode_bulk reports these
+        msgspec.json.decode(body, type=_CountedBulk, dec_hook=count)
 
 
 def _decode_loosely(body: bytes | bytearray) -> Bulk:
-    """Some value has the wrong type: find out which message it costs."""
-    bulk = _loose_bulk.decode(body)  # raises ValidationError, a DecodeError, when the body is no object
+    """Decode a body in which some value has the wrong type, message by message."""
+    bulk = _loose_bulk.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
     if _first_byte(bulk.messages) != b"[":
         raise MissingMessages
     elements = _raw_list.decode(bulk.messages)
@@ -220,7 +219,7 @@ def _string_or_none(value: Raw) -> object:
 
 
 def _first_byte(value: Raw) -> bytes:
-    return memoryview(value)[:1].tobytes()  # the value may be megabytes: no copy of it
+    return memoryview(value)[:1].tobytes()  # no copy: the value may have megabytes
 
 
 def _check_count(count: int) -> None:
@@ -230,31 +229,31 @@ def _check_count(count: int) -> None:
         raise TooManyMessages
 
 
-def sent_nothing(value: Raw | UnsetType) -> bool:
-    """Whether an optional object was left out, or sent as null."""
+def is_absent(value: Raw | UnsetType) -> bool:
+    """Return True if an optional object was left out, or sent as null."""
     return value is UNSET or memoryview(value).tobytes() == b"null"
 
 
 def is_object(value: Raw | UnsetType) -> bool:
-    """Whether a raw value is a JSON object."""
+    """Return True if a raw value is a JSON object."""
     return value is not UNSET and _first_byte(value) == b"{"
 
 
 def is_contact_data(value: Raw | UnsetType) -> bool:
-    """Whether the known sub-fields, where present, have the types of the contract."""
+    """Return True if a raw value is an object whose known fields have the contract's types."""
     if value is UNSET:
         return False
     try:
         _contact_data.decode(value)
     except msgspec.ValidationError:
-        return is_object(value) and _counts_as_contact_data(value)
+        return is_object(value) and _is_valid_by_last_values(value)
     except RecursionError:
         return False
     return True
 
 
-def _counts_as_contact_data(value: Raw) -> bool:
-    """The same, of sub-fields said twice: the last one counts, while the types above were asked of each."""
+def _is_valid_by_last_values(value: Raw) -> bool:
+    """Return True if the last value of each known field has its type: msgspec checks every repetition of a field."""
     last = _loose_contact_data.decode(value)
     texts = last.first_name, last.last_name, last.timezone
     return {_first_byte(text) for text in texts} <= {b'"', b"n"} and _first_byte(last.custom_fields) in (b"{", b"n")

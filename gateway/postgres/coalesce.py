@@ -1,74 +1,74 @@
-"""Shares one query between the requests in flight together, as a database's group commit shares one flush.
+"""Coalescing of lookups: concurrent lookups share one query, as a database's group commit shares one flush.
 
-A lone question is asked at once. Questions that come while queries are out wait for one to return and are asked
-together: the busier the gateway, the fewer queries a request costs (scripts/bench compare, batches of 1 and of 10).
+A lone lookup starts a query at once. A lookup that finds MAX_QUERIES running waits for one to return, and shares the
+next. Under load a request therefore costs fewer queries (scripts/bench compare, batches of 1 and of 10).
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-Q = TypeVar("Q")
-A = TypeVar("A")
+K = TypeVar("K")
+V = TypeVar("V")
 
-MAX_WEIGHT = 2_000  # of the questions in one query: bounds how long the others of its group wait for a large one
-MAX_QUERIES = 2  # at once: while a slow one is out, the others still pass it by
+MAX_WEIGHT = 2_000  # per query: bounds how long small lookups wait for a large one
+MAX_QUERIES = 2  # at once: one slow query does not delay all others
 
 
-class Coalescer(Generic[Q, A]):
-    """Answers single questions by asking many at once."""
+class Coalescer(Generic[K, V]):
+    """Looks up single keys with queries for many keys."""
 
     def __init__(
-        self, ask_all: Callable[[Sequence[Q]], Awaitable[Sequence[A]]], *, weigh: Callable[[Q], int] = lambda _: 1
+        self, fetch_all: Callable[[Sequence[K]], Awaitable[Sequence[V]]], *, weigh: Callable[[K], int] = lambda _: 1
     ) -> None:
-        """`ask_all` returns one answer per question, in order; what it raises, every question of the group gets."""
-        self._ask_all = ask_all
+        """`fetch_all` returns one value per key, in order. Every lookup of a query raises what `fetch_all` raises."""
+        self._fetch_all = fetch_all
         self._weigh = weigh
-        self._waiting: list[tuple[Q, asyncio.Future[A]]] = []
+        self._waiting: list[tuple[K, asyncio.Future[V]]] = []
         self._queries: set[asyncio.Task[None]] = set()
 
-    async def ask(self, question: Q) -> A:
-        """The answer to one question, from a query that starts after the question was asked: never an older one."""
-        answer: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self._waiting.append((question, answer))
+    async def get(self, key: K) -> V:
+        """Return the value of one key, from a query that starts after this call. No value is cached."""
+        value: asyncio.Future[V] = asyncio.get_running_loop().create_future()
+        self._waiting.append((key, value))
         if len(self._queries) < MAX_QUERIES:
-            self._queries.add(asyncio.create_task(self._answer_the_waiting()))
-        return await answer
+            self._queries.add(asyncio.create_task(self._run()))
+        return await value
 
-    async def _answer_the_waiting(self) -> None:
+    async def _run(self) -> None:
         try:
             while self._waiting:
-                await self._answer(self._next_group())
+                await self._query(self._next_group())
         finally:
-            # In the very step that saw nobody waiting: whoever asks from now on starts a query again.
+            # No await between the last look at `_waiting` and this: a later lookup must start a task of its own.
             task = asyncio.current_task()
             assert task is not None  # noqa: S101 - it runs as one
             self._queries.discard(task)
 
-    async def _answer(self, group: list[tuple[Q, asyncio.Future[A]]]) -> None:
+    async def _query(self, group: list[tuple[K, asyncio.Future[V]]]) -> None:
         try:
-            answers = await self._ask_all([question for question, _ in group])
+            values = await self._fetch_all([key for key, _ in group])
         except BaseException as error:
             if isinstance(error.__cause__, TimeoutError):
-                # Those who waited meanwhile too: to ask a silent server again would make them wait twice as long.
+                # Fail the waiting lookups as well: the next query would time out too, and double their wait.
                 group, self._waiting = group + self._waiting, []
-            for _, answer in group:
-                if not answer.done():
+            for _, value in group:
+                if not value.done():
                     if isinstance(error, Exception):
-                        answer.set_exception(error)
+                        value.set_exception(error)
                     else:
-                        answer.cancel()
+                        value.cancel()
             if not isinstance(error, Exception):
                 raise
         else:
-            for (_, answer), result in zip(group, answers, strict=True):
-                if not answer.done():
-                    answer.set_result(result)
+            for (_, value), fetched in zip(group, values, strict=True):
+                if not value.done():
+                    value.set_result(fetched)
 
-    def _next_group(self) -> list[tuple[Q, asyncio.Future[A]]]:
+    def _next_group(self) -> list[tuple[K, asyncio.Future[V]]]:
         weight = count = 0
-        for question, _ in self._waiting:
-            weight += self._weigh(question)
+        for key, _ in self._waiting:
+            weight += self._weigh(key)
             if count and weight > MAX_WEIGHT:
                 break
             count += 1

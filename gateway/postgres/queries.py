@@ -1,8 +1,7 @@
-"""The questions asked of PostgreSQL on the way of a request: one function each, SQL as named constants.
+"""The queries of a request: one method each, SQL as named constants.
 
-Requests in flight together share queries (grouped.py); an answer is always from a query that began after its question.
-Whatever goes wrong leaves here as DatabaseUnavailable. Reads go to the primary, without a cache, so that a revoked key
-or a suspended account is refused on the first request after the commit.
+Concurrent requests share queries (coalesce.py). Reads go to the primary, without a cache: a revoked key or a suspended
+account is refused from the first request after the commit. Every method raises DatabaseUnavailable, and no other error.
 """
 
 import asyncio
@@ -11,7 +10,7 @@ from datetime import timedelta
 from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
-from gateway.postgres.pool import Database
+from gateway.postgres.pool import Pool
 
 FIND_ACCOUNTS_BY_KEY = """
     SELECT key.sha256, account.id, account.status = 'active' AS is_active
@@ -20,17 +19,17 @@ FIND_ACCOUNTS_BY_KEY = """
     WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
 """
 
-FIND_OWNED_LISTS = """
+RESOLVE_LISTS = """
     SELECT list.account_id, list.number, list.id
-    FROM unnest($1::bigint[], $2::text[]) AS asked (account_id, number)
-    JOIN sending_lists AS list ON list.account_id = asked.account_id AND list.number = asked.number
+    FROM unnest($1::bigint[], $2::text[]) AS wanted (account_id, number)
+    JOIN sending_lists AS list ON list.account_id = wanted.account_id AND list.number = wanted.number
     WHERE list.status = 'active'
 """
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
 
-# Takes the row of an Idempotency-Key, or makes it, and finds the lists on the way: one round trip. No row comes back
-# when another run holds the key, has answered already, or came with another body.
+# Insert or take over the row of an Idempotency-Key, and resolve the lists, in one round trip. Returns no row when
+# another run holds the key, when the key has an answer, or when the body is another one.
 HOLD_KEY = """
     WITH held AS (
         INSERT INTO idempotency_keys AS kept (account_id, key, body_sha256, first_id, holder, held_until)
@@ -61,7 +60,7 @@ FORGET_KEY = """
     DELETE FROM idempotency_keys WHERE account_id = $1 AND key = $2 AND holder = $3 AND answer IS NULL
 """
 
-# Several processes may sweep at once: what one has locked, the others pass by.
+# SKIP LOCKED: several processes may sweep at once.
 SWEEP_KEYS = """
     DELETE FROM idempotency_keys WHERE (account_id, key) IN (
         SELECT account_id, key FROM idempotency_keys
@@ -69,62 +68,62 @@ SWEEP_KEYS = """
         ORDER BY created_at LIMIT 1000 FOR UPDATE SKIP LOCKED
     )
 """
-SWEPT_AT_ONCE = 1000  # as in SWEEP_KEYS
+SWEEP_LIMIT = 1000  # as in SWEEP_KEYS
 
 
 class Account(NamedTuple):
-    """Who a request comes from."""
+    """An account with a valid key."""
 
     id: int
     is_active: bool
 
 
 class HeldKey(NamedTuple):
-    """An Idempotency-Key that this run holds now: from which place its message ids come, and the lists it asked for."""
+    """An Idempotency-Key that this run holds: the position of its first message id, and list ids by number."""
 
     first_id: int
     lists: dict[str, int]
 
 
 class KnownKey(NamedTuple):
-    """An Idempotency-Key that this run cannot have."""
+    """An Idempotency-Key that this run cannot hold."""
 
     is_same_body: bool
-    answer: bytes | None  # None: another run holds it
+    answer: bytes | None  # None: another run holds the key
 
 
-class Store:
-    """Answers the questions of a request."""
+class Queries:
+    """The queries of a request, on one pool."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
-        self._accounts = Coalescer(self._find_accounts)
-        self._lists = Coalescer(self._find_lists, weigh=lambda question: len(question[1]))
-        # Writes wait for disks, and perhaps for a standby: they must not take all connections from the other questions.
-        self._holding, self._settling = asyncio.Semaphore(2), asyncio.Semaphore(1)
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._accounts = Coalescer(self._fetch_accounts)
+        self._lists = Coalescer(self._fetch_lists, weigh=lambda wanted: len(wanted[1]))
+        # Writes wait for disks, and perhaps for a standby: without a bound they would take all connections from reads.
+        self._hold_slots, self._settle_slots = asyncio.Semaphore(2), asyncio.Semaphore(1)
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
-        """Whose key it is; None when it is unknown or revoked."""
-        return await self._accounts.ask(key_sha256)
+        """Return the account of a key; None for an unknown or revoked key."""
+        return await self._accounts.get(key_sha256)
 
-    async def find_owned_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
-        """List number → list id, for those of `numbers` that are active lists of this account."""
-        return await self._lists.ask((account_id, numbers)) if numbers else {}
+    async def resolve_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
+        """Return list ids by number, for the `numbers` that are active lists of this account."""
+        return await self._lists.get((account_id, numbers)) if numbers else {}
 
-    async def _find_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
-        async with self._database.connection() as connection:
+    async def _fetch_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
+        async with self._pool.connection() as connection:
             rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
         accounts = {sha256: Account(account_id, is_active) for sha256, account_id, is_active in rows}
         return [accounts.get(key) for key in keys]
 
-    async def _find_lists(self, questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
-        asked = [(account_id, number) for account_id, numbers in questions for number in numbers]
-        async with self._database.connection() as connection:
-            rows = await connection.fetch(FIND_OWNED_LISTS, *map(list, zip(*asked, strict=True)))
-        owned = {(account_id, number): list_id for account_id, number, list_id in rows}
+    async def _fetch_lists(self, wanted: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
+        pairs = [(account_id, number) for account_id, numbers in wanted for number in numbers]
+        async with self._pool.connection() as connection:
+            rows = await connection.fetch(RESOLVE_LISTS, *map(list, zip(*pairs, strict=True)))
+        list_ids = {(account_id, number): list_id for account_id, number, list_id in rows}
         return [
-            {number: owned[account_id, number] for number in numbers if (account_id, number) in owned}
-            for account_id, numbers in questions
+            {number: list_ids[account_id, number] for number in numbers if (account_id, number) in list_ids}
+            for account_id, numbers in wanted
         ]
 
     async def hold_key(
@@ -138,8 +137,11 @@ class Store:
         hold_s: float,
         numbers: list[str],
     ) -> HeldKey | KnownKey | None:
-        """Hold an Idempotency-Key for `hold_s` seconds, or learn why not; None when it went away in between."""
-        async with self._database.connection(self._holding) as connection:
+        """Hold an Idempotency-Key for `hold_s` seconds.
+
+        Returns HeldKey on success, otherwise KnownKey; None when the key was removed between the two queries.
+        """
+        async with self._pool.connection(self._hold_slots) as connection:
             rows = await connection.fetch(
                 HOLD_KEY, account_id, key, body_sha256, first_id, holder, timedelta(seconds=hold_s), numbers
             )
@@ -150,28 +152,28 @@ class Store:
         return known and KnownKey(*known)
 
     async def keep_answer(self, account_id: int, key: str, holder: int, answer: bytes) -> None:
-        """Keep a held key's answer, for those who send the same again."""
+        """Store the answer of a held key, for requests that repeat the key."""
         await self._execute(KEEP_ANSWER, account_id, key, holder, answer)
 
     async def release_key(self, account_id: int, key: str, holder: int) -> None:
-        """Let another run hold the key; its ids stay."""
+        """Release a held key: another run may hold it, with the same message ids."""
         await self._execute(RELEASE_KEY, account_id, key, holder)
 
     async def forget_key(self, account_id: int, key: str, holder: int) -> None:
-        """As if the key had never been sent."""
+        """Delete a held key, as if it had never been sent."""
         await self._execute(FORGET_KEY, account_id, key, holder)
 
     async def sweep_keys(self) -> bool:
-        """Remove up to SWEPT_AT_ONCE keys that are older than a day; whether there may be more."""
-        return await self._execute(SWEEP_KEYS) == f"DELETE {SWEPT_AT_ONCE}"
+        """Delete up to SWEEP_LIMIT keys older than 24 hours. Returns True when more may be left."""
+        return await self._execute(SWEEP_KEYS) == f"DELETE {SWEEP_LIMIT}"
 
     async def _execute(self, statement: str, *arguments: object) -> str:
-        async with self._database.connection(self._settling) as connection:
+        async with self._pool.connection(self._settle_slots) as connection:
             status: str = await connection.execute(statement, *arguments)
         return status
 
     async def lease_message_ids(self) -> int:
-        """The number of a lease that no other process has, or will ever have."""
-        async with self._database.connection() as connection:
+        """Return the number of a new lease of message ids, unique for ever."""
+        async with self._pool.connection() as connection:
             lease: int = await connection.fetchval(LEASE_MESSAGE_IDS)
         return lease

@@ -3,30 +3,31 @@
 import asyncio
 import gc
 import logging
-import os
-import signal
 import ssl
 import sys
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 
 import uvloop
-from aiohttp import web
 
 from gateway import __version__, config, tls
 from gateway.config import ConfigurationError, Settings
 from gateway.runtime import Runtime, open_runtime
+from gateway.server.signals import handle_signals
 from gateway.server.supervisor import supervise
-from gateway.server.unix_sockets import is_served, locked
+from gateway.server.unix_sockets import listen_on_own_socket
 from gateway.telemetry import log, tracing
-from gateway.web.app import make_app, make_ops_app
-from gateway.web.connections import JsonRunner, Limits, Site
+from gateway.web.answers import refuse_unhandled
+from gateway.web.api import make_app
+from gateway.web.connections import BoundedRunner
+from gateway.web.ops import make_ops_app
+from gateway.web.sockets import Limits
 
 logger = logging.getLogger(__name__)
 
-LISTEN_BACKLOG = 1024  # connections that wait to be accepted; beyond, callers try again only after a second
-OPS_CONNECTIONS = 64  # probes and an operator or two
-OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes and scrapes; callers have theirs behind them by then
+OPS_CONNECTIONS = 64  # for probes and a few operators
+OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes and scrapes; the API has been drained by then
 
 
 def run(settings: Settings, *, workers: int = 1) -> None:
@@ -47,7 +48,7 @@ def run(settings: Settings, *, workers: int = 1) -> None:
 
 
 def run_worker(settings: Settings, ops_socket: str) -> None:
-    """One of several workers: shares the API port, and answers its supervisor's probes on a unix socket."""
+    """Serve as one of several workers: on the shared API port, with operations on a unix socket of its own."""
     log.configure(settings.log_level, settings.log_format, process=Path(ops_socket).name)
     tls.check(settings)
     tracing.check(settings)
@@ -55,7 +56,7 @@ def run_worker(settings: Settings, ops_socket: str) -> None:
 
 
 def _run(serving: Coroutine[None, None, None]) -> None:
-    # Requests leave few cycles, and what lives from the start is no garbage: collect seldom, and spare the rest
+    # Requests leave few cycles, and objects made at the start stay: collect seldom, and skip those objects
     # (scripts/bench compare, batches of 1).
     gc.set_threshold(50_000, 20, 20)
     gc.freeze()
@@ -63,45 +64,23 @@ def _run(serving: Coroutine[None, None, None]) -> None:
 
 
 async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
-    """Serve until told to stop. With `ops_socket`, as one of several workers.
+    """Start, serve until told to stop, and shut down. With `ops_socket`, as one of several workers.
 
-    The order of the drain: not ready → serve on for drain_delay_s with `Connection: close` → stop listening → finish
-    the requests in flight, which wait for their confirms → close broker, then database.
+    Order of the shutdown:
+
+    1. `/readyz` answers 503. Requests are served for `drain_delay_s` more, with `Connection: close`.
+    2. The API stops listening. Further requests on open connections are refused as draining.
+    3. Requests in flight wait for their confirms and are answered, within `drain_timeout_s`.
+    4. The operations listener closes, then the broker's connections, then the database's.
     """
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-
-    def supervisor_is_gone() -> None:
-        loop.remove_reader(sys.stdin)
-        stop.set()
-
+    context = tls.api_context(settings)
+    stop = handle_signals(on_hangup=partial(_renew_certificate, context, settings) if context else None)
+    if ops_socket is not None:
+        _stop_with_supervisor(stop)
     async with open_runtime(settings) as runtime:
         ops, callers = make_runners(runtime)
         try:
-            if ops_socket is None:
-                ops_address = str(await listen(ops, settings.ops_host, settings.ops_port))
-            else:
-                ops_address = await listen_on_socket(ops, ops_socket)
-                loop.add_reader(sys.stdin, supervisor_is_gone)  # nothing is ever written to it: it ends with him
-            if settings.api_socket:
-                api_address = await listen_on_own_socket(callers, settings.api_socket)
-            else:
-                context = tls.api_context(settings)
-                if context is not None:
-                    loop.add_signal_handler(signal.SIGHUP, _renew_certificate, context, settings)
-                port = await listen(
-                    callers,
-                    settings.api_host,
-                    settings.api_port,
-                    shared=ops_socket is not None,
-                    context=context,
-                    handshake_timeout_s=settings.header_timeout_s,
-                )
-                api_address = f"{port} (TLS)" if context else str(port)
-            logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
-            logger.info("settings: %s", settings.masked())
+            await _start(settings, ops, callers, context, ops_socket)
             await stop.wait()
             await _drain(runtime, callers)
         finally:
@@ -110,24 +89,75 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     logger.info("stopped")
 
 
-def make_runners(runtime: Runtime) -> tuple[web.AppRunner, web.AppRunner]:
-    """The two listeners, operations and API, still to be bound."""
+def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
+    """Return the runners of operations and of the API; they listen nowhere yet."""
     settings = runtime.settings
     limits = Limits(settings.header_timeout_s, settings.answer_timeout_s, settings.max_connections)
-    ops = JsonRunner(
+    ops = BoundedRunner(
         make_ops_app(runtime),
         limits._replace(max_connections=OPS_CONNECTIONS),
+        refuse_unhandled,
         shutdown_timeout=OPS_SHUTDOWN_TIMEOUT_S,
     )
-    callers = JsonRunner(
+    callers = BoundedRunner(
         make_app(runtime),
         limits,
+        refuse_unhandled,
         on_refused=runtime.counters.refuse_unread,
-        auto_decompress=False,  # a gzip bomb would be unpacked before the key is looked at
+        auto_decompress=False,  # a gzip bomb would be unpacked before the key is checked
         keepalive_timeout=settings.keepalive_timeout_s,
-        shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits so long twice: for handlers, for connections
+        shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits for it twice: for handlers, then for connections
     )
     return ops, callers
+
+
+async def _start(
+    settings: Settings,
+    ops: BoundedRunner,
+    callers: BoundedRunner,
+    context: ssl.SSLContext | None,
+    ops_socket: str | None,
+) -> None:
+    """Listen for operations, then for callers. Raises ConfigurationError when an address cannot be used."""
+    if ops_socket is None:
+        ops_address = str(await ops.listen(settings.ops_host, settings.ops_port))
+    else:
+        ops_address = ops_socket
+        await ops.listen_on_unix_socket(ops_socket)
+    if settings.api_socket:
+        api_address = settings.api_socket
+        await listen_on_own_socket(callers, settings.api_socket)
+    else:
+        port = await callers.listen(
+            settings.api_host,
+            settings.api_port,
+            shared=ops_socket is not None,
+            context=context,
+            handshake_timeout_s=settings.header_timeout_s,
+        )
+        api_address = f"{port} (TLS)" if context else str(port)
+    logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
+    logger.info("settings: %s", settings.masked())
+
+
+async def _drain(runtime: Runtime, callers: BoundedRunner) -> None:
+    """Do steps 1 and 2 of the shutdown; the runner's cleanup does step 3."""
+    logger.info("draining, %s requests in flight", runtime.admission.requests)
+    runtime.draining = True
+    await asyncio.sleep(runtime.settings.drain_delay_s)
+    callers.stop_listening()
+    runtime.admission.closed = True
+
+
+def _stop_with_supervisor(stop: asyncio.Event) -> None:
+    """Stop when standard input ends: the supervisor holds its other end, and never writes to it."""
+    loop = asyncio.get_running_loop()
+
+    def stop_reading() -> None:
+        loop.remove_reader(sys.stdin)
+        stop.set()
+
+    loop.add_reader(sys.stdin, stop_reading)
 
 
 def _renew_certificate(context: ssl.SSLContext, settings: Settings) -> None:
@@ -137,70 +167,3 @@ def _renew_certificate(context: ssl.SSLContext, settings: Settings) -> None:
         logger.error("the certificate in use stays: %s cannot be used: %s", settings.api_tls_cert_file, error)
     else:
         logger.info("new connections get the certificate that %s holds now", settings.api_tls_cert_file)
-
-
-async def listen_on_socket(runner: web.AppRunner, path: str) -> str:
-    """Start to accept connections on a unix socket; a dead predecessor's is replaced."""
-    await runner.setup()
-    await web.UnixSite(runner, path).start()
-    return path
-
-
-async def listen_on_own_socket(runner: web.AppRunner, path: str) -> str:
-    """Start to accept callers on a unix socket that this process's user and group may connect to.
-
-    A dead predecessor's is replaced. Raises ConfigurationError when a living one serves it, or it cannot be had.
-    """
-    try:
-        with locked(Path(path).parent):  # whoever starts at the same time must not find ours bound and not yet served
-            if is_served(path):
-                raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
-            before = os.umask(0o117)  # set afterwards, it would be open to all for a moment
-            try:
-                await listen_on_socket(runner, path)
-            finally:
-                os.umask(before)
-    except OSError as error:
-        raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be had: {error.strerror or error}") from None
-    return path
-
-
-async def listen(
-    runner: web.AppRunner,
-    host: str,
-    port: int,
-    *,
-    shared: bool = False,
-    context: ssl.SSLContext | None = None,
-    handshake_timeout_s: float = 10.0,
-) -> int:
-    """Start to accept connections; returns the port, which the system chose if `port` is 0.
-
-    Raises ConfigurationError when host and port cannot be had. `shared`: with other processes that listen on the same
-    port; the kernel spreads connections over them. `context`: speak TLS, with who is through the handshake in time.
-    """
-    await runner.setup()
-    try:
-        await Site(
-            runner,
-            host,
-            port,
-            backlog=LISTEN_BACKLOG,
-            reuse_port=shared or None,
-            ssl_context=context,
-            handshake_timeout_s=handshake_timeout_s,
-        ).start()
-    except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
-    bound_port: int = runner.addresses[0][1]
-    return bound_port
-
-
-async def _drain(runtime: Runtime, callers: web.AppRunner) -> None:
-    logger.info("draining, %s requests in flight", runtime.admission.requests)
-    runtime.draining = True
-    await asyncio.sleep(runtime.settings.drain_delay_s)
-    for site in list(callers.sites):
-        await site.stop()
-    runtime.admission.closed = True  # what a kept-alive connection still brings is refused as draining
-    # The runner's cleanup now closes idle connections and waits drain_timeout_s for the handlers.

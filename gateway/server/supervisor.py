@@ -1,9 +1,9 @@
 """`serve --workers N`: one process per core, each with its own listening socket on the same port, and a supervisor.
 
-The kernel spreads connections over the workers (SO_REUSEPORT). The supervisor starts them, starts a dead one again,
-drains all on SIGTERM, and answers the probes for them: alive or ready is what every worker is. A worker whose
-supervisor is gone drains itself. One process per pod is the plainer choice in Kubernetes; this is for a machine with
-several cores.
+The kernel spreads connections over the workers (SO_REUSEPORT). The supervisor starts the workers, restarts a dead one,
+drains all of them on SIGTERM, and answers the probes: `/livez` for itself, `/readyz` with 200 only if every worker is
+ready. A worker whose supervisor has died drains itself. In Kubernetes, one process per pod is simpler; workers are for
+a machine with several cores.
 """
 
 import asyncio
@@ -14,7 +14,9 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -22,19 +24,19 @@ import msgspec
 from aiohttp import web
 
 from gateway.config import ConfigurationError, Settings
-from gateway.web import metrics
-from gateway.web import openapi as documents
+from gateway.server.signals import handle_signals
+from gateway.web import metrics, openapi, ops
 from gateway.web.answers import answer_every_request
 
 log = logging.getLogger(__name__)
 
-RESTART_DELAY_S = (0.2, 2.0)  # jittered: a worker that dies at once, again and again, must not eat a core
+RESTART_DELAY_S = (0.2, 2.0)  # jittered; a worker that always dies at once must not occupy a core
 PROBE_TIMEOUT_S = 1.0
 DRAIN_MARGIN_S = 5.0  # beyond a worker's own drain budget, before it is killed
 
 
 class Worker:
-    """One worker process, started again whenever it dies, until it is told to stop."""
+    """One worker process, restarted whenever it dies until it is told to stop."""
 
     def __init__(self, number: int, settings: Settings, directory: Path) -> None:
         self.number = number
@@ -44,15 +46,15 @@ class Worker:
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
 
     async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
-        """Keep a process running; drain it, and return, once `stop` is set."""
+        """Keep a process running until `stop` is set, drain it, and return."""
         while not stop.is_set():
             try:
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
                     env=environment,
-                    stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
+                    stdin=asyncio.subprocess.PIPE,  # its end of file tells the worker that the supervisor is gone
                 )
-            except OSError as error:  # no memory, no process, no descriptor to be had: later, perhaps
+            except OSError as error:  # no memory, process or descriptor is free: try again later
                 log.error("worker %s cannot be started: %s", self.number, error)
             else:
                 log.info("worker %s runs as process %s", self.number, process.pid)
@@ -64,20 +66,20 @@ class Worker:
                     await stop.wait()
 
     def renew_certificate(self) -> None:
-        """Hand on a SIGHUP."""
+        """Tell the process to read its certificate again."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGHUP)
 
     async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
-        """Return when the process has ended: by itself, drained, or killed because it took too long to drain."""
+        """Return when the process has died, has drained, or was killed because its drain took too long."""
         ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
         await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if ended.done():
             log.error("worker %s ended with status %s", self.number, ended.result())
             return
-        with suppress(ProcessLookupError):  # it may end in the very moment in which it is told to
+        with suppress(ProcessLookupError):  # it may end at the same moment
             process.send_signal(signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._drain_budget_s)
         if not ended.done():
@@ -87,7 +89,7 @@ class Worker:
             await ended
 
     async def probe(self, path: str) -> tuple[int, dict[str, object]]:
-        """What the worker's own operations listener answers; 503 when it does not."""
+        """Return status and body of the worker's own answer; 503 if it does not answer."""
         try:
             status, body = await self._ask(path)
             return status, msgspec.json.decode(body, type=dict[str, object])
@@ -95,7 +97,7 @@ class Worker:
             return 503, {"status": "does not answer"}
 
     async def metrics(self) -> str | None:
-        """The worker's own metrics, as text; None when it does not answer."""
+        """Return the worker's own metrics as text, or None if it does not answer."""
         try:
             status, body = await self._ask("/metrics")
         except (aiohttp.ClientError, OSError, TimeoutError):
@@ -113,48 +115,49 @@ class Worker:
 
 
 async def supervise(settings: Settings, count: int) -> None:
-    """Run `count` workers until SIGTERM or SIGINT, then drain them all."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sms-gateway-")))
-        # Held, and never listened on: nobody else can take the port between the death of a worker and its return.
-        family = socket.AF_INET6 if ":" in settings.api_host else socket.AF_INET
-        holder = stack.enter_context(socket.socket(family))
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        try:
-            holder.bind((settings.api_host, settings.api_port))
-        except OSError as error:
-            where = f"{settings.api_host} port {settings.api_port}"
-            raise ConfigurationError(f"cannot listen on {where}: {error.strerror}") from None
-        environment = os.environ | {"GATEWAY_API_PORT": str(holder.getsockname()[1])}
-        workers = [Worker(number, settings, directory) for number in range(count)]
-        if settings.api_tls_cert_file:
-            loop.add_signal_handler(signal.SIGHUP, _hand_on_renewal, workers)
+    """Run `count` workers until SIGTERM or SIGINT, then drain all of them."""
+    workers: list[Worker] = []
+    stop = handle_signals(on_hangup=partial(_renew_certificates, workers) if settings.api_tls_cert_file else None)
+    with (
+        tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory,
+        _held_port(settings.api_host, settings.api_port) as port,
+    ):
+        workers += [Worker(number, settings, Path(directory)) for number in range(count)]
         runner = web.AppRunner(make_probes_app(workers), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
         await runner.setup()
         try:
             await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
+            environment = os.environ | {"GATEWAY_API_PORT": str(port)}
             await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
         finally:
             await runner.cleanup()
     log.info("stopped")
 
 
-def _hand_on_renewal(workers: list[Worker]) -> None:
+@contextmanager
+def _held_port(host: str, port: int) -> Iterator[int]:
+    """Bind a socket to the API's port without listening on it, and yield the port.
+
+    No other program can then take the port between the death of a worker and its restart. Raises ConfigurationError.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        try:
+            holder.bind((host, port))
+        except OSError as error:
+            raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        yield holder.getsockname()[1]
+
+
+def _renew_certificates(workers: list[Worker]) -> None:
     for worker in workers:
         worker.renew_certificate()
 
 
 def make_probes_app(workers: list[Worker]) -> web.Application:
-    """Alive is the supervisor, who looks after dead workers himself; ready is what every worker is."""
+    """Return the application that answers probes and scrapes for all workers."""
     app = web.Application(middlewares=[answer_every_request])
-
-    async def live(_request: web.Request) -> web.Response:
-        return web.json_response({"status": "alive"})
 
     async def ready(_request: web.Request) -> web.Response:
         answers = await asyncio.gather(*(worker.probe("/readyz") for worker in workers))
@@ -167,7 +170,7 @@ def make_probes_app(workers: list[Worker]) -> web.Application:
         return metrics.show_workers(request, dict(enumerate(texts)), restarts)
 
     app.router.add_get("/metrics", show_metrics)
-    app.router.add_get("/livez", live)
+    app.router.add_get("/livez", ops.live)
     app.router.add_get("/readyz", ready)
-    documents.add_page(app)
+    openapi.add_page(app)
     return app

@@ -1,4 +1,4 @@
-"""Who serves a unix socket, and who may replace it."""
+"""The API's unix socket: taken over from a dead process, never from a live one."""
 
 import fcntl
 import os
@@ -7,11 +7,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gateway.config import ConfigurationError
+from gateway.web.connections import BoundedRunner
+
+
+async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
+    """Accept callers on a unix socket to which this process's user and group may connect.
+
+    The socket of a dead process is replaced. Raises ConfigurationError when a live process serves the socket, or when
+    it cannot be made.
+    """
+    try:
+        with locked(Path(path).parent):  # a process that starts at the same time could find ours bound, not yet served
+            if is_served(path):
+                raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
+            before = os.umask(0o117)  # with a chmod instead, the socket would be open to all for a moment
+            try:
+                await runner.listen_on_unix_socket(path)
+            finally:
+                os.umask(before)
+    except OSError as error:
+        raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be had: {error.strerror or error}") from None
+
 
 def is_served(path: str) -> bool:
-    """Whether somebody accepts connections on the unix socket; False for one whose process is dead, and for none."""
+    """Return True if a process accepts connections on the unix socket; False if its process is dead or none exists."""
     with socket.socket(socket.AF_UNIX) as caller:
-        caller.settimeout(0)  # it is accepted at once, or the queue of one who lives is full
+        caller.settimeout(0)  # a live process's socket accepts at once, or its queue is full
         try:
             caller.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
@@ -23,7 +45,7 @@ def is_served(path: str) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder for ourselves, among those who ask so too. Raises BlockingIOError when another has it."""
+    """Lock a folder against other callers of this function. Raises BlockingIOError when another process holds it."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""What is counted and timed on a request's way: plain numbers, which metrics.py shows to Prometheus.
+"""Counters and histograms of the request path, as plain numbers; web/metrics.py shows them to Prometheus.
 
-Plain, because Prometheus' own client costs three times as much, 12 µs a request for 4 (scripts/bench stages, rows
-"metrics" and "prometheus-client"), and an integer needs no registry to belong to.
+Prometheus' own client costs three times as much: 12 µs a request instead of 4 (scripts/bench stages, rows
+"metrics" and "prometheus-client"). An integer also needs no global registry.
 """
 
 from bisect import bisect_left
@@ -14,13 +14,13 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
-QUEUED, REPLAYED = "queued", "replayed"  # what can be told of a message, beside the codes of errors.py
+QUEUED, REPLAYED = "queued", "replayed"  # outcomes of a message beside the codes of errors.py
 OK = "ok"  # the code of a request that was not refused
-CANCELLED = 499, "cancelled"  # what nobody is told: the process ended before the request did
+CANCELLED = 499, "cancelled"  # the process ended before the request was answered
 
 
 class Histogram:
-    """How often a value fell between which bounds; each bound belongs to the bucket below it."""
+    """Counts of values between fixed upper bounds, as Prometheus has them: a value at a bound is below it."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -30,12 +30,13 @@ class Histogram:
         self.total = 0.0
 
     def observe(self, value: float) -> None:
+        """Count a value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
 
 class Counters:
-    """All that the requests of one process have added up to."""
+    """The counters of one process."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[int, str]] = Counter()  # (status, code)
@@ -48,5 +49,5 @@ class Counters:
         self.loop_lag_s = Histogram(LAG_SECONDS)
 
     def refuse_unread(self, status: int, code: str) -> None:
-        """A request was refused before it had become one: what the HTTP parser does not take."""
+        """Count an answer that no handler gave, such as the one to malformed HTTP."""
         self.requests[status, code] += 1

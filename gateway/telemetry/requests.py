@@ -138,12 +138,12 @@ class RequestRecord:
 
 
 class RequestLog:
-    """Decides which requests get a line, and writes it."""
+    """The log of requests: decides which get a line, and writes it."""
 
     def __init__(self, sample: float) -> None:
-        """`sample`: the share of the requests with everything queued that is logged, 0 to 1."""
+        """`sample` is the share, 0 to 1, of the requests with everything queued that is logged."""
         self._sample = sample
-        self._seconds: dict[str, tuple[float, int]] = {}  # by kind: when its second began, and lines since
+        self._seconds: dict[str, tuple[float, int]] = {}  # by kind: start of its second, and lines since
         self._unlogged: Counter[str] = Counter()
 
     def write(self, record: RequestRecord, trace_id: str = "") -> None:

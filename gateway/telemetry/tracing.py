@@ -1,11 +1,11 @@
 """Traces: a span for each request and each of its steps, on to the consumer, by OpenTelemetry.
 
     POST /api/v2/send/bulk            its parent is the caller's, if it sent `traceparent`
-    ├── authenticate, read, validate, own, build
+    ├── authenticate, read, validate, resolve_lists, build
     └── publish sms.outbound          its `traceparent` travels in the headers of every AMQP message of the batch
 
-Where to, how much, under which name: the OTEL_* variables, read by the SDK. The packages are an extra, imported only
-where GATEWAY_TRACES=on; without it nothing of this runs.
+The SDK reads the OTEL_* variables: collector, sampling, service name. The packages are an extra, imported only where
+GATEWAY_TRACES=on. NoTracing stands in where traces are off.
 """
 
 import asyncio
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = "sms-gateway"
-# What W3C asks to be passed on. A caller may send 8 kB, which would go with each of 1,000 messages.
+# W3C asks for 512 to be passed on. A caller may send 8 kB, which would go with each of 1,000 messages.
 MAX_TRACESTATE_BYTES = 512
-CLOSE_TIMEOUT_S = 3.0  # of a drain, for the spans that are still to be sent
+CLOSE_TIMEOUT_S = 3.0  # for the spans still to be sent when the process ends
 _METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE")
 
 
@@ -70,7 +70,7 @@ class Tracing:
     def __init__(
         self, settings: Settings, exporter: "SpanExporter | None" = None, sampler: "Sampler | None" = None
     ) -> None:
-        """`exporter`, `sampler`: instead of those that the OTEL_* variables describe."""
+        """Read the OTEL_* variables; `exporter` and `sampler` replace those that they describe."""
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -92,13 +92,13 @@ class Tracing:
     def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
         """Start the request's span, below the caller's if it names one.
 
-        `route` is empty where no such path exists: what was asked for instead could be anything, a key too.
+        `route` is empty for an unknown path: the path itself could hold anything, even a key.
         """
         known = method if method in _METHODS else "_OTHER"
         attributes = {"http.request.method": known, "url.scheme": "http"}
         if route:
             attributes |= {"http.route": route, "url.path": route}
-        # One reading of the wall clock for all spans of a request: a clock that is set meanwhile does not tear them.
+        # One reading of the wall clock for all spans of a request: a change of the clock does not tear them.
         record.origin_ns = time.time_ns() - int((time.perf_counter() - record.began) * 1e9)
         record.span = self._tracer.start_span(
             f"{'HTTP' if known == '_OTHER' else known} {route}".strip(),
@@ -132,7 +132,7 @@ class Tracing:
         return headers
 
     def end(self, record: RequestRecord) -> str:
-        """End the request's spans, and make those of its steps; returns the trace's id if it is kept."""
+        """End the request's spans, and make those of its steps. Return the trace's id, or "" if it is not recorded."""
         span = _span(record.span)
         if not span.is_recording():
             return ""
@@ -147,7 +147,7 @@ class Tracing:
                     _at_ns(record, at)
                 )
             before = at
-        if record.publish_span is not None:  # None: nothing was to be published
+        if record.publish_span is not None:  # None: nothing was published
             if failed:
                 self._fail(_span(record.publish_span), record)
             _span(record.publish_span).end(_at_ns(record, published))
@@ -162,13 +162,13 @@ class Tracing:
         span.set_attribute("error.type", record.code or "cancelled")
 
     async def close(self) -> None:
-        """Send what is still to be sent, for CLOSE_TIMEOUT_S at the most."""
-        # A thread of our own, not the loop's: asyncio would wait for that one, and the SDK may wait for 30 s.
+        """Send the remaining spans, within CLOSE_TIMEOUT_S."""
+        # Not a thread of the event loop's pool: asyncio would wait for it at the end, and the SDK may take 30 s.
         loop, closed = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop has not waited for us
+            with suppress(RuntimeError):  # the loop is closed: it has not waited
                 loop.call_soon_threadsafe(closed.set)
 
         threading.Thread(target=shut_down, name="close traces", daemon=True).start()

@@ -8,11 +8,12 @@ from itertools import count
 from types import MappingProxyType
 
 import msgspec
-from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound
 from gateway.runtime import RUNTIME
+from gateway.web.connections import accept_version, is_chunked
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,6 @@ REFUSED_WITH = web.ResponseKey("refused_with", str)
 _is_safe_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 # Our own ids are a random prefix of the process and a counter: unique, without a call for randomness per request.
 _PROCESS, _requests = secrets.token_hex(8), count()
-_SPOKEN = (HttpVersion11, HttpVersion10)  # the parser accepts 0.9 and 2.0 as well
 
 
 class Refused(msgspec.Struct):
@@ -49,6 +49,17 @@ def refuse(error: GatewayError) -> web.Response:
     return response
 
 
+def refuse_unhandled(error: GatewayError, cause: BaseException | None) -> web.Response:
+    """Return the answer to a request that no handler sees, and log the exception that caused it, if there is one."""
+    request_id = request_id_for([])
+    if cause is not None:
+        log.error("request %s failed outside its handler", request_id, exc_info=cause)
+    response = refuse(error)
+    response.headers[REQUEST_ID_HEADER] = request_id
+    response.force_close()
+    return response
+
+
 def request_id_for(given: list[str]) -> str:
     """Return the caller's request id if logs and headers can carry it, otherwise a new one."""
     if len(given) == 1 and _is_safe_request_id(given[0]):
@@ -61,8 +72,7 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
     """Give every request an id, and turn every exception into its JSON answer."""
     request_id = request[REQUEST_ID] = request_id_for(request.headers.getall(REQUEST_ID_HEADER, []))
     try:
-        if request._version not in _SPOKEN:
-            request._version = HttpVersion11  # aiohttp answers in the version of the request
+        if not accept_version(request):
             raise MalformedHttp
         response = await handler(request)
     except GatewayError as error:
@@ -78,7 +88,7 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
         response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
     response.headers[REQUEST_ID_HEADER] = request_id
     runtime = request.app.get(RUNTIME)
-    if request._message.chunked:
+    if is_chunked(request):
         # aiohttp 3.14.5 reads the last trailer of a chunked request as the first header of the connection's next
         # request. Behind a load balancer that may be another caller's.
         response.force_close()

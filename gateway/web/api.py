@@ -8,26 +8,37 @@ from aiohttp.typedefs import Handler
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
 from gateway.ingest.pipeline import BulkRequest
-from gateway.runtime import RUNTIME
+from gateway.ingest.wire import MAX_BODY_BYTES
+from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import AUTHENTICATE, READ
 from gateway.telemetry.requests import RequestRecord
-from gateway.web.answers import REFUSED_WITH, REQUEST_ID, json_answer
-from gateway.web.bodies import read_body, size_to_reserve
+from gateway.web import openapi
+from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
+from gateway.web.bodies import expect_later, read_body, size_to_reserve
 
 SEND_BULK = "/api/v2/send/bulk"
-OPENAPI = "/openapi.json"
-ALLOWED = {SEND_BULK: "POST", OPENAPI: "GET, HEAD"}
+ALLOWED = {SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
 API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
 RECORD = web.RequestKey("record", RequestRecord)
 
 
+def make_app(runtime: Runtime) -> web.Application:
+    """Return the application for callers."""
+    app = web.Application(middlewares=[record_every_request, answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app[RUNTIME] = runtime
+    app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
+    app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+    app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
+    return app
+
+
 async def send_bulk(request: web.Request) -> web.Response:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
     runtime, record = request.app[RUNTIME], request[RECORD]
     with runtime.admission.admit() as slot:
-        account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.store)
+        account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.queries)
         record.account_id = account.id
         record.mark(AUTHENTICATE)
         runtime.publisher.refuse_if_full(account.id)

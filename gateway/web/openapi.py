@@ -1,7 +1,7 @@
-"""The OpenAPI document, for programs; and a page that shows it, for people behind the operations port.
+"""The OpenAPI document, and a page that shows it.
 
-The document is data that callers may have without a key. The page is a megabyte of somebody else's JavaScript (Swagger
-UI, from the package swagger-ui-bundle-v2): it is not served where callers connect, and asks nothing of any other host.
+Callers may read the document without a key. The page is a megabyte of third-party JavaScript (Swagger UI, from the
+package swagger-ui-bundle-v2). Only the operations listener serves it, and it loads nothing from other hosts.
 """
 
 from importlib import resources
@@ -11,16 +11,15 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from swagger_ui_bundle import swagger_ui_path
 
-from gateway.web import api
-
+PATH = "/openapi.json"
 PAGE = "/docs"
 
 _DOCUMENT = resources.files("gateway.web").joinpath("openapi.json").read_bytes()
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
-_SHOW = """\
+_SCRIPT = """\
 SwaggerUIBundle({
   url: "openapi.json", dom_id: "#document", docExpansion: "full", defaultModelsExpandDepth: 3,
-  supportedSubmitMethods: [],  // the API listens elsewhere: a browser would not reach it from here
+  supportedSubmitMethods: [],  // this listener does not serve the API
 });
 """
 _HTML = """\
@@ -34,22 +33,22 @@ _HTML = """\
 <script src="docs/swagger-ui-bundle.js"></script>
 <script src="docs/show.js"></script>
 """
-# Swagger UI styles its elements inline, and draws its icons from data URLs.
+# Swagger UI styles its elements inline, and its icons are data URLs.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self'"
 )
 
 
-async def openapi(_request: web.Request) -> web.Response:
-    """The document, as it lies in the package."""
+async def show(_request: web.Request) -> web.Response:
+    """Answer with the document."""
     return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"})
 
 
 def add_page(app: web.Application) -> None:
-    """Add the page, what it loads, and the document."""
-    app.router.add_get(api.OPENAPI, openapi)
+    """Add the routes of the page, of its files, and of the document."""
+    app.router.add_get(PATH, show)
     app.router.add_get(PAGE, _page)
-    app.router.add_get(f"{PAGE}/show.js", _show)
+    app.router.add_get(f"{PAGE}/show.js", _script)
     for name in _ASSETS:
         app.router.add_get(f"{PAGE}/{name}", _file(swagger_ui_path / name))
 
@@ -58,8 +57,8 @@ async def _page(_request: web.Request) -> web.Response:
     return web.Response(text=_HTML, content_type="text/html", headers={"Content-Security-Policy": _POLICY})
 
 
-async def _show(_request: web.Request) -> web.Response:
-    return web.Response(text=_SHOW, content_type="text/javascript")
+async def _script(_request: web.Request) -> web.Response:
+    return web.Response(text=_SCRIPT, content_type="text/javascript")
 
 
 def _file(path: Path) -> Handler:

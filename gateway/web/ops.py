@@ -1,22 +1,35 @@
-"""Liveness and readiness, for the operations listener.
+"""The operations listener: liveness and readiness, the document's page, metrics.
 
-Readiness stays shallow on purpose: were it to follow the broker or the database, their outage would take all replicas
-out of the load balancer at once, and callers would get connection errors in place of an honest 503.
+Readiness does not follow the broker or the database. Their outage would take all replicas out of the load balancer at
+once, and callers would get connection errors in place of a 503.
 """
 
 from aiohttp import web
 
-from gateway.runtime import RUNTIME
+from gateway.runtime import RUNTIME, Runtime
+from gateway.web import metrics, openapi
+from gateway.web.answers import answer_every_request
+
+
+def make_ops_app(runtime: Runtime) -> web.Application:
+    """Return the application for operators and their probes."""
+    app = web.Application(middlewares=[answer_every_request])
+    app[RUNTIME] = runtime
+    app.router.add_get("/livez", live)
+    app.router.add_get("/readyz", ready)
+    app.router.add_get("/metrics", metrics.show)
+    openapi.add_page(app)
+    return app
 
 
 async def live(_request: web.Request) -> web.Response:
-    """200 as long as the event loop turns."""
+    """Answer 200; only a process whose event loop is stuck does not."""
     return web.json_response({"status": "alive"})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """200 once broker and database have been reached, until the drain begins; else 503 with what is missing."""
-    missing = request.app[RUNTIME].not_ready_reasons()
-    if missing:
-        return web.json_response({"status": "not ready", "reasons": missing}, status=503)
+    """Answer 200 from the first connection to broker and database until the drain; otherwise 503 with the reasons."""
+    reasons = request.app[RUNTIME].not_ready_reasons()
+    if reasons:
+        return web.json_response({"status": "not ready", "reasons": reasons}, status=503)
     return web.json_response({"status": "ready"})

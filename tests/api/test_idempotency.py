@@ -243,10 +243,10 @@ async def test_a_refused_second_run_keeps_the_ids_and_does_not_say_that_nothing_
 
 
 async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTest) -> None:
-    store = gateway.runtime.store
+    queries = gateway.runtime.queries
 
     async def hold(first_id: int, hold_s: float, body: bytes = bytes(32)) -> HeldKey | KnownKey | None:
-        return await store.hold_key(
+        return await queries.hold_key(
             gateway.caller.account_id, "k", body, first_id=first_id, holder=first_id, hold_s=hold_s, numbers=[]
         )
 
@@ -255,9 +255,9 @@ async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTe
     await asyncio.sleep(0.4)
     assert await hold(300, HOLD_FOR_A_MINUTE, b"x" * 32) == KnownKey(is_same_body=False, answer=None)
     assert await hold(300, HOLD_FOR_A_MINUTE) == HeldKey(100, {}), "it carries the ids of the run that died"
-    await store.keep_answer(gateway.caller.account_id, "k", 100, b"too late")
+    await queries.keep_answer(gateway.caller.account_id, "k", 100, b"too late")
     assert await hold(400, HOLD_FOR_A_MINUTE) == KnownKey(is_same_body=True, answer=None)
-    await store.keep_answer(gateway.caller.account_id, "k", 300, b"in time")
+    await queries.keep_answer(gateway.caller.account_id, "k", 300, b"in time")
     assert await hold(400, HOLD_FOR_A_MINUTE) == KnownKey(is_same_body=True, answer=b"in time")
 
 
@@ -302,7 +302,7 @@ async def test_sweeps_at_once_remove_the_expired_and_nothing_else(gateway: Gatew
         await connection.close()
 
     async def sweep() -> None:
-        while await gateway.runtime.store.sweep_keys():
+        while await gateway.runtime.queries.sweep_keys():
             pass
 
     await asyncio.gather(sweep(), sweep(), sweep())

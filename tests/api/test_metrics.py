@@ -215,6 +215,6 @@ async def test_probes_and_scrapes_are_no_requests(gateway: GatewayUnderTest) -> 
 async def test_metrics_are_served_while_both_servers_are_gone(gateway: GatewayUnderTest) -> None:
     """An outage is when metrics are needed."""
     await gateway.runtime.publisher.close()
-    await gateway.runtime.database.close()
+    await gateway.runtime.pool.close()
     found = samples_of(await scrape(gateway))
     assert found["gateway_broker_connections"][(("state", "open"),)] == 0

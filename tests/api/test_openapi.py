@@ -165,7 +165,7 @@ async def queue_unavailable(stage: Stage) -> RawAnswer:
 
 
 async def database_unavailable(stage: Stage) -> RawAnswer:
-    await stage.gateway.runtime.store._database.close()
+    await stage.gateway.runtime.queries._pool.close()
     return await stage.post()
 
 

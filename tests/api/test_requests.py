@@ -104,7 +104,7 @@ async def test_a_key_that_no_client_should_send_is_invalid(gateway: GatewayUnder
 async def test_only_the_digest_of_a_key_is_stored(gateway: GatewayUnderTest, admin: Admin) -> None:
     (row,) = await admin.list_keys(gateway.caller.account_id)
     assert gateway.caller.key not in str(row)
-    account = await gateway.runtime.store.find_account(hashlib.sha256(gateway.caller.key.encode()).digest())
+    account = await gateway.runtime.queries.find_account(hashlib.sha256(gateway.caller.key.encode()).digest())
     assert account is not None
     assert account.id == gateway.caller.account_id
 

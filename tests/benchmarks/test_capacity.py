@@ -1,9 +1,9 @@
-"""The calculator's arithmetic, on round numbers."""
+"""The arithmetic of the capacity calculator, with round numbers."""
 
 import pytest
 
-from benchmarks import capacity
-from benchmarks.capacity import Costs, Wanted
+from benchmarks.questions import capacity
+from benchmarks.questions.capacity import Costs, Wanted
 
 COSTS = Costs(gateway_cpu_us=2.0, broker_cpu_us=10.0, database_cpu_us=0.1, queue_messages_per_s=50_000)
 

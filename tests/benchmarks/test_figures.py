@@ -1,8 +1,8 @@
-"""Medians keep their spread, and the cost line finds both its parts."""
+"""Medians with their spread, and the line through costs."""
 
 import pytest
 
-from benchmarks.figures import Figure, Line, short
+from benchmarks.report.figures import Figure, Line, short
 
 
 def test_a_figure_is_a_median_with_its_spread() -> None:

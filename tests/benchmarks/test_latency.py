@@ -1,9 +1,9 @@
-"""Percentiles are right to three digits, and processes add up without loss."""
+"""Percentiles are exact to three digits, and processes add up without loss."""
 
 import pytest
 
-from benchmarks import latency
-from benchmarks.latency import Recorder
+from benchmarks.drivers import latency
+from benchmarks.drivers.latency import Recorder
 
 
 def test_percentiles_are_right_to_three_digits() -> None:

@@ -1,4 +1,4 @@
-"""The load generator against a tiny server: honest latencies, thresholds, and an end when the server dies."""
+"""The load generator against a small server: latencies, thresholds, and the end when the server dies."""
 
 import asyncio
 import subprocess
@@ -13,11 +13,13 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from benchmarks import generator, load, machine
-from benchmarks.generator import Plan
-from benchmarks.latency import Recorder
-from benchmarks.load import ExitCode, Options, Outcome, Thresholds
-from benchmarks.workers import REPOSITORY, Result, Tick
+from benchmarks.drivers import generator
+from benchmarks.drivers.generator import Plan
+from benchmarks.drivers.latency import Recorder
+from benchmarks.drivers.workers import REPOSITORY, Result, Tick
+from benchmarks.questions import load
+from benchmarks.questions.load import ExitCode, Options, Outcome, Thresholds
+from benchmarks.report import machine
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NOTHING_ASKED = Thresholds()
@@ -43,9 +45,26 @@ def make_options(url: str = "http://127.0.0.1:1", **changes: Any) -> Options:
 
 
 async def accept(request: web.Request) -> web.Response:
-    """What the gateway answers to a clean batch."""
+    """Answer as the gateway does to a clean batch."""
     count = len((await request.json())["messages"])
     return web.json_response({"queued_count": count, "error_count": 0, "errors": []})
+
+
+def stalling(*, at_request: int, seconds: float) -> Handler:
+    """Return a handler that stands still once, for `seconds` from the given request on."""
+    is_over = asyncio.Event()
+    answered = 0
+
+    async def handle(request: web.Request) -> web.Response:
+        nonlocal answered
+        answered += 1
+        if answered == at_request:
+            asyncio.get_running_loop().call_later(seconds, is_over.set)
+        if answered >= at_request:
+            await is_over.wait()
+        return await accept(request)
+
+    return handle
 
 
 @asynccontextmanager
@@ -94,24 +113,12 @@ async def test_closed_loop_counts_what_was_accepted() -> None:
 
 
 async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> None:
-    """The server stands still for half a second: what was due meanwhile has waited, whether it was sent or not."""
-    stands_still = asyncio.Event()
-    answered = 0
-
-    async def stall_once(request: web.Request) -> web.Response:
-        nonlocal answered
-        answered += 1
-        if answered == 20:
-            asyncio.get_running_loop().call_later(0.5, stands_still.set)
-        if answered >= 20:
-            await stands_still.wait()
-        return await accept(request)
-
-    async with served(stall_once) as (url, _):
+    """The server stands still for half a second. Requests that were due then have waited, sent or not."""
+    async with served(stalling(at_request=20, seconds=0.5)) as (url, _):
         outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=2.0))
     waited = [latency_ms for percentile, latency_ms in outcome.latencies.curve_ms if percentile >= 85]
-    # 50 of the 200 requests are due within the half second; only two could be sent, and one load generator
-    # with coordinated omission would report just those two.
+    # 50 of the 200 requests are due within the half second, and only two could be sent. A load generator with
+    # coordinated omission would report just those two.
     assert outcome.requests == pytest.approx(200, abs=5)
     assert min(waited) > 100
     assert outcome.latencies.at(100) > 400
@@ -119,20 +126,8 @@ async def test_open_loop_latency_counts_from_the_moment_a_request_was_due() -> N
 
 
 async def test_open_loop_waits_for_what_was_due_before_the_time_was_up() -> None:
-    """The server stands still from 0.7 s on, for 0.8 s; the measurement ends at 1.0 s."""
-    goes_on = asyncio.Event()
-    answered = 0
-
-    async def stall_at_the_end(request: web.Request) -> web.Response:
-        nonlocal answered
-        answered += 1
-        if answered == 70:
-            asyncio.get_running_loop().call_later(0.8, goes_on.set)
-        if answered >= 70:
-            await goes_on.wait()
-        return await accept(request)
-
-    async with served(stall_at_the_end) as (url, _):
+    """The server stands still from 0.7 s on for 0.8 s. The measurement ends at 1.0 s."""
+    async with served(stalling(at_request=70, seconds=0.8)) as (url, _):
         outcome = await run(make_options(url, connections=2, rate=1_000.0, duration_s=1.0))
     assert outcome.requests == pytest.approx(100, abs=5)
     assert outcome.latencies.at(90) > 400
@@ -233,7 +228,7 @@ def test_moments_add_up_the_processes() -> None:
 
 
 def type_load(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command, as an operator types it."""
+    """Run the command as an operator types it."""
     options = ["--url", url, "--key", "k", "--list-number", "+18005551000", *arguments]
     return subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks", "load", *options],

@@ -1,4 +1,4 @@
-"""`scripts/bench observing` goes through every way to be watched, and leaves logging as it was."""
+"""`scripts/bench observing` measures every form of observation, and leaves logging as it was."""
 
 import logging
 from pathlib import Path
@@ -7,40 +7,38 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import observing
 from benchmarks.__main__ import app
-from benchmarks.observing import Observing
+from benchmarks.questions import observing
+from benchmarks.questions.observing import Observing
 from gateway.telemetry.requests import RequestLog
 
 
-def test_every_way_to_be_watched_is_measured_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_form_of_observation_is_measured_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(observing, "REQUESTS", 20)
     monkeypatch.setattr(observing, "SAMPLES", 2)
-    access, before = (
-        logging.getLogger("gateway.requests"),
-        list(logging.getLogger("gateway.requests").handlers),
-    )
+    logger = logging.getLogger("gateway.requests")
+    before = list(logger.handlers)
     figures, page = tmp_path / "figures.json", tmp_path / "page.html"
     done = CliRunner().invoke(app, ["observing", "--json", str(figures), "--report", str(page)])
     assert done.exit_code == 0, done.output
     measured = msgspec.json.decode(figures.read_bytes(), type=Observing)
-    assert [one.name for one in measured.watchers] == [
+    assert [one.name for one in measured.rows] == [
         "record alone",
         *("log, sample 0", "log, sample 0.01", "log, sample 1"),
         *("traces, 0% recorded", "traces, 1% recorded", "traces, 100% recorded"),
     ]
-    assert all(one.process_us.lowest >= one.loop_us.lowest > 0 for one in measured.watchers)
+    assert all(one.process_us.lowest >= one.loop_us.lowest > 0 for one in measured.rows)
     assert "traces, 100% recorded" in page.read_text(encoding="utf-8")
-    assert access.handlers == before
-    assert access.propagate
+    assert logger.handlers == before
+    assert logger.propagate
 
 
 def test_a_request_is_logged_and_traced_as_the_gateway_does(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that the rows cannot flatter."""
+    """Otherwise the rows would show less than a request costs."""
     exported = []
-    monkeypatch.setattr(observing.Nowhere, "export", lambda self, spans: exported.extend(spans))
+    monkeypatch.setattr(observing.DroppingExporter, "export", lambda self, spans: exported.extend(spans))
     monkeypatch.setattr(observing, "REQUESTS", 1)
     monkeypatch.setattr(observing, "SAMPLES", 1)
     with caplog.at_level(logging.INFO):

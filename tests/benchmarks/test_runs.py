@@ -1,12 +1,15 @@
-"""A run whose queue does not hold what was accepted counts for nothing."""
+"""Void runs, ratios and verdicts, and the bare publisher's table of confirms."""
 
 import pytest
 
-from benchmarks import compare, machine, runs
-from benchmarks.compare import Options
-from benchmarks.publisher import Confirms
-from benchmarks.runs import FASTAPI, GATEWAY, LIMIT, Run, Setup
-from benchmarks.workers import Result
+from benchmarks.drivers import runs
+from benchmarks.drivers.publisher import Confirms
+from benchmarks.drivers.runs import Run
+from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
+from benchmarks.drivers.workers import Result
+from benchmarks.questions import compare
+from benchmarks.questions.compare import Options
+from benchmarks.report import machine
 
 
 def result(**changes: object) -> Result:
@@ -77,8 +80,8 @@ def one_run(system: str, messages: int, cpu_us: float, *, void: str = "") -> Run
 
 def test_void_runs_enter_no_figure_and_are_shown() -> None:
     rounds = [
-        [one_run(LIMIT, 100_000, 0.5), one_run(GATEWAY, 95_000, 2.0)],
-        [one_run(LIMIT, 100_000, 0.5), one_run(GATEWAY, 999_000, 0.1, void="7 accepted, 6 in the queue")],
+        [one_run(BARE_PUBLISHER, 100_000, 0.5), one_run(GATEWAY, 95_000, 2.0)],
+        [one_run(BARE_PUBLISHER, 100_000, 0.5), one_run(GATEWAY, 999_000, 0.1, void="7 accepted, 6 in the queue")],
     ]
     compared = compare.evaluate(machine.describe(), Options(sizes={1_000: 8}), rounds)
     gateway = next(one for one in compared.summaries if one.system == GATEWAY)
@@ -87,10 +90,10 @@ def test_void_runs_enter_no_figure_and_are_shown() -> None:
 
 
 def test_ratios_are_taken_within_a_round() -> None:
-    """The machine is twice as fast in the second round; the gateway is as near to the limit as before."""
+    """The machine is twice as fast in the second round. The ratios stay the same."""
     rounds = [
-        [one_run(LIMIT, 50_000, 1), one_run(GATEWAY, 45_000, 4), one_run(FASTAPI, 5_000, 200)],
-        [one_run(LIMIT, 100_000, 1), one_run(GATEWAY, 90_000, 2), one_run(FASTAPI, 10_000, 100)],
+        [one_run(BARE_PUBLISHER, 50_000, 1), one_run(GATEWAY, 45_000, 4), one_run(FASTAPI, 5_000, 200)],
+        [one_run(BARE_PUBLISHER, 100_000, 1), one_run(GATEWAY, 90_000, 2), one_run(FASTAPI, 10_000, 100)],
     ]
     bars = compare.evaluate(machine.describe(), Options(sizes={1_000: 8}), rounds).bars
     ratios = {bar.what: bar.measured for bar in bars}
@@ -99,9 +102,20 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert ratios["FastAPI's CPU per message ÷ gateway's"].lowest == pytest.approx(50)
 
 
+def test_the_gateway_is_compared_with_the_baseline_within_a_round() -> None:
+    rounds = [
+        [one_run(GATEWAY, 50_000, 4), one_run(BASELINE, 40_000, 8)],
+        [one_run(GATEWAY, 100_000, 2), one_run(BASELINE, 80_000, 4)],
+    ]
+    options = Options(sizes={1_000: 8}, systems=(GATEWAY, BASELINE))
+    (against,) = compare.evaluate(machine.describe(), options, rounds).against_baseline
+    assert [against.messages_per_s.lowest, against.messages_per_s.highest] == pytest.approx([1.25, 1.25])
+    assert against.gateway_cpu_per_request.median == pytest.approx(0.5)
+
+
 def test_a_handful_of_requests_gives_no_verdict() -> None:
-    """However good the ratio looks: three requests of the slow system are chance."""
-    rounds = [[one_run(LIMIT, 100_000, 1), one_run(GATEWAY, 95_000, 2), one_run(FASTAPI, 3_000, 300)]]
+    """Three requests of the slow system are chance, however good the ratio looks."""
+    rounds = [[one_run(BARE_PUBLISHER, 100_000, 1), one_run(GATEWAY, 95_000, 2), one_run(FASTAPI, 3_000, 300)]]
     verdicts = {bar.what: bar.verdict for bar in compare.evaluate(machine.describe(), Options({1_000: 8}), rounds).bars}
     assert verdicts["accepted msg/s ÷ FastAPI's, batch of 1,000"] == "too few requests: 3"
     assert verdicts["accepted msg/s ÷ bare publisher's"] == "met"

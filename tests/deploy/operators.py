@@ -1,7 +1,7 @@
-"""The fields of RabbitMQ's operators that our manifests use, with their types; any other field is refused.
+"""The fields of RabbitMQ's operators that the manifests use, with their types; any other field is an error.
 
-Written from the operators' published definitions (rabbitmq.com/v1beta1, of cluster-operator and
-messaging-topology-operator), which no package brings along. Enumerations are the definitions' own.
+Source: the published resource definitions (rabbitmq.com/v1beta1) of cluster-operator and messaging-topology-operator,
+which no Python package contains. Enumerations are those of the definitions.
 """
 
 from typing import Any, Literal
@@ -10,7 +10,7 @@ import msgspec
 
 
 class Strict(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
-    """A misspelt field is an error."""
+    """A structure in which a misspelt field is an error."""
 
 
 class Reference(Strict):

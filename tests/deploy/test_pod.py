@@ -1,4 +1,4 @@
-"""The manifests at work: a process with the pod's settings, on a broker with the operators' topology."""
+"""The manifests in use: a gateway process with the pod's settings, on a broker with the operators' topology."""
 
 import os
 import signal
@@ -23,7 +23,7 @@ OUTBOUND = "sms.outbound"
 
 @asynccontextmanager
 async def declared_by_the_operators(amqp_url: str, name: str) -> AsyncIterator[None]:
-    """The exchanges, queues and bindings of deploy/kubernetes/rabbitmq, with another name for sms.outbound."""
+    """Declare the topology of deploy/kubernetes/rabbitmq, with `name` for sms.outbound, and delete it at the end."""
 
     def specifications(kind: str) -> list[dict[str, Any]]:
         text = [one["spec"] for one in render("rabbitmq") if one["kind"] == kind]
@@ -62,7 +62,7 @@ async def declared_by_the_operators(amqp_url: str, name: str) -> AsyncIterator[N
 async def test_the_operators_declare_what_the_gateway_would(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
-    """Declaring a queue again with other arguments is an error at RabbitMQ: ready means that they are the same."""
+    """RabbitMQ refuses to declare a queue with other arguments, so a ready gateway proves that they are the same."""
     settings = make_settings(amqp_topology="declare")
     async with declared_by_the_operators(settings.amqp_url, settings.amqp_queue):
         gateway = await start_gateway(settings)
@@ -77,7 +77,7 @@ async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
     name = new_name()
     own = {"GATEWAY_API_PORT", "GATEWAY_OPS_PORT"}  # two runs on one machine cannot both have 8080
     pods = {key: value for key, value in environment_of(folder).items() if key not in own}
-    # Nothing of a test listens to the network, whatever the pod does.
+    # Tests listen on the loopback address only.
     tests = {**servers.environment(), "GATEWAY_API_HOST": "127.0.0.1", "GATEWAY_OPS_HOST": "127.0.0.1"}
     names = {"GATEWAY_AMQP_EXCHANGE": name, "GATEWAY_AMQP_QUEUE": name}
     deployment = only(render(folder), "Deployment")

@@ -20,7 +20,7 @@ from statistics import median
 
 import msgspec
 
-from benchmarks import plots
+from benchmarks.report import plots
 from tests.faults.__main__ import COLUMNS, print_table, row_of, silence_consumers, try_to_play
 from tests.faults.play import Report
 from tests.faults.scenarios import FAST, KEYED, STEADY, Scenario, together

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from gateway.telemetry.requests import MAX_LINES_A_SECOND
-from gateway.web.connections import Noise
+from gateway.web.sockets import RepeatLog
 from testbed.servers import Servers
 from tests.hostile import table
 from tests.hostile.stand import new_caller, open_stand
@@ -46,14 +46,14 @@ async def test_thousands_of_malformed_requests_are_a_handful_of_lines(servers: S
 
 def test_the_first_is_said_at_once_the_rest_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    noise = Noise(100.0)
+    repeats = RepeatLog(100.0)
     for _ in range(1_235):
-        noise.heard("malformed HTTP: LineTooLong")
-    noise.heard("head refused: too slow")
-    noise.sum_up(105.0)
+        repeats.note("malformed HTTP: LineTooLong")
+    repeats.note("head refused: too slow")
+    repeats.log_repeats(105.0)
     assert caplog.messages == ["malformed HTTP: LineTooLong", "head refused: too slow"]
-    noise.sum_up(110.0)
+    repeats.log_repeats(110.0)
     assert caplog.messages[2:] == ["malformed HTTP: LineTooLong: and 1,234 more in the last 10 s"]
-    noise.sum_up(120.0)
-    noise.heard("head refused: too slow")
+    repeats.log_repeats(120.0)
+    repeats.note("head refused: too slow")
     assert caplog.messages[3:] == ["head refused: too slow"]

@@ -224,7 +224,7 @@ async def eventually_serves(stand: Stand, request: bytes) -> None:
 
 
 async def test_what_is_sent_ahead_of_unread_answers_is_not_hoarded(servers: Servers) -> None:
-    """aiohttp alone would hold 32 requests of each connection, with half a megabyte of body each."""
+    """Aiohttp alone would hold 32 requests of each connection, with half a megabyte of body each."""
     connections, unread_mb, ahead_mb = 10, 17, 16  # the unread one: its body, its 1,000 rows, and its answer
     async with open_stand(servers) as stand:
         caller = await new_caller(stand.admin)

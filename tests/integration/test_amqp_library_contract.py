@@ -196,7 +196,7 @@ async def test_a_heartbeat_before_the_first_frame_is_not_taken(broker: ScriptedB
 
 
 async def test_the_grace_before_a_silent_peer_is_given_up_is_known(broker: ScriptedBroker) -> None:
-    """aiormq gives up after 3 × (heartbeat + 1) s, which is too late for the publisher."""
+    """Aiormq gives up after 3 × (heartbeat + 1) s, which is too late for the publisher."""
     async with Opened(broker, heartbeat=4) as opened:
         assert opened.aiormq_connection._Connection__heartbeat_grace_timeout == 15  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ import pytest
 from pamqp.common import FieldTable
 
 from gateway.amqp.confirms import ConfirmTracker
-from gateway.postgres import queries as store
+from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed.servers import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -164,7 +164,7 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
     _, answer = await gateway.send([gateway.message()] * 1000)
 
     assert answer["queued_count"] == 1000
-    assert queries == [store.FIND_ACCOUNTS_BY_KEY, store.FIND_OWNED_LISTS]
+    assert queries == [FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS]
     assert len(writes) == 1
     assert len(futures) == 1
 

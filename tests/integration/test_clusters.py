@@ -44,7 +44,7 @@ async def publish(channel: AbstractChannel, queue: str, timeout: float = 30.0) -
 
 
 async def take(node: RabbitMQ, queue: str) -> bytes:
-    """The first message of a queue, asked of one node."""
+    """Take the first message of a queue, through one node."""
     async with channel_to(node) as channel:
         declared = await channel.declare_queue(queue, passive=True)
         message = await declared.get(no_ack=True, timeout=30)

@@ -69,6 +69,13 @@ def test_tables_show_what_there_is_and_no_secret(servers: Servers) -> None:
     assert number in shown[2]
 
 
+def test_a_table_shows_a_name_literally_and_escapes_what_the_terminal_would_obey(servers: Servers) -> None:
+    name = "[red]A[/red] \x1b[31mB"
+    created = run_gateway("account", "create", name, database_url=servers.database_url).stdout
+    assert r"[red]A[/red] \x1b[31mB" in created
+    assert "\x1b" not in created
+
+
 def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
     account = run_json(servers, "account", "create", "Acme")
     shown = run_gateway("key", "create", str(account["id"]), database_url=servers.database_url).stdout
@@ -103,7 +110,7 @@ def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
     back = run_gateway("list", "activate", str(kept["id"]), database_url=servers.database_url)
     assert back.returncode == 2
     bad = run_gateway("list", "add", one, "12345", database_url=servers.database_url)
-    assert "that is no E.164 number" in bad.stderr
+    assert "that is not an E.164 number" in bad.stderr
 
 
 def test_migrating_twice_changes_nothing(servers: Servers) -> None:
@@ -114,7 +121,7 @@ def test_migrating_twice_changes_nothing(servers: Servers) -> None:
     ("url", "says"),
     [
         ("", "GATEWAY_DATABASE_URL is not set"),
-        ("mysql://x/y", "GATEWAY_DATABASE_URL is no postgres URL"),
+        ("mysql://x/y", "GATEWAY_DATABASE_URL is not a postgres URL"),
         ("postgres://127.0.0.1:1/x", "cannot reach the database"),
     ],
 )

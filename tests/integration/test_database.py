@@ -11,7 +11,7 @@ import pytest
 
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.postgres.pool import Database, connect_to_primary, find_primary
+from gateway.postgres.pool import Pool, connect_to_primary, find_primary
 from gateway.urls import urls_of_hosts
 from testbed.servers import Servers
 from tests.support.eventually import eventually
@@ -32,17 +32,17 @@ def proxy_to(servers: Servers) -> TcpProxy:
 
 
 @asynccontextmanager
-async def opened(url: str, **changes: float) -> AsyncIterator[Database]:
-    database = Database(Settings(database_url=url, amqp_url="amqp://unused", **changes))  # type: ignore[arg-type]
-    await database.open()
+async def opened(url: str, **changes: float) -> AsyncIterator[Pool]:
+    pool = Pool(Settings(database_url=url, amqp_url="amqp://unused", **changes))  # type: ignore[arg-type]
+    await pool.open()
     try:
-        yield database
+        yield pool
     finally:
-        await database.close()
+        await pool.close()
 
 
-async def ask(database: Database) -> int:
-    async with database.connection() as connection:
+async def ask(pool: Pool) -> int:
+    async with pool.connection() as connection:
         answer: int = await connection.fetchval("SELECT 1")
     return answer
 
@@ -172,10 +172,10 @@ async def test_one_slow_query_among_quick_ones_is_no_outage(servers: Servers) ->
 
 async def test_queries_of_one_kind_take_turns_within_their_timeout(servers: Servers) -> None:
     async with opened(servers.database_url, database_timeout_s=0.8) as db:
-        turns = asyncio.Semaphore(1)
+        slots = asyncio.Semaphore(1)
 
         async def slow() -> None:
-            async with db.connection(turns) as connection:
+            async with db.connection(slots) as connection:
                 await connection.fetchval("SELECT pg_sleep(0.5)")
 
         outcomes = await asyncio.gather(*(slow() for _ in range(6)), return_exceptions=True)

@@ -7,26 +7,26 @@ from pathlib import Path
 
 from gateway.config import Settings
 from gateway.ingest.id_supply import IdSupply
-from gateway.postgres.pool import Database
-from gateway.postgres.queries import Store
+from gateway.postgres.pool import Pool
+from gateway.postgres.queries import Queries
 from testbed.servers import Servers
 
 # One gateway's life, as far as ids are concerned; its process ends with most of a lease unused, as after a crash.
 TAKE_IDS = """
 import asyncio, os, sys
 from gateway.config import Settings
-from gateway.postgres.pool import Database
+from gateway.postgres.pool import Pool
 from gateway.ingest.id_supply import IdSupply
-from gateway.postgres.queries import Store
+from gateway.postgres.queries import Queries
 
 async def main():
-    database = Database(Settings(database_url=os.environ["GATEWAY_DATABASE_URL"], amqp_url="amqp://unused"))
-    await database.open()
-    supply = IdSupply(Store(database))
+    pool = Pool(Settings(database_url=os.environ["GATEWAY_DATABASE_URL"], amqp_url="amqp://unused"))
+    await pool.open()
+    supply = IdSupply(Queries(pool))
     for _ in range(100):
         sys.stdout.write(" ".join((await supply.take(1000)).ids) + " ")
     await supply.close()
-    await database.close()
+    await pool.close()
 
 asyncio.run(main())
 """
@@ -56,9 +56,9 @@ async def test_two_processes_take_a_million_ids_side_by_side_and_share_none(serv
 
 
 async def test_a_lease_that_runs_out_is_followed_by_another(servers: Servers) -> None:
-    database = Database(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
-    await database.open()
-    supply = IdSupply(Store(database))
+    pool = Pool(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
+    await pool.open()
+    supply = IdSupply(Queries(pool))
     try:
         taken: list[str] = []
         while len(taken) < 2_100_000:
@@ -67,4 +67,4 @@ async def test_a_lease_that_runs_out_is_followed_by_another(servers: Servers) ->
         assert len(set(taken)) == len(taken)
     finally:
         await supply.close()
-        await database.close()
+        await pool.close()

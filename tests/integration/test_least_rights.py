@@ -16,7 +16,7 @@ from yarl import URL
 from gateway.amqp.connection import declare_topology
 from gateway.cli import status
 from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
-from gateway.postgres import queries as store
+from gateway.postgres import queries
 from gateway.postgres.pool import connect_to_primary
 from testbed.servers import Servers
 from tests.support.callers import make_caller
@@ -25,7 +25,7 @@ from tests.support.gateways import MakeSettings, StartGateway, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 # All that the gateway ever says to the database, by name; and what `status` asks about migrations.
-STATEMENTS = {name: sql for name, sql in vars(store).items() if name.isupper() and isinstance(sql, str)}
+STATEMENTS = {name: sql for name, sql in vars(queries).items() if name.isupper() and isinstance(sql, str)}
 STATEMENTS["APPLIED_MIGRATIONS"] = status.APPLIED_MIGRATIONS
 
 
@@ -36,7 +36,7 @@ class Role(NamedTuple):
 
 @pytest.fixture(scope="module")
 def role(servers: Servers) -> Iterator[Role]:
-    """A database role for serving, created and granted its rights as docs/operations.md says."""
+    """Create a database role for serving, and grant its rights as docs/operations.md says."""
     if servers.postgres is None:
         pytest.skip("makes and drops a database role: needs a PostgreSQL of its own")
     name = f"service {uuid.uuid4().hex[:8]}"  # no name that could go unquoted
@@ -84,7 +84,7 @@ async def test_the_role_may_run_each_statement_of_the_gateway(service: asyncpg.C
 
 
 def single_rights() -> list[tuple[str, str]]:
-    """Return SERVICE_RIGHTS one by one, columns too: ("accounts", "SELECT (id)"), …"""
+    """Return SERVICE_RIGHTS one by one, columns too, such as ("accounts", "SELECT (id)")."""
     return [
         (what, f"{action} ({column.strip()})" if columns else action)
         for what, rights in SERVICE_RIGHTS.items()
@@ -152,7 +152,7 @@ async def test_the_gateway_serves_as_the_role_with_idempotency_keys(
         for replayed in (None, "true"):
             status, answer, headers = await gateway.post(body, Idempotency_Key="one")
             assert (status, answer["error_count"], headers.get("Idempotent-Replayed")) == (200, 2, replayed)
-        assert not await gateway.runtime.store.sweep_keys()
+        assert not await gateway.runtime.queries.sweep_keys()
         assert await queue.depth() == 1
         await queue.delete()
 
@@ -164,7 +164,7 @@ async def test_rights_that_would_limit_nothing_are_not_given(servers: Servers, r
         with pytest.raises(AdminError, match="postgres owns the tables"):
             await admin.grant_service("postgres")
     async with open_admin(role.url) as admin:
-        with pytest.raises(AdminError, match="only the owner of the tables can give"):
+        with pytest.raises(AdminError, match="only the owner of the tables can grant"):
             await admin.grant_service(role.name)
 
 
@@ -186,7 +186,7 @@ async def test_granting_again_takes_away_what_was_given_beyond(
 
 @pytest.fixture
 async def broker_user(servers: Servers) -> AsyncIterator[str]:
-    """The URL of a user who may only write to sms.least, created by the command of docs/security.md."""
+    """Create a user who may only write to sms.least, by the command of docs/security.md; yield its URL."""
     if servers.rabbitmq is None:
         pytest.skip("makes and removes a broker user: needs a RabbitMQ of its own")
     user = f"service-{uuid.uuid4().hex[:8]}"

@@ -19,14 +19,14 @@ ROOM_S = 2.0  # beyond the deadline under test: the promise is 0.5 s; a busy tes
 
 @pytest.fixture(scope="module")
 def rabbitmq() -> Iterator[RabbitMQ]:
-    """A broker of this module's own, to be killed."""
+    """Start a broker for this module, to be killed."""
     with RabbitMQ() as broker:
         yield broker
 
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[Postgres]:
-    """A database of this module's own, to be killed."""
+    """Start a database for this module, to be killed."""
     with Postgres() as database:
         assert run_gateway("migrate", database_url=database.url).returncode == 0
         yield database

@@ -24,27 +24,27 @@ from tests.support.secrecy import BODY, PASSWORD
 
 @pytest.fixture
 def settings(servers: Servers) -> dict[str, str]:
-    """The environment of a gateway process, with half a second of drain delay."""
+    """Return the environment of a gateway process with half a second of drain delay."""
     return process_environment(servers, GATEWAY_DRAIN_DELAY_S="0.5", GATEWAY_LOG_LEVEL="DEBUG", GATEWAY_TYPO="1")
 
 
 @pytest.fixture
 async def process(settings: dict[str, str]) -> AsyncIterator[GatewayProcess]:
-    """A gateway as a process of its own."""
+    """Run a gateway as a process."""
     async with running(GatewayProcess(settings)) as started:
         yield started
 
 
 @pytest.fixture
 async def client(process: GatewayProcess, caller: Caller) -> AsyncIterator[Client]:
-    """A client of `process`."""
+    """Yield a client of `process`."""
     async with aiohttp.ClientSession() as session:
         yield Client(process.url, session, caller)
 
 
 @pytest.fixture
 async def queue(servers: Servers, process: GatewayProcess) -> AsyncIterator[OutboundQueue]:
-    """The queue behind the process; deleted afterwards."""
+    """Yield the queue behind the process; delete it afterwards."""
     async with OutboundQueue(servers.amqp_url, process.settings["GATEWAY_AMQP_QUEUE"]) as outbound:
         yield outbound
         await outbound.delete()

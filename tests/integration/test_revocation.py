@@ -1,6 +1,6 @@
 """Promise 7 in a short form, and a check that the loop notices a broken gateway. Long form: CONTRIBUTING.md."""
 
-from gateway.postgres.queries import Account, Store
+from gateway.postgres.queries import Account, Queries
 from testbed.servers import Servers
 from tests.integration.revocation import TAKINGS, Verdict, gateways, run_trials
 from tests.support.gateways import MakeSettings, StartGateway
@@ -20,8 +20,8 @@ async def test_every_process_refuses_from_the_commit_of_a_revocation_on(servers:
     assert set(tally.beside) == {Verdict(200, ""), *(taking.told for taking in TAKINGS.values())}
 
 
-class CachingStore(Store):
-    """A store with the fault that the loop exists to find: it caches accounts."""
+class CachingQueries(Queries):
+    """Queries with the fault that the loop exists to find: it caches accounts."""
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         cache: dict[bytes, Account] = self.__dict__.setdefault("cache", {})
@@ -37,7 +37,7 @@ async def test_the_loop_notices_a_cache(
     servers: Servers, start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings())
-    gateway.runtime.store.__class__ = CachingStore
+    gateway.runtime.queries.__class__ = CachingQueries
     tally = await run_trials([gateway.api_url], servers.database_url, times=40, seed=1)
     noticed = {broken.partition(",")[0] for broken in tally.broken}
     assert noticed == {"key revoked", "account suspended"}, "and nothing of lists, which are not cached"

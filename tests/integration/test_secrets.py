@@ -14,7 +14,7 @@ import pytest
 
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.postgres.pool import Database
+from gateway.postgres.pool import Pool
 from testbed.servers import Gateway, ServerError, Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, run_gateway
@@ -58,8 +58,8 @@ async def test_a_key_is_shown_once_and_a_copy_of_the_database_lets_nobody_send(
 async def test_values_quoted_by_postgresql_stay_out_of_the_log(
     servers: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
-    database = Database(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
-    await database.open()
+    pool = Pool(Settings(database_url=servers.database_url, amqp_url="amqp://unused"))
+    await pool.open()
     try:
         for statement, argument, told in (
             # "Key (account_id)=(987654321) is not present in table": a detail
@@ -71,12 +71,12 @@ async def test_values_quoted_by_postgresql_stay_out_of_the_log(
         ):
             caplog.clear()
             with pytest.raises(DatabaseUnavailable):
-                async with database.connection() as connection:
+                async with pool.connection() as connection:
                     await connection.execute(statement, argument)
             assert told in caplog.text
             assert "987654321" not in caplog.text
     finally:
-        await database.close()
+        await pool.close()
 
 
 async def test_a_password_that_a_server_refuses_is_not_logged(servers: Servers) -> None:

@@ -69,7 +69,7 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     assert await queue.depth() == 3
 
     code, text = await run_status(gateway)  # nobody at the default port, perhaps: that is no problem
-    assert text.endswith("all is well\n") == (code == 0)
+    assert text.endswith("no problems\n") == (code == 0)
     assert f"✓ queue        {queue.name}" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
 
@@ -104,7 +104,7 @@ async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnder
     nowhere.release()
 
 
-@pytest.mark.parametrize(("text", "problem"), [("draining", "draining"), ("", "it answered 404")])
+@pytest.mark.parametrize(("text", "problem"), [("draining", "draining"), ("", "/readyz answered 404")])
 async def test_a_named_gateway_that_is_not_ready_is_a_problem(text: str, problem: str) -> None:
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(status=404, text=text)
@@ -116,7 +116,7 @@ async def test_a_named_gateway_that_is_not_ready_is_a_problem(text: str, problem
     try:
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         url = URL(f"http://127.0.0.1:{runner.addresses[0][1]}")
-        assert await status._ask_gateway(url, must_run=True) == status.GatewayState(str(url), "not ready", problem)
+        assert await status._check_gateway(url, must_run=True) == status.GatewayState(str(url), "not ready", problem)
     finally:
         await runner.cleanup()
 
@@ -149,8 +149,8 @@ async def test_an_alarm_at_the_broker_is_a_problem(
 
 async def test_pending_and_newer_migrations_are_distinguished(make_settings: MakeSettings, servers: Servers) -> None:
     known = sorted(path.name.partition("_")[0] for path in (ROOT / "migrations").glob("*.sql"))
-    behind = await status.ask_all(make_settings(), [], [*known, "29990101000000"])
+    behind = await status.collect(make_settings(), [], [*known, "29990101000000"])
     assert behind.schema.pending == ["29990101000000"]
-    assert any("1 migrations are pending" in problem for problem in behind.problems)
-    ahead = await status.ask_all(make_settings(), [], known[:-1])
+    assert any("pending migrations: 1" in problem for problem in behind.problems)
+    ahead = await status.collect(make_settings(), [], known[:-1])
     assert (ahead.schema.newer, ahead.schema.problem) == (known[-1:], "")

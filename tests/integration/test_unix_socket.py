@@ -9,6 +9,7 @@ import pytest
 
 from gateway.config import ConfigurationError
 from gateway.server import process as server
+from gateway.server.unix_sockets import listen_on_own_socket
 from tests.support.callers import Client
 from tests.support.gateways import GatewayUnderTest
 
@@ -23,15 +24,15 @@ async def test_a_unix_socket_is_for_its_user_and_group_replaces_a_dead_one_and_s
     _, first = server.make_runners(gateway.runtime)
     _, second = server.make_runners(gateway.runtime)
     try:
-        await server.listen_on_own_socket(first, str(path))
+        await listen_on_own_socket(first, str(path))
         assert stat.S_IMODE(path.stat().st_mode) == 0o660
         with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.* is served by another process"):
-            await server.listen_on_own_socket(second, str(path))
+            await listen_on_own_socket(second, str(path))
         async with aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as session:
             client = Client("http://gateway", session, gateway.caller)
             assert (await client.send([client.message()]))[1]["queued_count"] == 1
         await first.cleanup()
-        await server.listen_on_own_socket(second, str(path))
+        await listen_on_own_socket(second, str(path))
     finally:
         await first.cleanup()
         await second.cleanup()
@@ -43,9 +44,9 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, gateway: G
     _, runner = server.make_runners(gateway.runtime)
     try:
         with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.*cannot be had: .*already in use"):
-            await server.listen_on_own_socket(runner, str(path))
+            await listen_on_own_socket(runner, str(path))
         with pytest.raises(ConfigurationError, match="cannot be had: No such file or directory"):
-            await server.listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
+            await listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
     finally:
         await runner.cleanup()
     assert path.read_text() == "mine"

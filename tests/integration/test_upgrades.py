@@ -37,7 +37,7 @@ IS_DECLARED = re.compile(r"^-- contract: \d+\.\d+\.\d+", re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The source tree of the previous version."""
+    """Extract the source tree of the previous version."""
     found = subprocess.run(["git", "cat-file", "-e", PREVIOUS], cwd=ROOT, capture_output=True, check=False)  # noqa: S603, S607
     if found.returncode:
         pytest.skip("this checkout has no history back to the previous version (a shallow clone?)")

@@ -17,7 +17,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
-from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, FIND_OWNED_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed.servers import Servers
 from tests.support.callers import make_caller, new_number
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -184,7 +184,7 @@ async def test_an_unknown_and_a_revoked_key_cost_the_same_work_and_a_malformed_o
 
 @pytest.fixture
 async def crowded(database: asyncpg.Connection) -> AsyncIterator[asyncpg.Connection]:
-    """A transaction with so many accounts and lists that indexes are used; rolled back afterwards."""
+    """Add so many accounts and lists that indexes are used; roll back afterwards."""
     transaction = database.transaction()
     await transaction.start()
     await database.execute(
@@ -231,7 +231,7 @@ async def test_the_query_plan_for_a_list_is_the_same_in_every_state(
 ) -> None:
     numbers = await refused_lists(gateway, admin) | {"resolve_lists": gateway.caller.list_number}
     plans = {
-        reason: await plan_of(crowded, FIND_OWNED_LISTS, [gateway.caller.account_id], [number])
+        reason: await plan_of(crowded, RESOLVE_LISTS, [gateway.caller.account_id], [number])
         for reason, number in numbers.items()
     }
     assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans

@@ -310,7 +310,7 @@ async def play(
 
 @pytest.fixture
 async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
-    """A connection for the oracle."""
+    """Open a connection for the oracle."""
     connection = await asyncpg.connect(servers.database_url)
     yield connection
     await connection.close()
@@ -318,15 +318,15 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 
 @pytest.fixture
 async def sharing_gateway(gateway: GatewayUnderTest) -> AsyncIterator[GatewayUnderTest]:
-    """A gateway, checked at the end to have resolved lists of several accounts in one query."""
+    """Yield a gateway; check at the end that it has resolved lists of several accounts in one query."""
     accounts_per_query: list[int] = []
-    find_lists = gateway.runtime.store._find_lists
+    find_lists = gateway.runtime.queries._fetch_lists
 
     async def find_and_count(questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
         accounts_per_query.append(len({account for account, _ in questions}))
         return await find_lists(questions)
 
-    gateway.runtime.store._lists._ask_all = find_and_count
+    gateway.runtime.queries._lists._fetch_all = find_and_count
     yield gateway
     shared = [accounts for accounts in accounts_per_query if accounts > 1]
     assert len(shared) >= 10, "nothing could have been mixed up: the test has shown nothing"

@@ -37,7 +37,7 @@ class Authority:
         self.ca_file.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
     def issue(self, host: str, *, expires: datetime | None = None) -> Certificates:
-        """A certificate for this host name or IP address, for servers and clients, and its key, in files."""
+        """Write a certificate for this host name or IP address, for servers and clients, and its key to files."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, host)])
         known = x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host)

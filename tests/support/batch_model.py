@@ -31,7 +31,7 @@ SENTENCES = {
 
 
 def is_e164(value: object) -> bool:
-    """Return True for \\+[1-9][0-9]{1,14}, ASCII digits, the whole string; spelled out."""
+    """Return True for a plus sign and 2 to 15 ASCII digits, the first not 0, and nothing else."""
     if not isinstance(value, str) or not 3 <= len(value) <= 16:
         return False
     return value[0] == "+" and value[1] in "123456789" and all(character in "0123456789" for character in value[2:])

@@ -54,8 +54,8 @@ async def open_gateway(settings: Settings) -> AsyncIterator[GatewayUnderTest]:
         ops, callers = server.make_runners(runtime)
         stack.push_async_callback(ops.cleanup)
         stack.push_async_callback(callers.cleanup)
-        ops_port = await server.listen(ops, settings.ops_host, 0)
-        api_port = await server.listen(callers, settings.api_host, 0)
+        ops_port = await ops.listen(settings.ops_host, 0)
+        api_port = await callers.listen(settings.api_host, 0)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         yield GatewayUnderTest(runtime, f"http://127.0.0.1:{api_port}", f"http://127.0.0.1:{ops_port}", session)
 

@@ -15,7 +15,7 @@ class Oracle:
         self.queries: list[list[int]] = []
         self.gates: list[asyncio.Future[None]] = []
 
-    async def ask_all(self, questions: Sequence[int]) -> list[int]:
+    async def fetch_all(self, questions: Sequence[int]) -> list[int]:
         self.queries.append(list(questions))
         self.gates.append(asyncio.get_running_loop().create_future())
         await self.gates[-1]
@@ -30,7 +30,7 @@ async def turns(count: int = 5) -> None:
 
 async def test_a_lone_lookup_is_sent_at_once() -> None:
     oracle = Oracle()
-    answer = asyncio.create_task(Coalescer(oracle.ask_all).ask(1))
+    answer = asyncio.create_task(Coalescer(oracle.fetch_all).get(1))
     await turns()
     assert oracle.queries == [[1]]
     oracle.gates[0].set_result(None)
@@ -39,10 +39,10 @@ async def test_a_lone_lookup_is_sent_at_once() -> None:
 
 async def test_lookups_that_arrive_during_queries_share_the_next_query() -> None:
     oracle = Oracle()
-    grouped = Coalescer(oracle.ask_all)
+    coalescer = Coalescer(oracle.fetch_all)
     answers = []
     for question in range(10):
-        answers.append(asyncio.create_task(grouped.ask(question)))
+        answers.append(asyncio.create_task(coalescer.get(question)))
         await turns()
     assert oracle.queries == [[0], [1]]
     oracle.gates[0].set_result(None)
@@ -55,11 +55,11 @@ async def test_lookups_that_arrive_during_queries_share_the_next_query() -> None
 
 async def test_a_lookup_added_in_the_turn_in_which_all_queries_end_is_not_lost() -> None:
     oracle = Oracle()
-    grouped = Coalescer(oracle.ask_all)
+    coalescer = Coalescer(oracle.fetch_all)
 
     async def ask_twice(question: int) -> int:
-        await grouped.ask(question)
-        return await grouped.ask(question + 100)
+        await coalescer.get(question)
+        return await coalescer.get(question + 100)
 
     answers = []
     for question in range(MAX_QUERIES):
@@ -75,16 +75,16 @@ async def test_a_lookup_added_in_the_turn_in_which_all_queries_end_is_not_lost()
 
 
 async def test_a_failed_query_fails_its_own_lookups_only() -> None:
-    async def ask_all(questions: Sequence[int]) -> list[int]:
+    async def fetch_all(questions: Sequence[int]) -> list[int]:
         await turns()
         if 0 in questions:
             raise LookupError
         return list(questions)
 
-    grouped = Coalescer(ask_all)
-    first = asyncio.create_task(grouped.ask(0))
+    coalescer = Coalescer(fetch_all)
+    first = asyncio.create_task(coalescer.get(0))
     await turns(1)
-    others = [asyncio.create_task(grouped.ask(question)) for question in range(1, 5)]
+    others = [asyncio.create_task(coalescer.get(question)) for question in range(1, 5)]
     with pytest.raises(LookupError):
         await first
     assert await asyncio.gather(*others) == [1, 2, 3, 4]
@@ -94,13 +94,13 @@ async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again()
     gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
     queries = []
 
-    async def ask_all(questions: Sequence[int]) -> list[int]:
+    async def fetch_all(questions: Sequence[int]) -> list[int]:
         queries.append(questions)
         await asyncio.shield(gate)
         raise LookupError from TimeoutError()
 
-    grouped = Coalescer(ask_all)
-    answers = [asyncio.create_task(grouped.ask(question)) for question in range(5)]
+    coalescer = Coalescer(fetch_all)
+    answers = [asyncio.create_task(coalescer.get(question)) for question in range(5)]
     await turns()
     gate.set_result(None)
     assert [type(answer) for answer in await asyncio.gather(*answers, return_exceptions=True)] == [LookupError] * 5
@@ -109,8 +109,8 @@ async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again()
 
 async def test_a_cancelled_lookup_does_not_disturb_the_others() -> None:
     oracle = Oracle()
-    grouped = Coalescer(oracle.ask_all)
-    one, other = asyncio.create_task(grouped.ask(1)), asyncio.create_task(grouped.ask(2))
+    coalescer = Coalescer(oracle.fetch_all)
+    one, other = asyncio.create_task(coalescer.get(1)), asyncio.create_task(coalescer.get(2))
     await turns()
     one.cancel()
     await turns()
@@ -121,11 +121,11 @@ async def test_a_cancelled_lookup_does_not_disturb_the_others() -> None:
 
 async def test_a_query_takes_at_most_its_limit_and_at_least_one_lookup() -> None:
     oracle = Oracle()
-    grouped = Coalescer(oracle.ask_all, weigh=lambda question: question)
+    coalescer = Coalescer(oracle.fetch_all, weigh=lambda question: question)
     weights = [1, 1, 2 * MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT // 2, 1]
     answers = []
     for weight in weights:
-        answers.append(asyncio.create_task(grouped.ask(weight)))
+        answers.append(asyncio.create_task(coalescer.get(weight)))
         await turns()
     while not all(answer.done() for answer in answers):
         for gate in oracle.gates:

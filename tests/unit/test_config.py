@@ -253,7 +253,7 @@ def test_migrations_need_the_database_url_only() -> None:
     )
     with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is not set"):
         config.load_database_url({})
-    with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is no postgres URL"):
+    with pytest.raises(ConfigurationError, match="GATEWAY_DATABASE_URL is not a postgres URL"):
         config.load_database_url({"GATEWAY_DATABASE_URL": "u@h/db"})
 
 
@@ -297,7 +297,9 @@ def test_files_of_the_database_are_added_to_its_url_and_what_the_url_says_itself
 @pytest.mark.parametrize("mode", ["prefer", "allow", "verify_full", "off"])
 def test_sslmodes_that_an_attacker_in_between_can_downgrade_are_refused(mode: str) -> None:
     url = f"postgres://u:secret@db.internal/x?sslmode={mode}"
-    with pytest.raises(ConfigurationError, match=f"GATEWAY_DATABASE_URL has sslmode={mode}: choose one of") as refused:
+    with pytest.raises(
+        ConfigurationError, match=f"GATEWAY_DATABASE_URL has sslmode={mode}. Set sslmode to one of"
+    ) as refused:
         config.load(URLS | {"GATEWAY_DATABASE_URL": url})
     assert "secret" not in str(refused.value)
 

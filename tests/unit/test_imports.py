@@ -128,7 +128,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb"))
         or (isinstance(node, ast.ImportFrom) and node.module == "os")
     }
-    assert readers == {"config", "cli.commands", "server.supervisor"}
+    assert readers == {"config", "cli.migrations", "server.supervisor"}
 
 
 @pytest.mark.parametrize("module", pure())

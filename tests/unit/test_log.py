@@ -81,7 +81,7 @@ def test_any_message_is_one_line_and_comes_out_as_it_went_in(message: str) -> No
 
 
 def test_a_lone_surrogate_in_a_message_costs_no_log_line() -> None:
-    """aiohttp gives bytes over 127 of a header or path as lone surrogates, which UTF-8 does not encode."""
+    """Aiohttp gives bytes over 127 of a header or path as lone surrogates, which UTF-8 does not encode."""
     line = JsonLines().format(record("%s", "GET /\udcff"))
     line.encode()
     assert json.loads(line)["message"].startswith("GET /")

@@ -114,7 +114,7 @@ def test_a_lease_holds_all_its_rows_and_not_one_id_more() -> None:
     leased = LeasedIds(3)
     assert len(leased) == LEASE_ROWS * COLUMNS
     leased.take(len(leased) - 2)
-    with pytest.raises(IndexError, match="3 ids asked for, 2 left"):
+    with pytest.raises(IndexError, match="3 ids requested, 2 left"):
         leased.take(3)
     assert leased.take(2).ids == row_ids(3 * LEASE_ROWS + LEASE_ROWS - 1)[-2:]
     assert len(leased) == 0

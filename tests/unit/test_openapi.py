@@ -87,7 +87,7 @@ def test_the_limits_are_the_gateways() -> None:
     assert schemas["Answer"]["properties"]["errors"]["maxItems"] == wire.MAX_MESSAGES
     assert schemas["ErrorRow"]["properties"]["index"]["maximum"] == wire.MAX_MESSAGES - 1
     assert f"{wire.MAX_BODY_BYTES:,} bytes" in DOCUMENT["paths"][api.SEND_BULK]["post"]["requestBody"]["description"]
-    assert schemas["E164"]["pattern"] == f"^{batch._E164}$"
+    assert schemas["E164"]["pattern"] == f"^{batch.E164}$"
     retry_after = COMPONENTS["headers"]["Retry-After"]["schema"]
     assert (retry_after["minimum"], retry_after["maximum"]) == (1, errors.MAX_RETRY_AFTER_S)
 

@@ -182,8 +182,8 @@ def test_null_and_absent_are_the_same() -> None:
     for name in ("to", "list_number", "body", "wrap_links"):
         assert getattr(absent, name) is getattr(null, name) is None
     for name in ("contact_data", "metadata"):
-        assert wire.sent_nothing(getattr(absent, name))
-        assert wire.sent_nothing(getattr(null, name))
+        assert wire.is_absent(getattr(absent, name))
+        assert wire.is_absent(getattr(null, name))
 
 
 @pytest.mark.parametrize("value", [b"5", b"1.5", b"true", b"[]", b"{}", b" [ 1 ]"])

@@ -13,7 +13,7 @@ from tests.support.authority import Authority
 
 @pytest.fixture(scope="package")
 def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """Servers, role and user, set up command by command as docs/security.md says."""
+    """Start the servers; create role and user command by command, as docs/security.md says."""
     authority = Authority(tmp_path_factory.mktemp("authority"))
     postgres, rabbitmq = PostgresWithTls(authority.issue("127.0.0.1")), RabbitMQ(authority.issue("127.0.0.1"))
     ca, cert, key = map(str, authority.issue("gateway.internal"))

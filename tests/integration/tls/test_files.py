@@ -27,7 +27,7 @@ def test_files_that_could_not_work_are_refused_at_start_by_the_variables_name(se
         unmatched = refusal(secured, **{f"{name}_cert_file": str(one.cert), f"{name}_key_file": str(other.key)})
         assert f"{variable}_CERT_FILE and {variable}_KEY_FILE cannot be used" in unmatched
         alone = refusal(secured, **{f"{name}_cert_file": "", f"{name}_key_file": str(one.key)})
-        assert alone == f"{variable}_KEY_FILE is the key of no certificate. Set {variable}_CERT_FILE"
+        assert alone == f"{variable}_KEY_FILE is set without its certificate. Set {variable}_CERT_FILE"
         if name != "api_tls":
             assert f"{variable}_CA_FILE" in refusal(secured, **{f"{name}_ca_file": str(no_pem)})
     url = secured.environment["GATEWAY_DATABASE_URL"] + "?sslrootcert=/nowhere.pem"

@@ -45,14 +45,14 @@ async def broker_says(settings: Settings) -> str:
 
 async def test_a_server_of_another_authority_is_refused_with_what_to_do(secured: Secured, tmp_path: Path) -> None:
     other = str(Authority(tmp_path).ca_file)
-    assert "GATEWAY_DATABASE_CA_FILE must name the authority" in await database_says(
+    assert "GATEWAY_DATABASE_CA_FILE must be the file of the CA" in await database_says(
         secured.settings(database_ca_file=other)
     )
-    assert "GATEWAY_AMQP_CA_FILE must name the authority" in await broker_says(secured.settings(amqp_ca_file=other))
+    assert "GATEWAY_AMQP_CA_FILE must be the file of the CA" in await broker_says(secured.settings(amqp_ca_file=other))
     # Without a word about authorities it is the system's, which know nothing of ours.
     url = secured.environment["GATEWAY_DATABASE_URL"] + "?sslmode=verify-full"
-    assert "must name the authority" in await database_says(secured.settings(database_ca_file="", database_url=url))
-    assert "must name the authority" in await broker_says(secured.settings(amqp_ca_file=""))
+    assert "must be the file of the CA" in await database_says(secured.settings(database_ca_file="", database_url=url))
+    assert "must be the file of the CA" in await broker_says(secured.settings(amqp_ca_file=""))
 
 
 async def test_a_server_with_another_name_is_refused_with_what_to_do(secured: Secured) -> None:
@@ -63,8 +63,10 @@ async def test_a_server_with_another_name_is_refused_with_what_to_do(secured: Se
             for name in ("database_url", "amqp_url")
         }
     )
-    assert "GATEWAY_DATABASE_URL must name the server as its certificate does" in await database_says(settings)
-    assert "GATEWAY_AMQP_URL must name the server as its certificate does" in await broker_says(settings)
+    assert "The host name in GATEWAY_DATABASE_URL must be one of the certificate's names" in await database_says(
+        settings
+    )
+    assert "The host name in GATEWAY_AMQP_URL must be one of the certificate's names" in await broker_says(settings)
     unnamed = settings.database_url + "?sslmode=verify-ca"
     assert await database_says(secured.settings(database_url=unnamed)) == ""
 

