@@ -165,7 +165,7 @@ async def queue_unavailable(stage: Stage) -> RawAnswer:
 
 
 async def database_unavailable(stage: Stage) -> RawAnswer:
-    await stage.gateway.runtime.queries._pool.close()
+    await stage.gateway.runtime.pool.close()
     return await stage.post()
 
 

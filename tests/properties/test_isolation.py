@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gateway.cli.admin import Admin
+from gateway.postgres.queries import RESOLVE_LISTS
 from testbed.servers import Servers
 from tests.properties import MORE
 from tests.support.callers import make_caller
@@ -320,14 +321,17 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
 async def sharing_gateway(gateway: GatewayUnderTest) -> AsyncIterator[GatewayUnderTest]:
     """Yield a gateway; check at the end that it has resolved lists of several accounts in one query."""
     accounts_per_query: list[int] = []
-    find_lists = gateway.runtime.queries._fetch_lists
+    fetch = asyncpg.Connection.fetch
 
-    async def find_and_count(questions: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
-        accounts_per_query.append(len({account for account, _ in questions}))
-        return await find_lists(questions)
+    async def fetch_and_count(connection: object, sql: str, *arguments: Sequence[Any], **options: Any) -> Any:
+        if sql == RESOLVE_LISTS:
+            accounts, _ = arguments
+            accounts_per_query.append(len(set(accounts)))
+        return await fetch(connection, sql, *arguments, **options)
 
-    gateway.runtime.queries._lists._fetch_all = find_and_count
-    yield gateway
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(asyncpg.Connection, "fetch", fetch_and_count)
+        yield gateway
     shared = [accounts for accounts in accounts_per_query if accounts > 1]
     assert len(shared) >= 10, "nothing could have been mixed up: the test has shown nothing"
 

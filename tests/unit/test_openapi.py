@@ -120,4 +120,6 @@ def test_the_headers_are_the_gateways() -> None:
 def test_an_idempotency_key_is_what_the_gateway_takes(good: str, bad: str) -> None:
     is_valid = validator_of(COMPONENTS["parameters"]["Idempotency-Key"]["schema"]).is_valid
     assert (is_valid(good), is_valid(bad)) == (True, False)
-    assert (bool(idempotency._is_key(good)), bool(idempotency._is_key(bad))) == (True, False)
+    assert idempotency.parse_key([good]) == good
+    with pytest.raises(errors.InvalidIdempotencyKey):
+        idempotency.parse_key([bad])
