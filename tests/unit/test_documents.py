@@ -1,7 +1,9 @@
 """The documents list all that exists, and nothing else: settings, codes, commands, modules, links."""
 
+import ast
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,9 @@ REQUEST_ERRORS = {
 
 FOLDERS = ("docs", "benchmarks", "deploy", "examples")
 PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+CODE = ("gateway", "testbed", "benchmarks", "examples", "tests")
+INTERROGATIVE = re.compile(r"(?:what|who|whether|how|where)(?:ever)?\b", re.IGNORECASE)
+MAX_LINE = 120  # characters
 COMMANDS = re.findall(r"^python -m gateway (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
 
 
@@ -51,6 +56,35 @@ def test_links_into_a_page_lead_to_a_heading(page: Path) -> None:
 
 def test_the_readme_is_no_longer_than_two_screens() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 100
+
+
+def test_the_map_of_the_code_is_no_longer_than_150_lines() -> None:
+    assert len(ARCHITECTURE.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_lines_are_at_most_120_characters_long_outside_tables(page: Path) -> None:
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), start=1)
+    assert [number for number, line in lines if len(line) > MAX_LINE and not line.lstrip().startswith("|")] == []
+
+
+def test_no_docstring_begins_with_an_interrogative_word() -> None:
+    """A first line says what a thing is or does: a question word announces a riddle."""
+    found = [
+        f"{path.relative_to(ROOT)}: {docstring.splitlines()[0]}"
+        for package in CODE
+        for path in sorted((ROOT / package).rglob("*.py"))
+        for docstring in docstrings_of(path)
+        if INTERROGATIVE.match(docstring)
+    ]
+    assert found == []
+
+
+def docstrings_of(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a module, its classes and its functions."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield ast.get_docstring(node) or ""
 
 
 @pytest.mark.parametrize("line", COMMANDS)
