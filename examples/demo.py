@@ -23,7 +23,7 @@ from typing import Any
 
 import aio_pika
 
-from testbed.servers import Gateway, ServerError, Servers
+from testbed import Gateway, ServerError, Servers
 
 Message = dict[str, Any]
 

@@ -19,7 +19,7 @@ from gateway.cli.admin import Admin, open_admin
 from gateway.config import Settings
 from gateway.runtime import Runtime, open_runtime
 from gateway.server import process as server
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.secrecy import BODY, PASSWORD, LogWatch

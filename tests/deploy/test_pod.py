@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import MakeSettings, StartGateway
 from tests.deploy.manifests import environment_of, gateway_of, only, render
 from tests.integration.test_process import Caller, gateway_pid

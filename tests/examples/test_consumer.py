@@ -23,7 +23,7 @@ from examples.consumer.consumer import UnsupportedQueue
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
 from examples.consumer.settings import ConfigurationError, load
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 

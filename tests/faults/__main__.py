@@ -21,7 +21,7 @@ from statistics import median
 
 import msgspec
 
-from testbed.servers import ServerError
+from testbed import ServerError
 from tests.faults import overload
 from tests.faults.overload import Overload
 from tests.faults.play import Report, play

@@ -11,7 +11,7 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
-from testbed.servers import Gateway
+from testbed import Gateway
 
 VARIABLE = "CLOCK_OFFSET_FILE"
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import msgspec
 
-from testbed.clusters import HaProxy
+from testbed import HaProxy
 from tests.faults.client import SteadyLoad
 from tests.faults.exactly_once import ReferenceConsumer
 from tests.faults.ledger import Fault, Findings, compare

@@ -4,7 +4,6 @@ A fault breaks something on entry and mends it on exit; what lies between is up 
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -13,8 +12,7 @@ from typing import Literal
 
 import asyncpg
 
-from testbed.clusters import NET_TICK_S
-from testbed.servers import Gateway, RabbitMQ, Server
+from testbed import NET_TICK_S, Gateway, RabbitMQ, Server
 from tests.faults.client import Load
 from tests.faults.jumping_clock import JumpingClockGateway
 from tests.faults.reader import Reader
@@ -119,7 +117,7 @@ async def quorum_lost(play: Play) -> AsyncIterator[None]:
 async def database_stopped(play: Play) -> AsyncIterator[None]:
     """PostgreSQL's "immediate" shutdown: a crash, as far as its clients and its data can tell."""
     primary = play.stand.databases.primary
-    await asyncio.to_thread(primary._order, signal.SIGQUIT)
+    await asyncio.to_thread(primary.crash)
     try:
         yield
     finally:

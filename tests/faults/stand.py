@@ -18,8 +18,7 @@ import aio_pika
 import psutil
 
 from gateway.cli.admin import open_admin
-from testbed.clusters import HaProxy, PostgresPair, RabbitMQCluster
-from testbed.servers import Gateway, RabbitMQ, Server, ServerError
+from testbed import Gateway, HaProxy, PostgresPair, RabbitMQ, RabbitMQCluster, Server, ServerError
 from tests.conftest import new_number, run_gateway
 from tests.faults.client import Sender
 from tests.support.tcp_proxy import TcpProxy

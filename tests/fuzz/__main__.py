@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import run_gateway
 from tests.fuzz import campaigns
 from tests.fuzz.campaigns import Result

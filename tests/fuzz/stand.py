@@ -15,7 +15,7 @@ import psutil
 from aio_pika.abc import AbstractIncomingMessage
 
 from gateway.cli.admin import Admin, open_admin
-from testbed.servers import Gateway
+from testbed import Gateway
 from tests.conftest import new_number
 from tests.support.eventually import eventually
 

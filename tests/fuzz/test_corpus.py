@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.fuzz.campaigns import CORPUS
 from tests.fuzz.raw import HttpFuzzer
 from tests.fuzz.stand import open_stand

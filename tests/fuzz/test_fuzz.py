@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.fuzz import campaigns
 
 SEED = 2026

@@ -14,7 +14,7 @@ import msgspec
 import psutil
 
 from gateway.cli.admin import Admin, open_admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import new_number
 from tests.support.outbound_queue import OutboundQueue
 

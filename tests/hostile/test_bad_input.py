@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.hostile import table
 from tests.hostile.stand import Caller, Neighbour, Stand, new_caller, open_stand
 from tests.hostile.table import CLOSED, KEPT, UNREAD, Idempotency, Message, Row

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.telemetry.requests import MAX_LINES_A_SECOND
 from gateway.web.sockets import RepeatLog
-from testbed.servers import Servers
+from testbed import Servers
 from tests.hostile import table
 from tests.hostile.stand import new_caller, open_stand
 from tests.support.raw_http import exchange

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.hostile import table
 from tests.hostile.stand import Caller, Neighbour, Stand, new_caller, open_stand
 from tests.support.eventually import eventually

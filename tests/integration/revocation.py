@@ -25,7 +25,7 @@ import asyncpg
 import msgspec
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import new_number, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.secrecy import BODY

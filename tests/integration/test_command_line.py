@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from gateway import __version__
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import GatewayUnderTest, new_number, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 

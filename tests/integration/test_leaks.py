@@ -10,7 +10,7 @@ import msgspec
 import psutil
 
 from gateway.cli.admin import open_admin
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy

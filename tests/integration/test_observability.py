@@ -19,7 +19,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import new_number
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue

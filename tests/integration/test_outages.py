@@ -10,7 +10,7 @@ import pytest
 
 from gateway.cli.admin import open_admin
 from gateway.config import Settings
-from testbed.servers import Postgres, RabbitMQ, Server
+from testbed import Postgres, RabbitMQ, Server
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, run_gateway
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Port, Servers
+from testbed import Gateway, Port, Servers
 from tests.conftest import new_number
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue
@@ -86,8 +86,7 @@ async def queue(servers: Servers, caller: Caller) -> AsyncIterator[OutboundQueue
 
 def gateway_pid(process: Gateway) -> int:
     """The gateway's own process, below its supervisor."""
-    (child,) = psutil.Process(process._supervisor.pid if process._supervisor else 0).children()
-    return int(child.pid)
+    return process.pid
 
 
 async def test_sigterm_loses_no_confirm(caller: Caller, queue: OutboundQueue) -> None:
@@ -128,7 +127,7 @@ async def test_the_log_is_json_lines_without_texts_numbers_or_keys(caller: Calle
     assert (await caller.send(10))[0] == 200
     caller.key += "x"
     assert (await caller.send(10))[0] == 401
-    await asyncio.to_thread(caller.process._order, signal.SIGTERM)
+    await asyncio.to_thread(caller.process.signal_and_wait, signal.SIGTERM)
     text = caller.process.log.read_text()
     lines = [msgspec.json.decode(line) for line in text.splitlines()]
     assert {"time", "level", "logger", "message"} <= set(lines[0])

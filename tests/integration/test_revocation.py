@@ -1,7 +1,7 @@
 """Promise 7 in its short form, and whether the loop would notice a broken one. Long: CONTRIBUTING.md."""
 
 from gateway.postgres.queries import Account, Queries
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import MakeSettings, StartGateway
 from tests.integration.revocation import TAKINGS, Verdict, gateways, play
 

@@ -44,7 +44,7 @@ from gateway.postgres.pool import connect_to_primary, reason
 from gateway.server import process as server
 from gateway.server.unix_sockets import listen_on_own_socket
 from gateway.urls import with_tls
-from testbed.servers import Certificates, Gateway, PostgresWithTls, RabbitMQ, Servers
+from testbed import Certificates, Gateway, PostgresWithTls, RabbitMQ, Servers
 from tests.conftest import GatewayUnderTest, new_number
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue

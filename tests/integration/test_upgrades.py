@@ -17,7 +17,7 @@ import asyncpg
 import pytest
 
 from gateway.cli.admin import open_admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import new_number, run_gateway
 from tests.support.eventually import eventually
 from tests.support.outbound_queue import OutboundQueue

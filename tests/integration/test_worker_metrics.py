@@ -10,7 +10,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gateway.cli.admin import Admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.conftest import new_number
 from tests.support.outbound_queue import OutboundQueue
 
@@ -65,7 +65,7 @@ async def test_workers_are_summed_by_the_query_and_a_death_shows_in_one_series(s
             assert found["gateway_workers:answering"] == {"": 2}
             assert set(found["process_resident_memory_bytes"]) == {"0", "1", "supervisor"}
 
-            (supervisor,) = psutil.Process(process._supervisor.pid if process._supervisor else 0).children()
+            supervisor = psutil.Process(process.pid)
             os.kill(supervisor.children()[0].pid, signal.SIGKILL)
             while (found := await scrape(session, process.ops_url))["gateway_workers:silent"] != {"": 1}:  # noqa: ASYNC110 - the processes set no event of ours
                 await asyncio.sleep(0.01)

@@ -18,7 +18,7 @@ import pytest
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
 from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import GatewayUnderTest, MakeSettings, StartGateway, new_number
 from tests.support.raw_http import exchange
 from tests.support.tcp_proxy import TcpProxy

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gateway.cli.admin import Admin
-from testbed.servers import Servers
+from testbed import Servers
 from tests.conftest import GatewayUnderTest
 from tests.properties import MORE
 from tests.support.outbound_queue import OutboundQueue
