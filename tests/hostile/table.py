@@ -1,11 +1,11 @@
-"""What strangers and bad clients send, and the exact answer to each: to be read from top to bottom.
+"""Malformed and hostile requests, and the exact answer to each.
 
-A request here is bytes as they go over the wire. KEY and LIST stand for a good key and a list of its account, of the
-same length as the real ones. What becomes of the connection:
+A request is the bytes on the wire. KEY and LIST stand for a valid key and a list of its account, of the same length as
+the real ones. The connection after the answer:
 
-    KEPT     another request over it is answered; never behind a chunked one, see "a trailer is nobody's header"
-    CLOSED   the server closes it behind the answer
-    UNREAD   answered before the body has come: what still comes is drained for a moment, then it is closed
+    KEPT     another request over it is answered; never after a chunked request, see "a trailer is nobody's header"
+    CLOSED   the server closes it
+    UNREAD   the answer came before the body: the server reads the rest for a moment, then it closes
 """
 
 import gzip
@@ -29,7 +29,7 @@ LARGEST = 5_242_880
 
 
 class Then(Enum):
-    """What becomes of the connection."""
+    """The state of the connection after the answer."""
 
     KEPT = auto()
     CLOSED = auto()
@@ -40,7 +40,7 @@ KEPT, CLOSED, UNREAD = Then.KEPT, Then.CLOSED, Then.UNREAD
 
 
 class Row(NamedTuple):
-    """One request, and its answer: the status and the code, or the status and how many messages are queued."""
+    """A request and its answer: the status and the code, or the status and the number of queued messages."""
 
     name: str
     request: bytes
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def head(*lines: bytes, first: bytes = b"POST " + PATH + b" HTTP/1.1", host: bytes | None = b"Host: gateway") -> bytes:
-    """A request line and headers."""
+    """Return a request line and headers."""
     return b"\r\n".join([first, *([host] if host is not None else []), *lines, b"", b""])
 
 
@@ -60,24 +60,24 @@ def post(
     first: bytes = b"POST " + PATH + b" HTTP/1.1",
     host: bytes | None = b"Host: gateway",
 ) -> bytes:
-    """A request with a key and a body, and more header lines."""
+    """Return a request with a key, a body and more header lines."""
     keys = [b"X-Api-Key: " + key] if key is not None else []
     return head(*keys, b"Content-Length: %d" % len(body), *lines, first=first, host=host) + body
 
 
 def chunked(*chunks: bytes, lines: tuple[bytes, ...] = (), end: bytes = b"0\r\n\r\n") -> bytes:
-    """A request with a key, whose body comes in these chunks."""
+    """Return a request with a key, whose body comes in these chunks."""
     body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
     return head(b"X-Api-Key: " + KEY, b"Transfer-Encoding: chunked", *lines) + body + end
 
 
 def first_line(line: bytes) -> bytes:
-    """A good request under another request line."""
+    """Return a valid request under another request line."""
     return post(first=line)
 
 
 def padded(size: int) -> bytes:
-    """A good body of so many bytes."""
+    """Return a valid body of `size` bytes."""
     return ONE[:-1] + b" " * (size - len(ONE)) + ONE[-1:]
 
 
@@ -211,9 +211,9 @@ LENGTHS = [
     Row("10 GB announced", head(b"X-Api-Key: " + KEY, b"Content-Length: 10000000000"), "413 payload_too_large", UNREAD),
     Row("10 GB announced without a key", head(b"Content-Length: 10000000000"), "401 missing_api_key", UNREAD),
     Row("the largest body", post(padded(LARGEST)), "200 1"),
-    Row("an byte more", post(padded(LARGEST + 1)), "413 payload_too_large"),
+    Row("a byte more", post(padded(LARGEST + 1)), "413 payload_too_large"),
     Row("the largest body, chunked", chunked(padded(LARGEST)), "200 1", CLOSED),
-    Row("an byte more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
+    Row("a byte more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
     Row("length and chunks", chunked(ONE, lines=(b"Content-Length: 5",)), *MALFORMED),
     Row("chunks and length", head(b"Content-Length: 5", b"X-Api-Key: " + KEY, b"Transfer-Encoding: chunked") + b"0\r\n\r\n", *MALFORMED),
     Row("two transfer codings", chunked(ONE, lines=(b"Transfer-Encoding: chunked",)), *MALFORMED),
@@ -326,7 +326,7 @@ JSON = [
 
 
 class Idempotency(NamedTuple):
-    """Requests one after the other, and the answer to each."""
+    """A sequence of requests, and the answer to each."""
 
     name: str
     requests: list[bytes]
@@ -334,7 +334,7 @@ class Idempotency(NamedTuple):
 
 
 def keyed(*keys: bytes, body: bytes = ONE, key: bytes = KEY) -> bytes:
-    """A request under these Idempotency-Keys."""
+    """Return a request with these Idempotency-Keys."""
     return post(body, *(b"Idempotency-Key: " + each for each in keys), key=key)
 
 
@@ -360,7 +360,7 @@ IDEMPOTENCY = [
 
 
 class Message(NamedTuple):
-    """One element of `messages`, between two good ones: the code of its row, or None when it is queued."""
+    """An element of `messages` between two valid ones: the code of its row, or None when it is queued."""
 
     name: str
     element: bytes
@@ -368,13 +368,13 @@ class Message(NamedTuple):
 
 
 def message(**changes: object) -> bytes:
-    """A good message with some fields changed; a field set to ... is left out."""
+    """Return a valid message with some fields changed; a field set to ... is left out."""
     good: dict[str, object] = msgspec.json.decode(GOOD)
     return msgspec.json.encode({name: value for name, value in (good | changes).items() if value is not ...})
 
 
 def with_raw(name: bytes, value: bytes) -> bytes:
-    """A good message with one field more, as it stands."""
+    """Return a valid message with one more field, whose value is raw JSON."""
     return GOOD[:-1] + b',"%b":%b}' % (name, value)
 
 

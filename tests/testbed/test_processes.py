@@ -49,6 +49,14 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(made)
 
 
+@pytest.fixture
+def _ctrl_c_works() -> Iterator[None]:
+    """Let child processes handle SIGINT. A shell starts background jobs, such as this run, with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def store(server: Server, word: str) -> None:
     """Keep a word in a server: in a table, or as a user of the broker."""
     if isinstance(server, Postgres):
@@ -229,6 +237,7 @@ with ExitStack() as stack:
 """
 
 
+@pytest.mark.usefixtures("_ctrl_c_works")
 @pytest.mark.parametrize(
     ("how", "names"),
     [
@@ -247,37 +256,44 @@ def test_servers_end_with_the_process_that_started_them(how: str, names: list[st
         text=True,
     )
     with starter:
-        assert starter.stdout is not None
-        assert starter.stdin is not None
-        directories, pids = json.loads(starter.stdout.readline())
-        assert all(Path(directory).exists() for directory in directories)
-        assert len(pids) > len(names)
-        if how.startswith("SIG"):
-            starter.send_signal(signal.Signals[how])
-        elif how == "paused":
+        try:
+            assert starter.stdout is not None
+            assert starter.stdin is not None
+            directories, pids = json.loads(starter.stdout.readline())
+            assert all(Path(directory).exists() for directory in directories)
+            assert len(pids) > len(names)
+            if how.startswith("SIG"):
+                starter.send_signal(signal.Signals[how])
+            elif how == "paused":
+                starter.kill()
+            else:
+                starter.stdin.close()
+            starter.wait(30)
+            deadline = time.monotonic() + 30
+            left: list[Path | int] = [*map(Path, directories), *pids]
+            while left and time.monotonic() < deadline:
+                left = [each for each in left if (psutil.pid_exists(each) if isinstance(each, int) else each.exists())]
+                time.sleep(0.05)
+            assert left == []
+        finally:
             starter.kill()
-        else:
-            starter.stdin.close()
-        starter.wait(30)
-        deadline = time.monotonic() + 30
-        left: list[Path | int] = [*map(Path, directories), *pids]
-        while left and time.monotonic() < deadline:
-            left = [each for each in left if (psutil.pid_exists(each) if isinstance(each, int) else each.exists())]
-            time.sleep(0.05)
-        assert left == []
 
 
+@pytest.mark.usefixtures("_ctrl_c_works")
 def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
     with subprocess.Popen(
         [sys.executable, "-m", "testbed"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
     ) as command:
-        assert command.stdout is not None
-        lines = [command.stdout.readline() for _ in range(3)]
-        assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
-        assert lines[1].startswith("export GATEWAY_AMQP_URL='amqp://guest:")
-        assert lines[2] == "# Running until Ctrl-C\n"
-        children = psutil.Process(command.pid).children(recursive=True)
-        command.send_signal(signal.SIGINT)
-        assert command.wait(30) == 0
-        assert [child for child in children if child.is_running()] == []
+        try:
+            assert command.stdout is not None
+            lines = [command.stdout.readline() for _ in range(3)]
+            assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
+            assert lines[1].startswith("export GATEWAY_AMQP_URL='amqp://guest:")
+            assert lines[2] == "# Running until Ctrl-C\n"
+            children = psutil.Process(command.pid).children(recursive=True)
+            command.send_signal(signal.SIGINT)
+            assert command.wait(30) == 0
+            assert [child for child in children if child.is_running()] == []
+        finally:
+            command.kill()
