@@ -64,7 +64,7 @@ def _list() -> None:
         print(f"{name:45} promises {', '.join(map(str, promises))}")
     print("\nThe promises (docs/reliability.md):")
     for number, promise in PROMISES.items():
-        print(f"{number:3} {promise}")
+        print(f"{number:3} {promise.text}")
 
 
 async def _run_one(deployment: Deployment, name: str, options: argparse.Namespace, results: Results) -> None:

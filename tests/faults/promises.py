@@ -2,21 +2,29 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 
 
-def read_promises(text: str) -> dict[int, str]:
-    """Return the promises by number, without Markdown, from the table with the columns `#` and `promise`.
+class Promise(NamedTuple):
+    """A row of the table, without Markdown."""
 
-    Raises ValueError when there is no such table, or a number is missing or stands there twice.
+    text: str
+    shown_by: str
+
+
+def read_promises(document: str) -> dict[int, Promise]:
+    """Return the rows, by number, of the table whose columns begin with `#` and `promise` and end with `shown by`.
+
+    Raises ValueError when there is no such table, or when its rows are not numbered from 1.
     """
-    _, _, after = text.partition("| # | promise |")
+    _, _, after = document.partition("\n| # | promise |")
     table, _, _ = after.partition("\n\n")
-    rows = re.findall(r"^\| *(\d+) *\| *(.+?) *\|", table, re.MULTILINE)
-    if not rows or [int(number) for number, _ in rows] != list(range(1, len(rows) + 1)):
+    rows = re.findall(r"^\| (\d+) \| (.+?) \|.*\| (.+?) \|$", table.replace("`", ""), re.MULTILINE)
+    if not rows or [int(number) for number, *_ in rows] != list(range(1, len(rows) + 1)):
         raise ValueError(f"{DOCUMENT.name} has no table of promises, numbered from 1")
-    return {int(number): re.sub(r"[*`]", "", promise) for number, promise in rows}
+    return {int(number): Promise(*cells) for number, *cells in rows}
 
 
 PROMISES = read_promises(DOCUMENT.read_text())
