@@ -23,6 +23,7 @@ class Gateway(Server):
 
     @property
     def url(self) -> str:
+        """Return the URL of its API."""
         return f"http://127.0.0.1:{self.port}"
 
     @property

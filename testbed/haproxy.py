@@ -21,6 +21,7 @@ class HaProxy(Server):
 
     @property
     def url(self) -> str:
+        """Return the URL for callers."""
         return f"http://127.0.0.1:{self.port}"
 
     @property

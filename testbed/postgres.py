@@ -28,6 +28,7 @@ class Postgres(Server):
 
     @property
     def url(self) -> str:
+        """Return the URL of its database, for the superuser."""
         return self._url(self.database)
 
     def _url(self, database: str) -> str:

@@ -32,6 +32,7 @@ class RabbitMQ(Server):
 
     @property
     def url(self) -> str:
+        """Return the node's URL."""
         return f"amqp{'s' if self._certificates else ''}://guest:{self.password}@127.0.0.1:{self.port}/"
 
     def _prepare(self) -> None:

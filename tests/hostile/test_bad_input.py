@@ -182,7 +182,7 @@ async def test_a_request_behind_malformed_http_is_not_processed(attack: Attack) 
 @pytest.mark.parametrize(
     "trailer", [b"X-Api-Key: " + table.FOREIGN_KEY, b"Content-Encoding: gzip", b"X-Request-Id: leaked"]
 )
-async def test_a_trailer_is_nobodys_header(attack: Attack, trailer: bytes) -> None:
+async def test_a_trailer_is_never_a_header(attack: Attack, trailer: bytes) -> None:
     """A load balancer may use the same connection for another caller's request."""
     async with connect(attack.gateway.url) as conversation:
         await conversation.send(attack.fill_in(table.chunked(table.ONE, end=b"0\r\n" + trailer + b"\r\n\r\n")))

@@ -228,7 +228,7 @@ async def eventually_serves(gateway: AttackedGateway, request: bytes) -> None:
 
 
 async def test_requests_sent_ahead_of_unread_answers_do_not_fill_the_memory(servers: Servers) -> None:
-    """aiohttp alone would hold 32 requests of each connection, with half a megabyte of body each."""
+    """Plain aiohttp would hold 32 requests of each connection, with half a megabyte of body each."""
     connections, unread_mb, ahead_mb = 10, 17, 16  # unread: a body, its 1,000 rows, and its answer
     async with open_gateway(servers) as gateway:
         caller = await make_caller(gateway.admin)

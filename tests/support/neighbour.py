@@ -1,4 +1,4 @@
-"""A well-behaved caller beside an attack: whatever the attacker does, this caller must not notice."""
+"""A well-behaved caller beside an attack, whose requests must not be affected by it."""
 
 import asyncio
 import time
