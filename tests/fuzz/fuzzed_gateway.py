@@ -136,11 +136,12 @@ async def open_fuzzed_gateway(environment: Mapping[str, str]) -> AsyncIterator[F
             channel = await connection.channel()
             await channel.set_qos(prefetch_count=1000)
             queue = await channel.get_queue(queue_name, ensure=False)
-            await queue.consume(gateway.take, no_ack=True)
+            consumer = await queue.consume(gateway.take, no_ack=True)
             try:
                 async with neighbour:
                     yield gateway
             finally:
+                await queue.cancel(consumer)
                 await channel.queue_delete(queue_name)
     finally:
         await asyncio.to_thread(process.close)
