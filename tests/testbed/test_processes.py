@@ -156,10 +156,12 @@ def test_a_paused_server_is_running_but_not_serving_and_goes_on_after_resume(ser
     assert server.pid == before
 
 
-def test_a_paused_server_can_be_stopped(server: Server) -> None:
+def test_a_paused_server_can_be_stopped_in_an_orderly_way(server: Server) -> None:
     server.pause()
     server.stop()
     assert state(server) == "down"
+    if isinstance(server, Postgres):
+        assert server.log.read_text().endswith("database system is shut down\n")
 
 
 def test_a_footprint_shows_memory_and_descriptors_of_the_server(server: Server) -> None:
