@@ -16,7 +16,7 @@ from benchmarks.questions import bare_publisher, capacity, compare, load, memory
 from benchmarks.questions.run_report import show_run
 from benchmarks.report import page, terminal
 from benchmarks.report.document import Report
-from testbed.servers import ServerError
+from testbed import ServerError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -1,7 +1,7 @@
-"""The gateway at work, from an empty database to messages in the queue, told step by step.
+"""The gateway at work, step by step, from an empty database to messages in the queue.
 
-Everything is real and private to this run: PostgreSQL, RabbitMQ, the gateway as a process of its own. What the gateway
-says it has queued is compared with what lies in the queue; the first difference ends the demo with exit code 1.
+PostgreSQL, RabbitMQ and the gateway process are real and private to this run. The gateway's counts are compared with
+the messages in the queue; the first difference ends the demo with exit code 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 import aio_pika
 
-from testbed.servers import Gateway, ServerError, Servers
+from testbed import Gateway, ServerError, Servers
 
 Message = dict[str, Any]
 
@@ -33,27 +33,27 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class Mismatch(Exception):
-    """The gateway said one thing and did another."""
+    """Raised when the gateway's answer and the queue do not agree."""
 
 
 def step(text: str) -> None:
-    """One line for one thing that is done."""
+    """Print a line for a step that is done."""
     print(f"✓ {text}", flush=True)
 
 
 def title(text: str) -> None:
-    """What comes next."""
+    """Print the title of the next part."""
     print(f"\n{text}\n", flush=True)
 
 
-def expect(what: str, expected: object, actual: object) -> None:
-    """Raise Mismatch when they differ."""
+def expect(name: str, expected: object, actual: object) -> None:
+    """Raise Mismatch when the two differ."""
     if expected != actual:
-        raise Mismatch(f"{what}: expected {expected}, found {actual}")
+        raise Mismatch(f"{name}: expected {expected}, found {actual}")
 
 
 def administer(settings: dict[str, str], *arguments: str) -> str:
-    """Run `python -m gateway ...`, as an operator would."""
+    """Run `python -m gateway …`, as an operator would, and return its output. Raises ServerError when it fails."""
     command = [sys.executable, "-m", "gateway", *arguments]
     done = subprocess.run(
         command, cwd=REPOSITORY, env=os.environ | settings, capture_output=True, text=True, check=False
@@ -64,13 +64,13 @@ def administer(settings: dict[str, str], *arguments: str) -> str:
 
 
 def curl(gateway: Gateway, key: str, body: str) -> str:
-    """The request as a line for a shell."""
+    """Return the request as a curl command."""
     headers = f"-H 'X-Api-Key: {key}' -H 'Content-Type: application/json'"
     return f"curl -s {gateway.url}/api/v2/send/bulk \\\n  {headers} \\\n  -d {shlex.quote(body)}"
 
 
 def send(gateway: Gateway, key: str, messages: list[Message], shown: str) -> Message:
-    """Send a batch, showing it as `shown`, and return the answer."""
+    """Send a batch, print its body as `shown`, and return the answer. Raises Mismatch unless it is a 200."""
     print(f"$ {curl(gateway, key[:8] + '…', shown)}\n")
     body = json.dumps({"messages": messages})
     connection = HTTPConnection("127.0.0.1", gateway.port.number, timeout=30)
@@ -88,7 +88,7 @@ def send(gateway: Gateway, key: str, messages: list[Message], shown: str) -> Mes
 
 
 def mixed_batch(lists: tuple[str, str]) -> tuple[list[Message], Counter[str]]:
-    """1,000 messages, some of them bad in every way the contract names; and how many of each."""
+    """Return 1,000 messages, some of them bad, and the number of bad ones by error code."""
     messages: list[Message] = [
         {
             "to": f"+1415555{number:04d}",
@@ -113,7 +113,7 @@ def mixed_batch(lists: tuple[str, str]) -> tuple[list[Message], Counter[str]]:
 
 
 def show_errors(errors: list[Message]) -> None:
-    """One row of each kind, and how many there are of it."""
+    """Print one row of each error code, and the number of rows with that code."""
     examples = {row["code"]: row for row in reversed(errors)}
     counts = Counter(row["code"] for row in errors)
     for code in counts:
@@ -121,7 +121,10 @@ def show_errors(errors: list[Message]) -> None:
 
 
 async def look_into_queue(amqp_url: str, expected: int | None = None) -> tuple[int, list[bytes]]:
-    """The queue's depth, awaited if it is known, and its first three payloads, put back afterwards."""
+    """Return the queue's depth and its first three payloads, which stay in the queue.
+
+    If the depth is known, wait for it for at most DEPTH_TIMEOUT_S.
+    """
     connection = await aio_pika.connect(amqp_url)
     async with connection, connection.channel() as channel:
         deadline = time.monotonic() + DEPTH_TIMEOUT_S
@@ -138,8 +141,8 @@ async def look_into_queue(amqp_url: str, expected: int | None = None) -> tuple[i
 
 
 def show(once: bool) -> None:
-    """The whole story."""
-    print("SMS gateway: a demonstration on this machine, with servers of its own\n")
+    """Run all parts of the demo; unless `once`, leave the gateway running until Ctrl-C."""
+    print("SMS gateway: a demonstration on this machine, with private servers\n")
     begin = time.monotonic()
     with Servers() as servers:
         settings = servers.environment()
@@ -151,7 +154,8 @@ def show(once: bool) -> None:
         account = str(json.loads(administer(settings, "account", "create", "Acme", "--json"))["id"])
         key = str(json.loads(administer(settings, "key", "create", account, "--json"))["key"])
         lists = ("+18005551000", "+18005552000")
-        if servers.postgres is None:  # somebody's own database, where these two may be taken
+        if servers.postgres is None:
+            # In a database that the environment names, these two numbers may exist.
             lists = (f"+1800{secrets.randbelow(10**7):07d}", f"+1888{secrets.randbelow(10**7):07d}")
         for number in lists:
             administer(settings, "list", "add", account, number, "--json")
@@ -171,10 +175,10 @@ def show(once: bool) -> None:
             print(json.dumps(answer, indent=2, ensure_ascii=False))
             expect("queued", 1, answer["queued_count"])
             expect("error codes", ["invalid_phone"], [row["code"] for row in answer["errors"]])
-            step("1 queued, 1 refused: a bad message costs only itself")
+            step("1 queued, 1 refused: a bad message does not affect the others")
             queued = answer["queued_count"]
 
-            title("A full batch: 1,000 messages to both lists, some bad in every possible way")
+            title("A full batch: 1,000 messages to both lists, some of them bad, with every error code")
             messages, flaws = mixed_batch(lists)
             answer = send(gateway, key, messages, '{"messages": [… 1,000 of them …]}')
             print(f'"queued_count": {answer["queued_count"]}, "error_count": {answer["error_count"]}, "errors":')
@@ -184,7 +188,7 @@ def show(once: bool) -> None:
             step(f"{answer['queued_count']} queued, {answer['error_count']} refused, each with its reason")
             queued += answer["queued_count"]
 
-            title(f"What lies in the queue {QUEUE} for the consumers")
+            title(f"The first messages in the queue {QUEUE}")
             depth, payloads = asyncio.run(look_into_queue(servers.amqp_url, before + queued))
             for payload in payloads:
                 print(f"  {payload.decode()}")
@@ -193,7 +197,7 @@ def show(once: bool) -> None:
 
             if once:
                 return
-            title("Your turn, until Ctrl-C:")
+            title("The gateway runs until Ctrl-C. Try it:")
             print(curl(gateway, key, json.dumps({"messages": two[:1]})), flush=True)
             with suppress(KeyboardInterrupt):
                 signal.pause()
@@ -201,9 +205,9 @@ def show(once: bool) -> None:
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Run the demo and return the exit code."""
     parser = argparse.ArgumentParser(prog="scripts/demo", description=__doc__)
-    parser.add_argument("--once", action="store_true", help="end after the show instead of running on")
+    parser.add_argument("--once", action="store_true", help="end by itself instead of running until Ctrl-C")
     try:
         show(parser.parse_args().once)
     except (Mismatch, ServerError) as error:

@@ -1,12 +1,13 @@
-"""Runs one server and outlives whoever asked for it, so that nothing is ever left running.
+"""Run one server, and end it when the process that asked for it ends.
 
     python supervisor.py DIRECTORY USER_ID LAST_SIGNAL COMMAND...
 
-The asker (testbed/servers.py) holds the other end of our standard input. Each byte it writes is the number of
-a signal for the server; SIGKILL goes to everything below us. When the pipe closes without that, the asker is
-gone (killed, maybe): the server gets LAST_SIGNAL, then SIGKILL, and its DIRECTORY is removed. A "child
-subreaper" adopts every orphan below it, so that processes which detach themselves (Erlang's epmd does) stay
-ours to pause and to kill. Linux only; standard library only.
+The client (testbed/processes.py) holds the other end of this program's standard input. Each byte that it writes is the
+number of a signal for the server; SIGKILL goes to all processes below this one. When the pipe closes, the client has
+ended, perhaps by a SIGKILL: the server then gets LAST_SIGNAL, later SIGKILL, and its DIRECTORY is removed.
+
+This program is a "child subreaper" (prctl(2)): it adopts every orphan below it. So processes that detach themselves, as
+Erlang's epmd does, can still be paused and killed. Linux only; standard library only.
 """
 
 import ctypes
@@ -25,12 +26,15 @@ LAST_SIGNAL_GRACE_S = 3.0  # PostgreSQL's immediate shutdown takes 0.1 s
 
 
 def descendants(ancestor: int) -> dict[int, str]:
-    """Every process below `ancestor`: pid → state, a letter of proc(5) such as "S" sleeping, "T" stopped."""
+    """Return the state of every process below `ancestor`, nearest first, by pid.
+
+    A state is a letter of proc(5), such as "S" for sleeping and "T" for stopped.
+    """
     children: dict[int, list[tuple[int, str]]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                # What counts comes after the name, which stands in parentheses and may hold some itself.
+                # State and parent follow the name, which stands in parentheses and may contain some itself.
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended meanwhile
@@ -44,7 +48,7 @@ def descendants(ancestor: int) -> dict[int, str]:
 
 
 def signal_descendants(number: int) -> bool:
-    """Send a signal to every process below us; whether there was one."""
+    """Send a signal to every process below this one; return whether there was one."""
     below = descendants(os.getpid())
     for pid in below:
         with suppress(ProcessLookupError):
@@ -53,7 +57,7 @@ def signal_descendants(number: int) -> bool:
 
 
 def kill_descendants() -> None:
-    """Kill until none is left: one of them may fork between the look and the kill."""
+    """Kill until none is left: a process may fork between the look and the kill."""
     while signal_descendants(signal.SIGKILL):
         while True:
             try:
@@ -66,7 +70,7 @@ def kill_descendants() -> None:
 
 
 def main(directory: str, user_id: int, last_signal: int, command: list[str]) -> int:
-    """Run `command` as `user_id` until it ends, is told to, or nobody is left to tell."""
+    """Run `command` as `user_id` until it ends, SIGKILL is ordered, or the client is gone. Return its exit code."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
@@ -81,7 +85,8 @@ def main(directory: str, user_id: int, last_signal: int, command: list[str]) -> 
             break
         order = os.read(sys.stdin.fileno(), 1)
         if not order:
-            signal_descendants(signal.SIGCONT)  # a paused server heeds no other signal
+            # A paused server handles no other signal.
+            signal_descendants(signal.SIGCONT)
             server.send_signal(last_signal)
             select.select([ended], [], [], LAST_SIGNAL_GRACE_S)
             kill_descendants()
@@ -90,7 +95,8 @@ def main(directory: str, user_id: int, last_signal: int, command: list[str]) -> 
         if order[0] == signal.SIGKILL:
             break
         server.send_signal(order[0])
-    server.poll()  # reap it ourselves, to know its exit code
+    # Reap it before kill_descendants() does, to know its exit code.
+    server.poll()
     kill_descendants()
     return server.returncode or 0
 

@@ -8,8 +8,8 @@ import pytest
 
 from gateway.cli.admin import Admin, open_admin
 from gateway.config import Settings
-from testbed.servers import Servers
-from tests.support.callers import Caller, make_caller, new_number
+from testbed import Servers
+from tests.support.callers import Caller, make_caller
 from tests.support.gateways import (
     GatewayUnderTest,
     MakeSettings,
@@ -20,9 +20,6 @@ from tests.support.gateways import (
 )
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.secrecy import PASSWORD, watch
-
-# Until every importer has moved to tests.support.
-__all__ = ["GatewayUnderTest", "MakeSettings", "StartGateway", "new_number", "run_gateway"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,7 @@ import msgspec
 
 from benchmarks.drivers.workers import REPOSITORY
 from gateway.cli.admin import open_admin
-from testbed.servers import ServerError, Servers
+from testbed import ServerError, Servers
 
 QUEUE_TYPES = ("quorum", "classic", "stream")
 DEPTH_TIMEOUT_S = 15.0  # a busy quorum queue counts messages seconds after it has confirmed them

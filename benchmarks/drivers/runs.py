@@ -17,7 +17,7 @@ from benchmarks.drivers.backends import Backends, Names
 from benchmarks.drivers.processes import ServerProcesses, busy_s
 from benchmarks.drivers.systems import BARE_PUBLISHER, FASTAPI, Setup, serving
 from benchmarks.drivers.workers import Result, Start, Tick, Workers, start_workers
-from testbed.servers import Server
+from testbed import Server
 
 STREAM_SEGMENT_BYTES = 500_000_000  # RabbitMQ's default
 MOST_BYTES_OF_AN_SMS = 500  # in a stream, for the texts sent here

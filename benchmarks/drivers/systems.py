@@ -11,7 +11,7 @@ import msgspec
 from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import Backends, Names
 from benchmarks.drivers.workers import REPOSITORY
-from testbed.servers import Gateway, Server
+from testbed import Gateway, Server
 
 BARE_PUBLISHER, GATEWAY, BASELINE, FASTAPI = "bare publisher", "gateway", "baseline", "fastapi"
 

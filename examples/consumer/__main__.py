@@ -1,4 +1,4 @@
-"""`python -m examples.consumer`: consume until SIGTERM or Ctrl-C."""
+"""Consume until SIGTERM or Ctrl-C: `python -m examples.consumer`."""
 
 import asyncio
 import logging
@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 
 async def consume(settings: Settings) -> None:
+    """Run a consumer until SIGTERM or Ctrl-C, then log its counts."""
     consumer = Consumer(settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, consumer.stop)
@@ -26,8 +27,10 @@ async def consume(settings: Settings) -> None:
 
 
 def main() -> None:
+    """Run the command; a setting that cannot be used ends it with a message."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    for library in ("aio_pika", "aiormq"):  # the consumer says what happens to its connection
+    # The consumer itself logs the state of its connection.
+    for library in ("aio_pika", "aiormq"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
     try:
         asyncio.run(consume(load()))

@@ -1,4 +1,4 @@
-"""RabbitMQ: deliveries → groups → one transaction each → acks. Nothing is acked before its transaction is committed."""
+"""RabbitMQ: deliveries → groups → one transaction each → acks. An ack follows the commit, never precedes it."""
 
 import asyncio
 import logging
@@ -18,47 +18,47 @@ from examples.consumer.settings import Settings
 
 log = logging.getLogger(__name__)
 
-RETRY_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
+RETRY_DELAYS_S = (0.1, 3.0)  # shortest and longest; jitter keeps replicas from returning at the same moment
 CONNECT_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 
 
 class UnsupportedQueue(Exception):
-    """The queue is a stream: no acks, no dead letters, and an offset to keep, which this consumer does not."""
+    """Raised for a stream: it has neither acks nor dead letters, and needs a stored offset."""
 
 
 class BrokerLost(Exception):
-    """The connection or the consumer's place on the queue is gone; what is not acked will be delivered again."""
+    """Raised when the connection or the subscription is lost; messages without an ack will be delivered again."""
 
 
 class Delivery(NamedTuple):
-    """One AMQP message and the SMS in it; none if it is poison."""
+    """An AMQP message and its SMS; the list is empty if the message cannot be read."""
 
     message: AbstractIncomingMessage
     contents: list[Sms]
 
 
 class Consumer:
-    """Consumes one queue until stop(). Connections to broker and database heal by themselves."""
+    """A consumer of one queue, until stop(). It reconnects to broker and database by itself."""
 
     def __init__(self, settings: Settings, deliver: Deliver = insert_deliveries) -> None:
         self._settings = settings
         self._deliver = deliver
         self._stopping = asyncio.Event()
         self._subscription: _Subscription | None = None
-        self.delivered = 0  # SMS handed on, as far as the commits were answered
+        self.delivered = 0  # SMS handed on in transactions whose commit was answered
         self.dropped_repeats = 0
         self.discarded_old = 0
         self.dead_lettered = 0  # AMQP messages
 
     def stop(self) -> None:
-        """Finish the group in hand, ack it, and leave; run() then returns."""
+        """Finish and ack the current group; run() then returns."""
         self._stopping.set()
         if self._subscription is not None:
             self._subscription.end()
 
     async def run(self) -> None:
-        """Consume until stop(). Raises UnsupportedQueue, and whatever `deliver` raises beyond DATABASE_ERRORS."""
+        """Consume until stop(). Raises UnsupportedQueue, and any exception of `deliver` beyond DATABASE_ERRORS."""
         async with Inbox(self._settings, self._deliver) as inbox:
             sweeping = asyncio.create_task(self._keep_sweeping(inbox))
             try:
@@ -78,14 +78,14 @@ class Consumer:
                         if group := await self._next_group(subscription):
                             await self._settle(group, inbox, subscription)
             except BrokerLost as error:
-                log.warning("the broker is away: %s", error)
+                log.warning("the broker cannot be reached: %s", error)
             if not self._stopping.is_set():
                 failures += 1
                 await _wait(self._stopping, timeout=_retry_delay_s(failures))
 
     @asynccontextmanager
     async def _subscribe(self, node: str) -> AsyncIterator["_Subscription"]:
-        """A place on the queue, for the length of the block. Raises BrokerLost."""
+        """Subscribe to the queue for the length of the block. Raises BrokerLost."""
         subscription = _Subscription()
         connection: aio_pika.abc.AbstractConnection | None = None
         try:
@@ -96,8 +96,10 @@ class Consumer:
                 await channel.set_qos(prefetch_count=self._settings.prefetch)
                 channel.close_callbacks.add(subscription.end)
                 underlay = await channel.get_underlay_channel()
-                underlay.on_consumer_cancel_callbacks.add(subscription.end)  # the queue was deleted, or moved
-                queue = await channel.get_queue(self._settings.queue)  # must exist: the gateway declares it
+                # The broker cancels a consumer when its queue is deleted or moved.
+                underlay.on_consumer_cancel_callbacks.add(subscription.end)
+                # The queue must exist: the gateway declares it.
+                queue = await channel.get_queue(self._settings.queue)
                 await queue.consume(subscription.receive)
             self._subscription = subscription
             if self._stopping.is_set():
@@ -110,7 +112,7 @@ class Consumer:
                 await _close(connection)
 
     async def _next_group(self, subscription: "_Subscription") -> list[Delivery]:
-        """Deliveries with about group_size SMS, or what comes within group_wait_s of the first."""
+        """Return deliveries with about group_size SMS, or those that come within group_wait_s of the first."""
         group: list[Delivery] = []
         size = 0
         with suppress(TimeoutError):
@@ -126,7 +128,7 @@ class Consumer:
         return group
 
     async def _settle(self, group: list[Delivery], inbox: Inbox, subscription: "_Subscription") -> None:
-        """Hand the group on; and when that is certain, reject its poison and ack the rest in one frame."""
+        """Hand the group on. After the commit, reject its unreadable messages and ack the others in one frame."""
         messages = [sms for delivery in group for sms in delivery.contents]
         if not await self._hand_on(messages, inbox, subscription):
             return
@@ -134,15 +136,15 @@ class Consumer:
             for message in [message for message, contents in group if not contents]:
                 await message.reject(requeue=False)
                 self.dead_lettered += 1
-            # After the rejections: it takes in whatever came before it.
+            # It comes after the rejections, because it acks everything before it.
             if good := [message for message, contents in group if contents]:
                 await good[-1].ack(multiple=True)
 
     async def _hand_on(self, messages: list[Sms], inbox: Inbox, subscription: "_Subscription") -> bool:
-        """Try until it is committed; False when the subscription ended first, and with it the right to ack.
+        """Try until the transaction is committed. Return False if the subscription, and the right to ack, ended first.
 
-        Meanwhile the group stays unacked with us. Requeueing would only bring it back at once, and quorum queues count
-        redeliveries: with a delivery limit (20 by default from RabbitMQ 4.0) an outage would make dead letters of it.
+        Meanwhile the group stays without an ack. Requeueing would bring it back at once, and quorum queues count
+        redeliveries: with a delivery limit (20 by default from RabbitMQ 4.0) an outage would dead-letter the group.
         """
         failures = 0
         while True:
@@ -175,7 +177,7 @@ class Consumer:
 
 
 class _Subscription:
-    """The deliveries of one channel, in order, until it ends: lost, cancelled by the broker, or by stop()."""
+    """The deliveries of one channel, in order. It ends with the connection, by the broker's cancel, or by stop()."""
 
     def __init__(self) -> None:
         self.is_over = asyncio.Event()
@@ -190,14 +192,16 @@ class _Subscription:
         self._arrived.put_nowait(message)
 
     async def next_message(self) -> AbstractIncomingMessage | None:
-        """The next delivery; None at the end. Raises BrokerLost if one is missing, UnsupportedQueue for a stream."""
+        """Return the next delivery; None at the end.
+
+        Raises BrokerLost if a delivery is missing, UnsupportedQueue for a stream.
+        """
         message = None if self.is_over.is_set() else await self._arrived.get()
         if message is None:
             return None
         if "x-stream-offset" in message.headers:
             raise UnsupportedQueue("the queue is a stream: this consumer takes quorum and classic queues")
-        # An ack takes in all tags before it. They come in order; if that were ever to change, messages would be acked
-        # that nobody has seen.
+        # An ack covers all tags before it. A gap in the tags would mean that it covers messages that never arrived.
         if message.delivery_tag != self._last_tag + 1:
             raise BrokerLost(f"delivery {message.delivery_tag} came after {self._last_tag}")
         self._last_tag += 1
@@ -214,7 +218,7 @@ def _read(message: AbstractIncomingMessage) -> Delivery:
 
 @asynccontextmanager
 async def _broker_errors_are_loss() -> AsyncIterator[None]:
-    """Whatever goes wrong with the broker → BrokerLost; also the CancelledError that aiormq leaves to its waiters."""
+    """Raise every error of the broker as BrokerLost, and so the CancelledError that aiormq raises in its waiters."""
     try:
         yield
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
@@ -227,10 +231,11 @@ async def _broker_errors_are_loss() -> AsyncIterator[None]:
 
 
 async def _close(connection: aio_pika.abc.AbstractConnection) -> None:
-    """Say goodbye, but do not wait long for a broker that no longer answers: the heartbeat will end that."""
+    """Close a connection, but wait only briefly for a broker that no longer answers: its heartbeat ends the rest."""
     closing = asyncio.create_task(connection.close())
     await asyncio.wait([closing], timeout=CLOSE_TIMEOUT_S)
-    closing.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, and of no consequence
+    # Retrieve the exception, or asyncio would log it; it does not matter any more.
+    closing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
 
 async def _wait(event: asyncio.Event, *, timeout: float) -> None:
@@ -246,7 +251,7 @@ def _retry_delay_s(failures: int) -> float:
 
 @asynccontextmanager
 async def open_consumer(settings: Settings, deliver: Deliver = insert_deliveries) -> AsyncIterator[Consumer]:
-    """A consumer at work in the background; stopped in good order at the end. Raises what ended it before."""
+    """Run a consumer in the background; stop it in an orderly way at the end. Raises the exception that ended it."""
     consumer = Consumer(settings, deliver)
     running = asyncio.create_task(consumer.run(), name="consumer")
     try:

@@ -1,7 +1,7 @@
-"""PostgreSQL: remembers which ids were handed on, and hands the others on in the same transaction.
+"""PostgreSQL: store the ids that were handed on, and hand new ones on in the same transaction.
 
-A transaction either commits or its connection is thrown away, so an answer that never came cannot hold anything up: a
-commit of unknown outcome is simply tried again, and finds its own ids if it had happened.
+A transaction either commits, or its connection is closed. So a missing answer blocks nothing: a commit with an unknown
+outcome is tried again, and finds its own ids if it had happened.
 """
 
 import asyncio
@@ -15,11 +15,11 @@ from examples.consumer.payloads import Sms
 from examples.consumer.settings import Settings
 
 SCHEMA = Path(__file__).with_name("schema.sql").read_text()
-SCHEMA_LOCK = 0x5357  # any number, the same in all replicas: one of them makes the tables
-SWEEP_ROWS = 10_000  # a transaction; small, because an insert that meets a row being removed waits for its end
+SCHEMA_LOCK = 0x5357  # any number, the same in all replicas, so that only one of them makes the tables
+SWEEP_ROWS = 10_000  # per transaction; small, because an insert waits for the end of a transaction that removes its id
 
-# In the order of the ids: two consumers with the same ids would otherwise wait for each other crosswise. An insert
-# that meets an id not yet committed waits, and takes its turn if that transaction fails.
+# In the order of the ids: otherwise two consumers with the same ids could deadlock. An insert that meets an uncommitted
+# id waits, and takes the id if that transaction fails.
 REMEMBER_IDS = """
     INSERT INTO inbox (id, expires_at)
     SELECT id, now() + make_interval(secs => $2)
@@ -53,13 +53,13 @@ Deliver = Callable[[asyncpg.Connection, list[Sms]], Awaitable[None]]
 
 
 async def insert_deliveries(connection: asyncpg.Connection, messages: list[Sms]) -> None:
-    """The example's way to hand SMS on. Inside the transaction of their ids, so exactly once."""
+    """Hand SMS on, by inserting them into a table; in the transaction of their ids, and so exactly once."""
     rows = [(sms.id, sms.list_number, sms.to, sms.body.encode()) for sms in messages]
     await connection.execute(INSERT_DELIVERIES, *map(list, zip(*rows, strict=True)))
 
 
 class Inbox:
-    """The ids handed on so far, on a pool that connects when first needed, and again after an outage."""
+    """The ids handed on so far. Its pool connects when first needed, and again after an outage."""
 
     def __init__(self, settings: Settings, deliver: Deliver = insert_deliveries) -> None:
         self._deliver = deliver
@@ -76,8 +76,8 @@ class Inbox:
             reset=_keep_session,
             server_settings={
                 "application_name": "sms-consumer",
-                # When the network swallows our goodbye, the server must end the transaction by itself: its ids stay
-                # locked till then, and our next try waits for them.
+                # When the network loses the end of the connection, the server must end the transaction by itself.
+                # Until then its ids stay locked, and the next try waits for them.
                 "statement_timeout": timeout_ms,
                 "idle_in_transaction_session_timeout": timeout_ms,
             },
@@ -95,7 +95,10 @@ class Inbox:
             self._pool.terminate()
 
     async def hand_on(self, messages: Mapping[str, Sms]) -> int:
-        """Hand on those of `messages`, by id, that never were; how many. Raises one of DATABASE_ERRORS."""
+        """Hand on the messages whose ids are new; return their number. Raises one of DATABASE_ERRORS.
+
+        `messages`: SMS by id.
+        """
         async with self._transaction() as connection:
             new = {row["id"] for row in await connection.fetch(REMEMBER_IDS, list(messages), self._remember_ids_s)}
             if new:
@@ -103,7 +106,7 @@ class Inbox:
         return len(new)
 
     async def sweep(self) -> int:
-        """Forget what has expired; how many. Any number of replicas may do so at once."""
+        """Remove expired ids; return their number. Several replicas may sweep at once."""
         removed, last = 0, SWEEP_ROWS
         while last == SWEEP_ROWS:
             async with self._transaction() as connection:
@@ -113,11 +116,11 @@ class Inbox:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[asyncpg.Connection]:
-        """A transaction that is committed at the end of the block, in time or not at all as far as we know."""
+        """Open a transaction, and commit it at the end of the block. Raises TimeoutError when it takes too long."""
         async with asyncio.timeout(self._timeout_s):
             connection = await self._pool.acquire()
             try:
-                # By name: above read committed, a conflict with another consumer would be an error.
+                # Named explicitly: at a higher level, a conflict with another consumer would be an error.
                 await connection.execute("BEGIN ISOLATION LEVEL READ COMMITTED")
                 if not self._has_tables:
                     await _make_tables(connection)
@@ -125,8 +128,10 @@ class Inbox:
                 await connection.execute("COMMIT")
                 self._has_tables = True
             except BaseException:
-                with suppress(asyncpg.InterfaceError):  # the pool has noticed that it is dead, and taken it back
-                    connection.terminate()  # not ROLLBACK: that would wait for a server that may be silent
+                # The pool may already have taken a dead connection back.
+                with suppress(asyncpg.InterfaceError):
+                    # A ROLLBACK would wait for a server that may be silent.
+                    connection.terminate()
                 raise
             finally:
                 await self._pool.release(connection)
@@ -139,4 +144,4 @@ async def _make_tables(connection: asyncpg.Connection) -> None:
 
 
 async def _keep_session(_connection: object) -> None:
-    """The pool's own reset costs a round trip a transaction; ours leave no state behind them."""
+    """Skip the pool's reset: it costs a round trip per transaction, and these transactions leave no state."""

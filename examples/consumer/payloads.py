@@ -1,7 +1,7 @@
-"""The bytes of one AMQP message → SMS, or Poison. No IO, no clock.
+"""Decode the bytes of one AMQP message into SMS, or raise Poison. No IO, no clock.
 
-What passes here can be stored: the shape is checked for all that PostgreSQL would refuse later, in the middle of a
-group, where one bad message would hold up its neighbours.
+A decoded SMS can be stored. Everything that PostgreSQL would refuse is checked here, because one bad message must not
+hold up the others of its group.
 """
 
 from datetime import datetime
@@ -15,7 +15,7 @@ Number = Annotated[str, Meta(pattern=r"^\+[1-9][0-9]{1,14}\Z")]
 
 
 class Sms(msgspec.Struct, frozen=True):
-    """What this consumer needs of a payload; docs/consumers.md shows all of it. Unknown fields are ignored."""
+    """The fields that this consumer needs; docs/asyncapi.yaml describes all. Unknown fields are ignored."""
 
     id: Id
     list_number: Number
@@ -28,7 +28,7 @@ Envelope = Annotated[list[Sms], Meta(min_length=1)]
 
 
 class Poison(Exception):
-    """No SMS can be read from this, now or ever."""
+    """Raised for a message from which no SMS can ever be read."""
 
 
 _sms = msgspec.json.Decoder(Sms)
@@ -36,7 +36,7 @@ _envelope = msgspec.json.Decoder(Envelope)
 
 
 def decode(message_type: str | None, body: bytes) -> list[Sms]:
-    """The SMS in one AMQP message. Raises Poison."""
+    """Return the SMS in one AMQP message. Raises Poison."""
     try:
         match message_type:
             case "sms.v1":

@@ -1,6 +1,6 @@
--- Applied by the consumer when there is no `deliveries` table yet; or apply it with your own migrations.
+-- The consumer applies this file when there is no table `deliveries`; or apply it with your own migrations.
 
--- Ids that were handed on. The primary key is what drops repeats.
+-- Ids that were handed on. The primary key drops repeats.
 CREATE TABLE inbox (
     id         text COLLATE "C" PRIMARY KEY,
     expires_at timestamptz NOT NULL
@@ -8,8 +8,7 @@ CREATE TABLE inbox (
 
 CREATE INDEX inbox_expires_at ON inbox (expires_at);
 
--- What was handed on. Not unique by id, on purpose: that nothing stands here twice is the inbox's work, and this
--- table can be asked whether it was done.
+-- Deliveries. The id is deliberately not unique: the inbox drops repeats, and this table can prove it.
 CREATE TABLE deliveries (
     number       bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     id           text NOT NULL,

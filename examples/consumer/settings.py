@@ -1,4 +1,4 @@
-"""Settings, from the environment: each variable is the field's name in upper case behind `CONSUMER_`."""
+"""Settings from the environment: each variable is `CONSUMER_` and the field's name in upper case."""
 
 import os
 from collections.abc import Mapping
@@ -14,25 +14,25 @@ Seconds = Annotated[float, Meta(gt=0)]
 
 
 class ConfigurationError(Exception):
-    """The environment does not describe a consumer that could run; the text names the variable."""
+    """Raised for a setting that is missing or cannot be used; the text names the variable."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What an operator can set."""
+    """The settings of a consumer."""
 
     database_url: str
     amqp_url: str  # several nodes: separated by commas
     queue: str = "sms.outbound"  # with shards: a consumer for each, `sms.outbound.0` and so on
-    amqp_heartbeat_s: Positive = 10  # a dead peer shows after 3 × (heartbeat + 1) s
+    amqp_heartbeat_s: Positive = 10  # a dead peer is noticed after 3 × (heartbeat + 1) s
     prefetch: Annotated[int, Meta(ge=1, le=65_535)] = 1000  # AMQP messages the broker hands over before an ack
     group_size: Positive = 500  # SMS in one transaction; one envelope may go beyond it
-    group_wait_s: Seconds = 0.05  # for a group to fill: the price in latency when there is little to do
-    max_age_s: Seconds = 1800.0  # since `accepted_at`; what is older is discarded
-    # A request repeated with its Idempotency-Key, within 24 h, brings the same ids with a new `accepted_at`, and may
-    # then lie in the queue for another max_age_s: only after both can an id not come again. Plus room for clocks.
+    group_wait_s: Seconds = 0.05  # the longest wait for a group to fill: extra latency under low load
+    max_age_s: Seconds = 1800.0  # since `accepted_at`; older SMS are discarded
+    # A request repeated with its Idempotency-Key, within 24 h, publishes the same ids with a new `accepted_at`. They
+    # may wait in the queue for another max_age_s. Only after both can an id not come again; the rest is for clocks.
     remember_ids_s: Seconds = 25 * 3600.0
     sweep_interval_s: Seconds = 60.0
-    database_timeout_s: Seconds = 5.0  # of one transaction, waiting for a connection included
+    database_timeout_s: Seconds = 5.0  # for one transaction, including the wait for a connection
 
     def __post_init__(self) -> None:
         if self.remember_ids_s < self.max_age_s:
@@ -42,15 +42,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return f"Settings(queue={self.queue!r})"  # the URLs hold passwords
 
     def amqp_nodes(self) -> list[str]:
+        """Return the URL of each broker node."""
         return [url.strip() for url in self.amqp_url.split(",")]
 
 
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the settings. Raises ConfigurationError, naming the variable and what it takes."""
+    """Read the settings. Raises ConfigurationError, which names the variable and the values it takes."""
     values: dict[str, object] = {}
     for name, kind in get_type_hints(Settings, include_extras=True).items():
         variable = PREFIX + name.upper()
-        if raw := environ.get(variable, "").strip():  # set but empty is "not set"
+        # An empty variable counts as not set.
+        if raw := environ.get(variable, "").strip():
             try:
                 values[name] = msgspec.convert(raw, kind, strict=False)
             except msgspec.ValidationError as error:

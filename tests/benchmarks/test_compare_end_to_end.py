@@ -8,7 +8,7 @@ from benchmarks.drivers import runs
 from benchmarks.drivers.backends import QUEUE_TYPES, Backends, Names, with_account
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
 from benchmarks.drivers.workers import REPOSITORY
-from testbed.servers import Servers
+from testbed import Servers
 
 
 @pytest.fixture(scope="module")

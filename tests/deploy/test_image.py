@@ -17,7 +17,7 @@ import aiohttp
 import psutil
 import pytest
 
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TEST_IMAGE") != "1", reason="takes two minutes: set TEST_IMAGE=1 to run it"),

@@ -11,7 +11,7 @@ import aio_pika
 import aiohttp
 import pytest
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.deploy.manifests import environment_of, gateway_of, only, render
 from tests.support.callers import Caller, Client
 from tests.support.eventually import eventually

@@ -33,7 +33,7 @@ def is_permissive(component: dict[str, Any]) -> bool:
 
 @pytest.fixture(scope="module")
 def bill() -> dict[str, Any]:
-    """The bill of materials that `scripts/sbom` prints. Needs the package index."""
+    """Return the bill of materials that `scripts/sbom` prints. Needs the package index."""
     done = subprocess.run([ROOT / "scripts/sbom"], capture_output=True, text=True, timeout=120, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     document: dict[str, Any] = json.loads(done.stdout)

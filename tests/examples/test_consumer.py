@@ -1,4 +1,4 @@
-"""The reference consumer on the real servers: each SMS is handed on once, whatever dies meanwhile."""
+"""The reference consumer on real servers: each SMS is handed on once, also when a server or the consumer dies."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from examples.consumer.consumer import UnsupportedQueue
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
 from examples.consumer.settings import ConfigurationError, load
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def sms(id_: str, *, age_s: float = 0.0, **changes: Any) -> dict[str, Any]:
-    """A payload as docs/consumers.md shows it."""
+    """Return a payload as docs/asyncapi.yaml describes it."""
     accepted_at = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat(timespec="milliseconds")
     return {
         "id": id_,
@@ -77,7 +77,7 @@ class World:
         return Settings(**(defaults | changes))
 
     async def publish(self, *payloads: Any, queue: str = "", message_type: str | None = "sms.v1") -> None:
-        """Each payload as one AMQP message; bytes as they are, all else as JSON. Returns when they are queued."""
+        """Publish each payload as one AMQP message, bytes as they are, others as JSON. Return when all are queued."""
         bodies = [payload if isinstance(payload, bytes) else msgspec.json.encode(payload) for payload in payloads]
         messages = [
             aio_pika.Message(body, type=message_type, delivery_mode=aio_pika.DeliveryMode.PERSISTENT) for body in bodies
@@ -86,7 +86,7 @@ class World:
         await asyncio.gather(*(exchange.publish(message, queue or self.queue) for message in messages))
 
     async def handed_on(self) -> Counter[str]:
-        """How often each id was handed on."""
+        """Return how often each id was handed on."""
         if await self.database.fetchval("SELECT to_regclass('deliveries') IS NULL"):
             return Counter()
         return Counter([row["id"] for row in await self.database.fetch("SELECT id FROM deliveries")])
@@ -96,7 +96,7 @@ class World:
         return await self.handed_on()
 
     async def depth(self, name: str = "") -> int:
-        """Messages in the queue that nobody has; all that were not acked, when nobody consumes."""
+        """Return the number of messages that no consumer holds; without a consumer, of all that were not acked."""
         queue = await self.channel.declare_queue(name or self.queue, passive=True)
         return queue.declaration_result.message_count or 0
 
@@ -156,7 +156,7 @@ def seen(consumer: Consumer) -> int:
 
 
 def proxy_for(url: str) -> tuple[TcpProxy, str]:
-    """A proxy in front of a server, to be entered, and the URL that leads through it once its {port} is filled in."""
+    """Return a proxy in front of a server, not yet started, and the URL through it with a placeholder {port}."""
     parts = URL(url)
     return TcpProxy(parts.host or "", parts.port or 0), url.replace(f":{parts.port}/", ":{port}/")
 
@@ -173,7 +173,7 @@ async def test_repeats_are_dropped_within_a_group_and_across_groups(world: World
         await eventually(lambda: seen(consumer) == 122)
         assert (consumer.delivered, consumer.dropped_repeats) == (60, 62)
     assert await world.handed_on() == Counter(ids)
-    assert await world.depth() == 0  # and nobody holds any: the consumer is gone
+    assert await world.depth() == 0  # the consumer is gone, so none is held
 
 
 async def test_the_body_arrives_byte_for_byte(world: World) -> None:
@@ -189,7 +189,7 @@ async def test_the_body_arrives_byte_for_byte(world: World) -> None:
 async def test_two_consumers_with_the_same_ids_hand_each_on_once(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In opposite orders, so that locks taken in the order of arrival would be a deadlock."""
+    """The ids come in opposite orders, so that locks taken in the order of arrival would deadlock."""
     other = f"{world.queue}.other"
     await world.declare_queue(other)
     ids = numbered(2000)

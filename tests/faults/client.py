@@ -1,4 +1,4 @@
-"""Callers under steady load, who write down what they were told about every single message."""
+"""Callers under steady load. They record what the gateway answered about every message."""
 
 import asyncio
 import time
@@ -12,23 +12,16 @@ import aiohttp
 import msgspec
 
 from tests.faults.ledger import NO_ANSWER, Attempt
+from tests.support.callers import SEND_PATH, Caller
 from tests.support.eventually import eventually
 
-PATH = "/api/v2/send/bulk"
 CONNECT_TIMEOUT_S = 2.0
-AFTER_A_FAILURE_S = 0.1  # often, so that the moment of recovery is seen
+AFTER_A_FAILURE_S = 0.1  # short, so that the moment of recovery is seen
 IN_PROGRESS = "idempotency_in_progress"
 
 
-class Sender(NamedTuple):
-    """Somebody with an account."""
-
-    key: str
-    list_number: str
-
-
 class Load(NamedTuple):
-    """How much, and how."""
+    """The number of callers, the size and the pace of their batches."""
 
     workers: int = 2  # per gateway, each with a keep-alive connection and one request at a time
     batch: int = 50
@@ -39,18 +32,19 @@ class Load(NamedTuple):
 
 
 class SteadyLoad:
-    """Sends from the beginning of its `async with` block to its end; `attempts` is the record."""
+    """Callers that send during an `async with` block; `attempts` is the record of their requests."""
 
-    def __init__(self, targets: Sequence[str], sender: Sender, load: Load) -> None:
-        self.name = uuid.uuid4().hex[:8]  # every text begins with it: tells our messages from another load's
+    def __init__(self, targets: Sequence[str], caller: Caller, load: Load) -> None:
+        # Every text begins with it, which tells these messages from those of another load.
+        self.name = uuid.uuid4().hex[:8]
         self.attempts: list[Attempt] = []
         self._targets = targets
-        self._sender = sender
+        self._caller = caller
         self._load = load
         self._batches = count()
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
-        self._under_way: set[float] = set()  # when each request without an answer was sent
+        self._in_flight: set[float] = set()  # the moment at which each request without an answer was sent
 
     async def __aenter__(self) -> Self:
         workers = self._load.workers * len(self._targets)
@@ -71,21 +65,21 @@ class SteadyLoad:
             await self._session.close()
 
     async def stop(self) -> None:
-        """Begin no further batch, and wait for what is under way. Raises TimeoutError, and what a worker raised."""
+        """Begin no further batch, and wait for requests in flight. Raises TimeoutError, and what a worker raised."""
         self._stopping.set()
         async with asyncio.timeout(2 * self._load.patience_s):
             await asyncio.gather(*self._tasks)
 
     def served_since(self, moment: float) -> bool:
-        """Whether every gateway has counted a whole batch after `moment`."""
+        """Return whether every gateway has counted a whole batch after `moment`."""
         good = {attempt.target for attempt in self.attempts if attempt.is_whole and attempt.answered_at >= moment}
         return len(good) == len(self._targets)
 
     def failed_since(self, moment: float) -> bool:
-        """Whether a request has failed after `moment`, or one that was sent before it has no answer yet."""
+        """Return whether a request has failed after `moment`, or one sent before it has no answer yet."""
         recent = reversed(self.attempts)
         answered = takewhile(lambda attempt: attempt.answered_at >= moment, recent)
-        return min(self._under_way, default=moment) < moment or not all(attempt.is_whole for attempt in answered)
+        return min(self._in_flight, default=moment) < moment or not all(attempt.is_whole for attempt in answered)
 
     async def serves(self, *, timeout: float) -> None:
         """Wait until every gateway has counted a whole batch from now on. Raises TimeoutError."""
@@ -93,7 +87,8 @@ class SteadyLoad:
         await eventually(lambda: self.served_since(now), timeout=timeout)
 
     async def _work(self, number: int) -> None:
-        await asyncio.sleep(self._load.every_s * number / len(self._tasks))  # evenly, not all at once
+        # Evenly spread, not all at once.
+        await asyncio.sleep(self._load.every_s * number / len(self._tasks))
         target = number % len(self._targets)
         while not self._stopping.is_set():
             began = time.monotonic()
@@ -106,7 +101,7 @@ class SteadyLoad:
             await asyncio.sleep(max(0.0, began + self._load.every_s - time.monotonic()))
 
     async def _send_until_counted(self, target: int) -> None:
-        """One batch, with one key, until the answer leaves nothing unknown: what a careful caller does."""
+        """Send one batch with one key until the answer leaves nothing unknown, as a careful caller does."""
         batch = next(self._batches)
         for number in count():
             attempt, retry_after_s = await self._send(target, batch, number)
@@ -117,31 +112,27 @@ class SteadyLoad:
             await asyncio.sleep(retry_after_s)
 
     async def _send(self, target: int, batch: int, number: int) -> tuple[Attempt, float]:
-        """One request, recorded; and when to send again, if at all."""
+        """Send one request and record it. Return the record, and the delay before a retry."""
         size = self._load.batch
         request_id = f"{self.name}.{batch}.{number}"
         messages = [
             {
                 "to": "+14155551234",
-                "list_number": self._sender.list_number,
+                "list_number": self._caller.list_number,
                 "body": f"{self.name} {batch} {index} {{{{messageId}}}}",
             }
             for index in range(size)
         ]
-        headers = {
-            "X-Api-Key": self._sender.key,
-            "X-Request-Id": request_id,
-            "Content-Type": "application/json",
-        }
+        headers = self._caller.headers | {"X-Request-Id": request_id}
         if self._load.keyed:
             headers["Idempotency-Key"] = f"{self.name}.{batch}"
         every_index = frozenset(range(size))
         retry_after_s = AFTER_A_FAILURE_S
         sent_at = time.monotonic()
-        self._under_way.add(sent_at)
+        self._in_flight.add(sent_at)
         try:
             async with self._session.post(
-                self._targets[target] + PATH, data=msgspec.json.encode({"messages": messages}), headers=headers
+                self._targets[target] + SEND_PATH, data=msgspec.json.encode({"messages": messages}), headers=headers
             ) as response:
                 answer = msgspec.json.decode(await response.read())
                 status, replayed = response.status, "Idempotent-Replayed" in response.headers
@@ -151,17 +142,17 @@ class SteadyLoad:
         else:
             told = {"status": status, "is_replay": replayed} | _told(status, answer, size)
         finally:
-            self._under_way.discard(sent_at)
+            self._in_flight.discard(sent_at)
         attempt = Attempt(request_id, target, batch, size, sent_at, time.monotonic(), **told)
         self.attempts.append(attempt)
         return attempt, retry_after_s
 
 
 def _told(status: int, answer: dict[str, Any], size: int) -> dict[str, Any]:
-    """What an answer says about each message."""
+    """Return what an answer says about each message, as fields of an Attempt."""
     every_index = frozenset(range(size))
     if status != 200:
-        # 503 promises that nothing was queued, 504 that it cannot be known; of anything else nothing may be queued.
+        # 504: the outcome is unknown. Any other refusal, 503 among them, promises that nothing was queued.
         certain = every_index if status != 504 else frozenset()
         return {"code": answer.get("code", ""), "refused": certain, "unknown": every_index - certain}
     rows = answer["errors"]

@@ -1,4 +1,4 @@
-"""The reference consumer as the ledger's witness: what it handed on, and how often."""
+"""The reference consumer, as a source for the ledger: it counts how often each message was delivered."""
 
 import asyncio
 import time
@@ -11,9 +11,9 @@ from typing import Self
 import asyncpg
 
 from examples.consumer import Settings, open_consumer
+from tests.faults.deployment import Deployment
 from tests.faults.ledger import Consumed, Token
 from tests.faults.reader import GIVE_UP_S, QUIET_S
-from tests.faults.stand import Stand
 
 DELIVERIES = """
     SELECT number, id, convert_from(body, 'UTF8') AS body FROM deliveries WHERE number > $1 ORDER BY number
@@ -21,20 +21,20 @@ DELIVERIES = """
 
 
 class ReferenceConsumer:
-    """examples/consumer at work on the stand's queue and database during the `async with` block."""
+    """A run of examples/consumer on the deployment's queue and database, for the length of an `async with` block."""
 
-    def __init__(self, stand: Stand, load_name: str) -> None:
-        self._stand = stand
+    def __init__(self, deployment: Deployment, load_name: str) -> None:
+        self._deployment = deployment
         self._load_name = load_name
         self._last_number = 0
-        self.consumed: set[Consumed] = set()  # without the request: the deliveries do not tell it
+        self.consumed: set[Consumed] = set()  # without the request id, which is not in the table
         self.handed_on: Counter[Token] = Counter()
 
     async def __aenter__(self) -> Self:
         settings = Settings(
-            database_url=self._stand.databases.url,
-            amqp_url=",".join(self._stand.amqp_urls),
-            queue=self._stand.queue,
+            database_url=self._deployment.databases.url,
+            amqp_url=",".join(self._deployment.amqp_urls),
+            queue=self._deployment.queue,
             amqp_heartbeat_s=1,
             database_timeout_s=2.0,
         )
@@ -48,7 +48,7 @@ class ReferenceConsumer:
         await self._stack.__aexit__(exc_type, exc, traceback)
 
     async def drain(self, expected: Collection[Token]) -> None:
-        """Return when all of `expected` has been handed on, and nothing more is; or when there is no hope of it."""
+        """Return when all of `expected` has been delivered and nothing more comes, or after GIVE_UP_S of silence."""
         quiet_since = time.monotonic()
         while True:
             if await self._read_deliveries():
@@ -59,8 +59,8 @@ class ReferenceConsumer:
             await asyncio.sleep(0.2)
 
     async def _read_deliveries(self) -> int:
-        """Read on in the table; how many new rows there were."""
-        connection = await asyncpg.connect(self._stand.databases.primary.url, timeout=5, command_timeout=30)
+        """Read the new rows of the table and return their number."""
+        connection = await asyncpg.connect(self._deployment.databases.primary.url, timeout=5, command_timeout=30)
         try:
             rows = await connection.fetch(DELIVERIES, self._last_number)
         finally:

@@ -1,7 +1,7 @@
 """The gateway with a wall clock that jumps: `python -m tests.faults.jumping_clock serve`.
 
-Every reading of it from Python is shifted by the seconds in the file that CLOCK_OFFSET_FILE names. The machine's own
-clock is not ours to set; the monotonic clock, which never jumps, is left alone.
+Every reading of the wall clock from Python is shifted by the seconds in the file that CLOCK_OFFSET_FILE names. The
+machine's own clock stays as it is, and so does the monotonic clock, which never jumps.
 """
 
 import datetime as datetime_module
@@ -11,7 +11,7 @@ from datetime import datetime, tzinfo
 from pathlib import Path
 from typing import Any
 
-from testbed.servers import Gateway
+from testbed import Gateway
 
 VARIABLE = "CLOCK_OFFSET_FILE"
 
@@ -30,7 +30,7 @@ class JumpingClockGateway(Gateway):
         self.jump(0)
 
     def jump(self, seconds: float) -> None:
-        """Let the wall clock show this much more than the right time."""
+        """Let the wall clock show `seconds` more than the right time."""
         fresh = self._offset.with_suffix(".new")
         fresh.write_text(str(seconds))
         fresh.replace(self._offset)
@@ -58,6 +58,7 @@ def _install(offset_file: Path) -> None:
 
 if __name__ == "__main__":
     _install(Path(os.environ[VARIABLE]))
-    from gateway.cli.commands import run  # only now: modules keep what they import
+    # Only now: modules keep the clock that they imported.
+    from gateway.cli.commands import run
 
     run()

@@ -1,8 +1,8 @@
-"""What callers were told against what consumers got. Pure: no IO, no clock.
+"""The comparison of what callers were told with what consumers got. Pure: no IO, no clock.
 
-A message is named by the batch that carried it and its place in it, both of which its text repeats; so a second copy
-under another id shows, and so does one that nobody was told of. A repeat of the same id is no double: delivery is at
-least once, and consumers drop repeats.
+A message is named by its batch and its place in the batch. Its text repeats both, so a second copy under another id
+is found, and so is a message that no answer counted. A repeat of the same id is no double: delivery is at least once,
+and consumers drop repeats.
 """
 
 from collections import Counter
@@ -12,29 +12,29 @@ from typing import NamedTuple
 
 import msgspec
 
-NO_ANSWER = 0  # the status of a request whose connection ended, or whose client lost patience
+NO_ANSWER = 0  # the status of a request whose connection ended, or whose client timed out
 
 
 class Token(NamedTuple):
-    """One message, as its caller knows it."""
+    """A message, as its caller names it."""
 
     batch: int
     place: int
 
 
 class Attempt(NamedTuple):
-    """One request, and what its caller was told. Times are of one monotonic clock, in seconds."""
+    """A request, and what its caller was told. Times are those of one monotonic clock, in seconds."""
 
     request_id: str
-    target: int  # which gateway was asked
+    target: int  # the index of the gateway
     batch: int
     size: int
     sent_at: float
     answered_at: float
     status: int
     code: str = ""
-    refused: frozenset[int] = frozenset()  # indexes that certainly are not queued: of a 503, all
-    unknown: frozenset[int] = frozenset()  # indexes that may be queued: of a 504 or no answer, all
+    refused: frozenset[int] = frozenset()  # indexes that certainly are not queued; after a 503 all
+    unknown: frozenset[int] = frozenset()  # indexes that may be queued; after a 504 or without an answer all
     is_replay: bool = False  # the stored answer to an earlier request
 
     @property
@@ -43,11 +43,11 @@ class Attempt(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether every message was counted."""
+        """Return whether every message was counted."""
         return self.status == 200 and not self.refused and not self.unknown
 
     def counted(self) -> list[Token]:
-        """The messages that `queued_count` stands for."""
+        """Return the messages that `queued_count` counts."""
         if self.status != 200:
             return []
         left_out = self.refused | self.unknown
@@ -55,7 +55,7 @@ class Attempt(NamedTuple):
 
 
 class Consumed(NamedTuple):
-    """One message as a consumer got it; `index` and `request_id` are the gateway's word, `token` the text's."""
+    """A message as a consumer got it. `token` comes from its text, the other fields from the gateway."""
 
     token: Token
     message_id: str
@@ -63,14 +63,14 @@ class Consumed(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """When something was broken."""
+    """The interval in which something was broken."""
 
     began_at: float
     ended_at: float
 
 
 class Findings(msgspec.Struct, kw_only=True):
-    """The comparison. Every list is of violations, and empty if the promises were kept."""
+    """The result of a comparison. Every list contains violations, and is empty if the promises were kept."""
 
     counted: int
     consumed: int
@@ -78,18 +78,18 @@ class Findings(msgspec.Struct, kw_only=True):
     statuses: dict[str, int]
     lost: list[Token]  # counted, and not consumed
     doubled: list[Token]  # consumed under two ids, or handed on twice
-    refused_but_consumed: list[Token]  # of a 503, or of a row that says "certainly not queued"
-    never_sent: list[Token]  # consumed, and sent by nobody
-    unheard_of: list[str]  # answers that an outage does not excuse
+    refused_but_consumed: list[Token]  # refused by a 503, or by a row that says "certainly not queued"
+    never_sent: list[Token]  # consumed, and sent by no caller
+    unexpected: list[str]  # answers that the fault does not excuse
     longest_gap_s: float  # between two answers of 200, anywhere
     longest_request_s: float
     recovery_s: float | None  # from the fault's end until every gateway served, and went on serving; None: never
 
     def broken_promises(self, *, deadline_s: float, room_s: float, recovery_limit_s: float) -> list[str]:
-        """What a person should read, if anything."""
+        """Return a sentence for each broken promise."""
         broken = [
-            f"{len(tokens)} {what}, such as batch {tokens[0].batch} message {tokens[0].place}"
-            for what, tokens in (
+            f"{len(tokens)} {text}, such as batch {tokens[0].batch} message {tokens[0].place}"
+            for text, tokens in (
                 ("counted messages were lost", self.lost),
                 ("messages were doubled", self.doubled),
                 ("messages were queued although they were refused", self.refused_but_consumed),
@@ -97,7 +97,7 @@ class Findings(msgspec.Struct, kw_only=True):
             )
             if tokens
         ]
-        broken += [f"an answer of {answer}" for answer in self.unheard_of]
+        broken += [f"an answer of {answer}" for answer in self.unexpected]
         if self.longest_request_s > deadline_s + room_s:
             broken.append(f"a request took {self.longest_request_s:.2f} s, its deadline was {deadline_s:g} s")
         if self.recovery_s is None:
@@ -116,10 +116,10 @@ def compare(
     expected_statuses: Collection[int] = (200, 503, 504, NO_ANSWER),
     handed_on: Counter[Token] | None = None,
 ) -> Findings:
-    """Compare both sides.
+    """Compare callers with consumers.
 
-    Requests under way in an `excused` interval have no deadline: whoever should have kept it was not running.
-    `handed_on`: how often a consumer that drops repeats handed each message on.
+    Requests in flight during an `excused` interval have no deadline, because the gateway did not run. `handed_on`
+    counts how often a consumer that drops repeats delivered each message.
     """
     counted = {token for attempt in attempts for token in attempt.counted()}
     sent = {attempt.batch: attempt.size for attempt in attempts}
@@ -142,7 +142,7 @@ def compare(
         doubled=sorted(doubled),
         refused_but_consumed=sorted(refused_but_consumed),
         never_sent=sorted(token for token in ids if not 0 <= token.place < sent.get(token.batch, 0)),
-        unheard_of=sorted({_shown(attempt) for attempt in attempts if attempt.status not in expected_statuses}),
+        unexpected=sorted({_shown(attempt) for attempt in attempts if attempt.status not in expected_statuses}),
         longest_gap_s=longest_gap_s(attempts),
         longest_request_s=max((attempt.took_s for attempt in timed), default=0.0),
         recovery_s=recovery_s(attempts, fault.ended_at),
@@ -150,7 +150,7 @@ def compare(
 
 
 def longest_gap_s(attempts: Iterable[Attempt]) -> float:
-    """The longest time in which nobody was answered with 200, the time before the first and after the last included."""
+    """Return the longest time without a 200, in seconds; the times before the first and after the last count too."""
     attempts = list(attempts)
     if not attempts:
         return 0.0
@@ -160,14 +160,14 @@ def longest_gap_s(attempts: Iterable[Attempt]) -> float:
 
 
 def recovery_s(attempts: Iterable[Attempt], ended_at: float) -> float | None:
-    """How long after `ended_at` the last gateway served again for good; None if one of them never did.
+    """Return the seconds from `ended_at` until every gateway served for good; None if one of them never did.
 
-    For good: a gateway that serves, and fails again, has not recovered. What was sent before the end may fail later.
+    A gateway that serves and then fails again has not recovered. A request sent before `ended_at` may fail later.
     """
     by_target: dict[int, list[Attempt]] = {}
     for attempt in attempts:
         by_target.setdefault(attempt.target, []).append(attempt)
-    recovered_at = [_recovered_at(own, ended_at) for own in by_target.values()]
+    recovered_at = [_recovered_at(group, ended_at) for group in by_target.values()]
     if not recovered_at or None in recovered_at:
         return None
     return max(moment - ended_at for moment in recovered_at if moment is not None)

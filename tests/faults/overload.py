@@ -1,8 +1,8 @@
-"""More than can be done: one gateway at 1×, 2×, 5× and 10× of what it can do, in an open loop.
+"""Overload: one gateway gets 1×, 2×, 5× and 10× of its peak rate in an open loop.
 
-Requests arrive when they are due, whether the gateway keeps up or not. What it accepts must not fall when more is
-asked, and what it cannot do it must refuse at once. What the broker can do changes by the second on a shared machine:
-so each multiple runs between two short runs at the peak, is compared with those alone, and the median counts.
+In an open loop, requests arrive when they are due, whether the gateway keeps up or not. Its goodput must not fall when
+the load grows, and it must refuse the excess at once. On a shared machine, the broker's rate changes by the second. So
+each run at a multiple stands between two runs at the peak and is compared with these two alone; the median counts.
 """
 
 import asyncio
@@ -17,10 +17,11 @@ from typing import Self
 import aiohttp
 import msgspec
 
-from tests.faults.client import PATH, Sender
+from tests.faults.deployment import Deployment
 from tests.faults.reader import QUIET_S
-from tests.faults.stand import Stand
+from tests.support.callers import SEND_PATH, Caller
 
+PROMISES_SHOWN = (8,)  # of docs/reliability.md
 MULTIPLES = (1, 2, 5, 10)
 ROUNDS = 3
 BATCH = 1_000
@@ -28,7 +29,7 @@ PEAK_CALLERS = 8
 PATIENCE_S = 30.0
 PAUSE_S = 0.2  # of a caller that was refused: Retry-After is whole seconds, too long for a peak
 SECONDS = 9.0  # of each run
-WARM_UP_S = 2.0  # until as many requests are on their way as will be: what is answered before counts for nothing
+WARM_UP_S = 2.0  # until the number of requests in flight is steady; earlier answers do not count
 DEADLINE_S = 10.0
 GOODPUT_SHARE = 0.8
 MEMORY_MB = 512  # what one process may hold (benchmarks/README.md, bar 7)
@@ -38,7 +39,7 @@ DEPTH_TIMEOUT_S = 30.0  # a busy quorum queue counts a message a moment after co
 
 
 class Run(msgspec.Struct):
-    """Some seconds of one load."""
+    """The figures of one run."""
 
     asked_per_s: float  # messages
     goodput_per_s: float
@@ -50,14 +51,14 @@ class Run(msgspec.Struct):
 
 
 class Stage(msgspec.Struct):
-    """The runs at one multiple of the peak, and what became of the peak's goodput in each."""
+    """The runs at one multiple of the peak."""
 
     multiple: float
     runs: list[Run]
-    peaks_per_s: list[float]  # of the two runs beside each, their mean
+    peaks_per_s: list[float]  # for each run, the mean goodput of the two peak runs beside it
 
     def shares(self) -> list[float]:
-        """Goodput of each run, by what could have been had: the peak, or what was asked if that was less."""
+        """Return each run's goodput as a share of the peak, or of the requested rate if that was lower."""
         return [
             run.goodput_per_s / min(peak, run.asked_per_s)
             for run, peak in zip(self.runs, self.peaks_per_s, strict=True)
@@ -65,7 +66,7 @@ class Stage(msgspec.Struct):
 
 
 class Overload(msgspec.Struct):
-    """Everything that was measured, and what of it breaks a promise."""
+    """The figures of all runs, and a sentence for each broken promise."""
 
     peaks: list[Run]
     stages: list[Stage]
@@ -76,22 +77,21 @@ class Overload(msgspec.Struct):
 
 
 class _Callers:
-    """Send to one gateway, and count; nothing is written down of single messages."""
+    """Callers of one gateway that only count; single messages are not recorded."""
 
-    def __init__(self, url: str, sender: Sender, session: aiohttp.ClientSession) -> None:
-        message = {"to": "+14155551234", "list_number": sender.list_number, "body": "Your code is 1234 {{messageId}}"}
-        self._body = msgspec.json.encode({"messages": [message] * BATCH})
-        self._headers = {"X-Api-Key": sender.key, "Content-Type": "application/json"}
-        self._url = url + PATH
+    def __init__(self, url: str, caller: Caller, session: aiohttp.ClientSession) -> None:
+        self._body = caller.body(BATCH)
+        self._headers = caller.headers
+        self._url = url + SEND_PATH
         self._session = session
         self.statuses: Counter[str] = Counter()
-        self.accepted: list[tuple[float, float]] = []  # when answered, and how long after it was due
+        self.accepted: list[tuple[float, float]] = []  # the moment of the answer, and the seconds since it was due
         self.refused: list[tuple[float, float]] = []
         self.counted = 0
         self.unknown = 0
 
     async def closed_loop(self, until: float) -> None:
-        """As much as can be done: each caller sends when its last request has been answered, or refused a while ago."""
+        """Send at the peak rate: each caller sends when its last request was answered, or refused PAUSE_S ago."""
 
         async def call() -> None:
             while (now := time.monotonic()) < until:
@@ -101,7 +101,7 @@ class _Callers:
         await asyncio.gather(*(call() for _ in range(PEAK_CALLERS)))
 
     async def open_loop(self, requests_per_s: float, until: float) -> None:
-        """One request every so often, whatever became of the others."""
+        """Send requests at a fixed rate, without waiting for answers."""
         began = time.monotonic()
         async with asyncio.TaskGroup() as group:
             for number in itertools.count():
@@ -112,7 +112,7 @@ class _Callers:
                 group.create_task(self._send(due))
 
     async def _send(self, due: float) -> bool:
-        """One request, and whether it was accepted; its time runs from the moment it was due."""
+        """Send a request and return whether it was accepted. Its time runs from the moment when it was due."""
         try:
             async with self._session.post(self._url, data=self._body, headers=self._headers) as response:
                 answer = msgspec.json.decode(await response.read())
@@ -133,36 +133,38 @@ class _Callers:
 
 
 async def measure(
-    stand: Stand, *, rounds: int = ROUNDS, seconds: float = SECONDS, multiples: Sequence[float] = MULTIPLES
+    deployment: Deployment, *, rounds: int = ROUNDS, seconds: float = SECONDS, multiples: Sequence[float] = MULTIPLES
 ) -> Overload:
-    """Ask for multiples of the peak, in turn with the peak. One gateway with default settings, no proxies between."""
-    direct = {"GATEWAY_AMQP_URL": ",".join(stand.amqp_urls), "GATEWAY_DATABASE_URL": stand.databases.url}
-    await stand.serve(direct, 1)
-    if stand.has_own_broker:
-        for node in stand.cluster.nodes:  # nobody reads meanwhile: an alarm would be another scenario
+    """Run multiples of the peak in turn with the peak, on one gateway with default settings and without proxies."""
+    direct = {"GATEWAY_AMQP_URL": ",".join(deployment.amqp_urls), "GATEWAY_DATABASE_URL": deployment.databases.url}
+    await deployment.serve(direct, 1)
+    if deployment.has_own_broker:
+        # Nobody reads meanwhile, and a memory alarm would be another scenario.
+        for node in deployment.cluster.nodes:
             await asyncio.to_thread(node.ctl, "set_vm_memory_high_watermark", "absolute", BROKER_MEMORY)
     stages = {multiple: Stage(multiple, [], []) for multiple in multiples}
     measured = Overload([], list(stages.values()), 0, 0, 0, [])
-    await _run(stand, None, seconds, measured)  # the first is for the broker to find its pace
-    measured.peaks.append(await _run(stand, None, seconds, measured))
+    # The first run warms the broker up.
+    await _run(deployment, None, seconds, measured)
+    measured.peaks.append(await _run(deployment, None, seconds, measured))
     for multiple in list(multiples) * rounds:
         before = measured.peaks[-1].goodput_per_s
-        run = await _run(stand, multiple * before, seconds, measured)
-        measured.peaks.append(await _run(stand, None, seconds, measured))
+        run = await _run(deployment, multiple * before, seconds, measured)
+        measured.peaks.append(await _run(deployment, None, seconds, measured))
         stages[multiple].runs.append(run)
         stages[multiple].peaks_per_s.append(fmean((before, measured.peaks[-1].goodput_per_s)))
     measured.broken = _broken(measured)
     return measured
 
 
-async def _run(stand: Stand, messages_per_s: float | None, seconds: float, measured: Overload) -> Run:
-    """One run, at the peak when no rate is given; adds up what was counted and what the queue held."""
+async def _run(deployment: Deployment, messages_per_s: float | None, seconds: float, measured: Overload) -> Run:
+    """Run one load, the peak if no rate is given. Add its counts and the queue's depth to `measured`."""
     timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     async with (
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as session,
-        _MemoryWatch(stand) as memory,
+        _MemoryWatch(deployment) as memory,
     ):
-        callers = _Callers(stand.gateways[0].url, stand.sender, session)
+        callers = _Callers(deployment.gateways[0].url, deployment.caller, session)
         began = time.monotonic()
         until = began + seconds
         if messages_per_s is None:
@@ -171,7 +173,7 @@ async def _run(stand: Stand, messages_per_s: float | None, seconds: float, measu
             await callers.open_loop(messages_per_s / BATCH, until)
     measured.counted += callers.counted
     measured.unknown += callers.unknown
-    measured.in_queue += await _empty(stand, callers.counted)
+    measured.in_queue += await _empty(deployment, callers.counted)
     warm_up_s = min(WARM_UP_S, seconds / 2)
     in_time = sum(1 for answered_at, _ in callers.accepted if began + warm_up_s <= answered_at <= until)
     requests = callers.statuses.total()
@@ -210,10 +212,10 @@ def _broken(measured: Overload) -> list[str]:
 
 
 class _MemoryWatch:
-    """The largest memory of the gateway during the `async with` block."""
+    """The largest resident memory of the gateway during an `async with` block."""
 
-    def __init__(self, stand: Stand) -> None:
-        self._stand = stand
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
         self.peak_mb = 0.0
 
     async def __aenter__(self) -> Self:
@@ -228,20 +230,20 @@ class _MemoryWatch:
 
     async def _watch(self) -> None:
         while True:
-            (footprint,) = await self._stand.footprints()
-            self.peak_mb = max(self.peak_mb, footprint.resident_mb)
+            self.peak_mb = max(self.peak_mb, self._deployment.gateways[0].footprint().resident_mb)
             await asyncio.sleep(SAMPLE_S)
 
 
-async def _empty(stand: Stand, expected: int) -> int:
-    """Purge the queue once it holds what it should, or the time is up; how many it held."""
+async def _empty(deployment: Deployment, expected: int) -> int:
+    """Purge the queue once its depth is the expected one, or after DEPTH_TIMEOUT_S. Return the depth."""
     deadline = time.monotonic() + DEPTH_TIMEOUT_S
-    async with stand.broker_channel() as channel:
+    async with deployment.broker_channel() as channel:
         while True:
-            queue = await channel.declare_queue(stand.queue, passive=True)
+            queue = await channel.declare_queue(deployment.queue, passive=True)
             depth = queue.declaration_result.message_count or 0
             if depth >= expected or time.monotonic() > deadline:
-                await asyncio.sleep(QUIET_S)  # for what is unknown, and perhaps on its way
+                # For messages with an unknown outcome, which may still arrive.
+                await asyncio.sleep(QUIET_S)
                 purged = await queue.purge()
                 return purged.message_count or 0
             await asyncio.sleep(0.2)

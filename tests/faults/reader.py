@@ -1,4 +1,4 @@
-"""A consumer that writes down what it gets, and goes on through every fault of the cluster it reads from."""
+"""A consumer that records every message, and goes on through every fault of the cluster it reads from."""
 
 import asyncio
 import time
@@ -18,8 +18,8 @@ from tests.faults.ledger import Consumed, Token
 PREFETCH = 500
 ACK_EVERY_S = 0.1
 CONNECT_TIMEOUT_S = 3.0
-QUIET_S = 1.0  # an empty queue that brings nothing for this long has brought all
-GIVE_UP_S = 20.0  # nothing for this long, and what we wait for is lost
+QUIET_S = 1.0  # a queue that delivers nothing for this long is empty
+GIVE_UP_S = 20.0  # after this time without a delivery, the missing messages are lost
 
 
 class _Payload(msgspec.Struct):
@@ -33,7 +33,7 @@ _decoder = msgspec.json.Decoder(_Payload)
 
 
 def consumed_of(body: bytes, load_name: str) -> Consumed | None:
-    """What a payload is to the ledger; None for a message of another load."""
+    """Return the ledger's entry for a payload; None for a message of another load."""
     payload = _decoder.decode(body)
     name, batch, index, message_id = payload.body.split()
     assert message_id == payload.id, payload
@@ -42,7 +42,7 @@ def consumed_of(body: bytes, load_name: str) -> Consumed | None:
 
 
 class Reader:
-    """Reads one queue during its `async with` block, from whichever node answers."""
+    """A reader of one queue, for the length of an `async with` block, on any node that answers."""
 
     def __init__(self, amqp_urls: Sequence[str], queue: str, load_name: str) -> None:
         self._urls = cycle(amqp_urls)
@@ -51,7 +51,8 @@ class Reader:
         self._last: AbstractIncomingMessage | None = None
         self._last_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
-        self.consumed: set[Consumed] = set()  # a redelivery after a lost connection is no second message
+        # A set: a redelivery after a lost connection is no second message.
+        self.consumed: set[Consumed] = set()
         self.tokens: set[Token] = set()
         self.failure: Exception | None = None
 
@@ -65,18 +66,23 @@ class Reader:
         await self.pause()
 
     def resume(self) -> None:
+        """Read on."""
         self._last_at = time.monotonic()
         self._task = asyncio.create_task(self._read_for_ever())
 
     async def pause(self) -> None:
         """Stop reading, and leave the rest in the queue."""
         task, self._task = self._task, None
-        while task is not None and not task.done():  # a dying connection may absorb the first cancellation
+        # A dying connection may absorb the first cancellation.
+        while task is not None and not task.done():
             task.cancel()
             await asyncio.wait([task], timeout=1.0)
 
     async def drain(self, expected: Collection[Token]) -> None:
-        """Return when all of `expected` has come, and nothing more does; or when there is no hope of it any more."""
+        """Return when all of `expected` has come and nothing more does, or after GIVE_UP_S without a delivery.
+
+        Raises the exception of the first message that cannot be read.
+        """
         while True:
             await asyncio.sleep(0.05)
             if self.failure is not None:
@@ -93,14 +99,14 @@ class Reader:
                 try:
                     await self._read(url)
                 except asyncio.CancelledError:
-                    # aiormq ends what waits on a dying connection in this way; ours ends in it too.
+                    # aiormq cancels everything that waits on a dying connection. A cancellation of this task is real.
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
                         raise
             await asyncio.sleep(0.1)
 
     async def _read(self, url: str) -> None:
-        """Until the connection is lost."""
+        """Read until the connection is lost."""
         lost = asyncio.Event()
         connection = await aio_pika.connect(url, timeout=CONNECT_TIMEOUT_S)
         connection.close_callbacks.add(lambda *_: lost.set())

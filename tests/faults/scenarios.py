@@ -1,10 +1,9 @@
-"""What can break: faults as small functions, and SCENARIOS, the table of what each may cost its callers.
+"""Faults as small functions, and SCENARIOS, the table of what each fault may cost its callers.
 
-A fault breaks something on entry and mends it on exit; what lies between is up to who plays it.
+A fault is a context manager: it breaks something on entry and mends it on exit. The runner decides how long it lasts.
 """
 
 import asyncio
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -13,25 +12,14 @@ from typing import Literal
 
 import asyncpg
 
-from testbed.clusters import NET_TICK_S
-from testbed.servers import Gateway, RabbitMQ, Server
+from testbed import NET_TICK_S, Gateway, RabbitMQ, Server, in_parallel
 from tests.faults.client import Load
+from tests.faults.deployment import QUICK, Deployment, start_all
 from tests.faults.jumping_clock import JumpingClockGateway
 from tests.faults.reader import Reader
-from tests.faults.stand import QUICK, Stand, at_once
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
-PROMISES = {
-    1: "a counted message is in the queue, whatever dies right after",
-    3: "nothing is counted that was returned, refused or merely written",
-    4: "503 means that nothing of the request was queued",
-    5: "a retry with the same Idempotency-Key gives the consumer each message once",
-    8: "under overload goodput stays above 80 % of the peak, latency under the deadline, memory under its bound",
-    9: "no request outlives its deadline, and service resumes within 10 s of the fault's end",
-    11: "a rolling restart fails no request",
-    15: "nothing leaks",
-}
 QUEUE_LIMIT = 200  # messages; quorum queues overshoot it by what is on its way
 REPEAT_EVERY_S = 0.3
 GAP_S = 1.5  # longer than the short heartbeat, so that every connection has lost something
@@ -41,41 +29,45 @@ TERMINATE_BACKENDS = """
 
 
 @dataclass(frozen=True)
-class Play:
-    """What a fault can lay hands on."""
+class Context:
+    """The things that a fault can break. `reader` is None when the reference consumer reads."""
 
-    stand: Stand
-    reader: Reader | None  # None: the reference consumer reads
+    deployment: Deployment
+    reader: Reader | None
 
 
-Fault = Callable[[Play], AbstractAsyncContextManager[None]]
+Fault = Callable[[Context], AbstractAsyncContextManager[None]]
 
 
 # Servers that die, hang, and come back
 
 
-async def leader(play: Play) -> Server:
-    return await play.stand.leader()
+async def leader(context: Context) -> Server:
+    """Find the broker's node that leads the queue."""
+    return await context.deployment.leader()
 
 
-async def publishers_node(play: Play) -> Server:
-    return await play.stand.publishers_node()
+async def publishers_node(context: Context) -> Server:
+    """Find the broker's node that the gateways send most to."""
+    return await context.deployment.publishers_node()
 
 
-async def one_gateway(play: Play) -> Server:
-    return play.stand.gateways[0]
+async def one_gateway(context: Context) -> Server:
+    """Find the first gateway."""
+    return context.deployment.gateways[0]
 
 
-async def database(play: Play) -> Server:
-    return play.stand.databases.primary
+async def database(context: Context) -> Server:
+    """Find the primary."""
+    return context.deployment.databases.primary
 
 
-def killed(find: Callable[[Play], Awaitable[Server]]) -> Fault:
-    """SIGKILL; started again at the end."""
+def killed(find: Callable[[Context], Awaitable[Server]]) -> Fault:
+    """Kill a server with SIGKILL; start it again at the end."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
-        server = await find(play)
+    async def fault(context: Context) -> AsyncIterator[None]:
+        server = await find(context)
         await asyncio.to_thread(server.kill)
         try:
             yield
@@ -85,12 +77,12 @@ def killed(find: Callable[[Play], Awaitable[Server]]) -> Fault:
     return fault
 
 
-def paused(find: Callable[[Play], Awaitable[Server]]) -> Fault:
-    """SIGSTOP; SIGCONT at the end."""
+def paused(find: Callable[[Context], Awaitable[Server]]) -> Fault:
+    """Freeze a server with SIGSTOP; SIGCONT at the end."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
-        server = await find(play)
+    async def fault(context: Context) -> AsyncIterator[None]:
+        server = await find(context)
         await asyncio.to_thread(server.pause)
         paused_at = time.monotonic()
         try:
@@ -98,28 +90,28 @@ def paused(find: Callable[[Play], Awaitable[Server]]) -> Fault:
         finally:
             await asyncio.to_thread(server.resume)
             if isinstance(server, RabbitMQ) and time.monotonic() - paused_at > NET_TICK_S / 2:
-                play.stand.may_be_partitioned = True
+                context.deployment.may_be_partitioned = True
 
     return fault
 
 
 @asynccontextmanager
-async def quorum_lost(play: Play) -> AsyncIterator[None]:
-    """Two of the three nodes are stopped in good order, the leader among them."""
-    leading = await play.stand.leader()
-    following = next(node for node in play.stand.cluster.nodes if node is not leading)
-    await at_once([leading, following], "stop")
+async def quorum_lost(context: Context) -> AsyncIterator[None]:
+    """Stop two of the three nodes in an orderly way, the leader among them."""
+    leading = await context.deployment.leader()
+    following = next(node for node in context.deployment.cluster.nodes if node is not leading)
+    await asyncio.to_thread(in_parallel, [leading.stop, following.stop])
     try:
         yield
     finally:
-        await at_once([leading, following], "start")
+        await start_all([leading, following])
 
 
 @asynccontextmanager
-async def database_stopped(play: Play) -> AsyncIterator[None]:
-    """PostgreSQL's "immediate" shutdown: a crash, as far as its clients and its data can tell."""
-    primary = play.stand.databases.primary
-    await asyncio.to_thread(primary._order, signal.SIGQUIT)
+async def database_stopped(context: Context) -> AsyncIterator[None]:
+    """Let the primary crash; start it again at the end."""
+    primary = context.deployment.databases.primary
+    await asyncio.to_thread(primary.crash)
     try:
         yield
     finally:
@@ -127,21 +119,21 @@ async def database_stopped(play: Play) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def database_failed_over(play: Play) -> AsyncIterator[None]:
-    """The primary dies, and the standby becomes the primary; a new standby is made afterwards."""
-    await asyncio.to_thread(play.stand.databases.promote)
+async def database_failed_over(context: Context) -> AsyncIterator[None]:
+    """Kill the primary and promote the standby; make a new standby afterwards."""
+    await asyncio.to_thread(context.deployment.databases.promote)
     try:
         yield
     finally:
-        await asyncio.to_thread(play.stand.databases.rebuild_standby)
+        await asyncio.to_thread(context.deployment.databases.rebuild_standby)
 
 
 @asynccontextmanager
-async def rolling_restart(play: Play) -> AsyncIterator[None]:
-    """As a deployment does it: the next one only when the last one is back behind the balancer."""
-    balancer = play.stand.balancer
+async def rolling_restart(context: Context) -> AsyncIterator[None]:
+    """Restart the gateways one after the other, each when the one before is back behind the load balancer."""
+    balancer = context.deployment.balancer
     assert balancer is not None
-    for gateway in play.stand.gateways:
+    for gateway in context.deployment.gateways:
         await asyncio.to_thread(gateway.stop)
         await asyncio.to_thread(gateway.start)
         await eventually(lambda: len(balancer.up()) == len(balancer.backends))
@@ -152,11 +144,11 @@ async def rolling_restart(play: Play) -> AsyncIterator[None]:
 
 
 def alarm(resource: Literal["memory", "disk"]) -> Fault:
-    """The broker blocks all publishers."""
+    """Raise a resource alarm: the broker blocks all publishers."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
-        node = play.stand.cluster.nodes[0]
+    async def fault(context: Context) -> AsyncIterator[None]:
+        node = context.deployment.cluster.nodes[0]
         await asyncio.to_thread(node.alarm, True, resource)
         try:
             yield
@@ -167,25 +159,26 @@ def alarm(resource: Literal["memory", "disk"]) -> Fault:
 
 
 @asynccontextmanager
-async def queue_full(play: Play) -> AsyncIterator[None]:
-    """Nobody reads, and the queue has a limit, with `reject-publish`."""
-    stand, reader = play.stand, play.reader
+async def queue_full(context: Context) -> AsyncIterator[None]:
+    """Limit the queue with `reject-publish`, and stop reading from it."""
+    deployment, reader = context.deployment, context.reader
     assert reader is not None
     limit = f'{{"max-length": {QUEUE_LIMIT}, "overflow": "reject-publish"}}'
-    ctl = stand.cluster.nodes[0].ctl
-    await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", stand.queue, f"^{stand.queue}$", limit)
+    ctl = deployment.cluster.nodes[0].ctl
+    await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", deployment.queue, f"^{deployment.queue}$", limit)
     await reader.pause()
     try:
         yield
     finally:
         reader.resume()
-        await asyncio.to_thread(ctl, "clear_policy", stand.queue)
+        await asyncio.to_thread(ctl, "clear_policy", deployment.queue)
 
 
 @asynccontextmanager
-async def binding_deleted(play: Play) -> AsyncIterator[None]:
-    name = play.stand.queue
-    async with play.stand.broker_channel() as channel:
+async def binding_deleted(context: Context) -> AsyncIterator[None]:
+    """Unbind the queue from its exchange; bind it again at the end."""
+    name = context.deployment.queue
+    async with context.deployment.broker_channel() as channel:
         queue = await channel.get_queue(name, ensure=False)
         await queue.unbind(name, routing_key=name)
         try:
@@ -195,8 +188,9 @@ async def binding_deleted(play: Play) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def backends_terminated(play: Play) -> AsyncIterator[None]:
-    connection = await asyncpg.connect(play.stand.databases.primary.url)
+async def backends_terminated(context: Context) -> AsyncIterator[None]:
+    """End the gateways' sessions on the primary, again and again."""
+    connection = await asyncpg.connect(context.deployment.databases.primary.url)
 
     async def terminate() -> None:
         await connection.execute(TERMINATE_BACKENDS)
@@ -211,49 +205,51 @@ async def backends_terminated(play: Play) -> AsyncIterator[None]:
 # The network
 
 
-def to_broker(play: Play) -> list[TcpProxy]:
-    return play.stand.broker_proxies
+def to_broker(context: Context) -> list[TcpProxy]:
+    """Find the proxies between gateways and broker."""
+    return context.deployment.broker_proxies
 
 
-def to_database(play: Play) -> list[TcpProxy]:
-    return play.stand.database_proxies
+def to_database(context: Context) -> list[TcpProxy]:
+    """Find the proxies between gateways and databases."""
+    return context.deployment.database_proxies
 
 
-def black_hole(find: Callable[[Play], list[TcpProxy]]) -> Fault:
-    """Nothing passes, nobody is told."""
+def black_hole(find: Callable[[Context], list[TcpProxy]]) -> Fault:
+    """Swallow all bytes, without closing a connection."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
-        for proxy in find(play):
+    async def fault(context: Context) -> AsyncIterator[None]:
+        for proxy in find(context):
             proxy.black_hole()
         try:
             yield
         finally:
-            for proxy in find(play):
+            for proxy in find(context):
                 proxy.pass_through()
 
     return fault
 
 
-def half_open(find: Callable[[Play], list[TcpProxy]]) -> Fault:
-    """The other side has forgotten all connections: they stay open and silent, and new ones are fine."""
+def half_open(find: Callable[[Context], list[TcpProxy]]) -> Fault:
+    """Let open connections become silent for ever; new ones are served."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
-        async with black_hole(find)(play):
+    async def fault(context: Context) -> AsyncIterator[None]:
+        async with black_hole(find)(context):
             await asyncio.sleep(GAP_S)
         yield
 
     return fault
 
 
-def resets(find: Callable[[Play], list[TcpProxy]]) -> Fault:
-    """Every connection is cut, again and again."""
+def resets(find: Callable[[Context], list[TcpProxy]]) -> Fault:
+    """Reset every connection, again and again."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
+    async def fault(context: Context) -> AsyncIterator[None]:
         async def reset() -> None:
-            for proxy in find(play):
+            for proxy in find(context):
                 proxy.reset()
 
         async with _repeated(reset):
@@ -264,7 +260,7 @@ def resets(find: Callable[[Play], list[TcpProxy]]) -> Fault:
 
 @asynccontextmanager
 async def _repeated(action: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Again and again until the end of the block; what the action raises ends the block."""
+    """Repeat an action until the end of the block. Raises what the action raises."""
 
     async def repeat() -> None:
         while True:
@@ -283,11 +279,11 @@ async def _repeated(action: Callable[[], Awaitable[None]]) -> AsyncIterator[None
 
 
 @asynccontextmanager
-async def clock_jumps(play: Play) -> AsyncIterator[None]:
-    """The wall clock goes back and forth while deadlines run: the broker is silent."""
-    async with black_hole(to_broker)(play):
+async def clock_jumps(context: Context) -> AsyncIterator[None]:
+    """Move the wall clock forward and back while deadlines run, because the broker is silent."""
+    async with black_hole(to_broker)(context):
         for offset_s in (3600.0, -7200.0):
-            for gateway in play.stand.gateways:
+            for gateway in context.deployment.gateways:
                 assert isinstance(gateway, JumpingClockGateway)
                 gateway.jump(offset_s)
             await asyncio.sleep(0.5)
@@ -295,13 +291,13 @@ async def clock_jumps(play: Play) -> AsyncIterator[None]:
 
 
 def together(*faults: Fault) -> Fault:
-    """Several at once; mended in reverse order."""
+    """Combine faults; they are mended in reverse order."""
 
     @asynccontextmanager
-    async def fault(play: Play) -> AsyncIterator[None]:
+    async def fault(context: Context) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             for each in faults:
-                await stack.enter_async_context(each(play))
+                await stack.enter_async_context(each(context))
             yield
 
     return fault
@@ -313,25 +309,26 @@ KEYED = Load(keyed=True)
 
 @dataclass(frozen=True)
 class Scenario:
-    """A fault under steady load, and what it may cost."""
+    """A fault under steady load, and what it may cost. `promises` are numbers of docs/reliability.md."""
 
     name: str
     fault: Fault
     promises: tuple[int, ...] = (1, 3, 4, 9, 15)
     faults: int = 1  # at once
-    hold_s: float = 3.0  # how long it stays broken
+    hold_s: float = 3.0  # the time from breaking to mending
     load: Load = STEADY
     gateways: int = 2
     gateway: type[Gateway] = Gateway
     settings: Mapping[str, str] = field(default_factory=lambda: QUICK)
-    hurts_broker: bool = False  # which must then be ours
-    stops_gateways: bool = False  # nobody keeps a deadline while the gateway itself is stopped or dead
+    hurts_broker: bool = False  # only a private broker may be broken
+    stops_gateways: bool = False  # a stopped or dead gateway keeps no deadline
     balanced: bool = False  # callers go through HAProxy
     flawless: bool = False  # not a single request may fail
     is_short: bool = False  # belongs to the ordinary test run
 
     @property
     def deadline_s(self) -> float:
+        """Return the deadline of a request under the scenario's settings."""
         return float(self.settings.get("GATEWAY_CONFIRM_TIMEOUT_S", 10))
 
 
@@ -360,12 +357,12 @@ FAST = [
     Scenario("clock_jumps", clock_jumps, hold_s=1, gateway=JumpingClockGateway),
 ]
 ONCE = [
-    replace(scenario, name=f"{scenario.name}_exactly_once", load=KEYED, promises=(*scenario.promises, 5))
+    replace(scenario, name=f"{scenario.name}_exactly_once", load=KEYED, promises=tuple(sorted((*scenario.promises, 5))))
     for scenario in FAST
     if scenario.name in ("gateway_killed", "publishers_node_killed", "leader_paused", "memory_alarm", "broker_resets")
     or scenario.name.startswith("database_")
 ]
-# Here nothing breaks, so no wait may end early because the machine itself stood still for a moment.
+# Nothing breaks here, so no wait may end early when the machine itself stands still for a moment.
 PATIENT = {"GATEWAY_DATABASE_TIMEOUT_S": "10", "GATEWAY_DRAIN_DELAY_S": QUICK["GATEWAY_DRAIN_DELAY_S"]}
 ROLLING = Scenario(
     "rolling_restart",
@@ -376,9 +373,10 @@ ROLLING = Scenario(
     gateways=3,
     balanced=True,
     flawless=True,
-    load=Load(workers=24, batch=5, every_s=0.02),  # many and small: some request is always on its way
+    # Many small requests: at any moment some are in flight.
+    load=Load(workers=24, batch=5, every_s=0.02),
 )
-# As they run in production, with all that waits waiting its full time.
+# The default settings, as in production: every wait takes its full time.
 DEFAULTS = [
     replace(scenario, name=f"{scenario.name}_default_settings", settings={}, hold_s=15.0 if scenario.hold_s else 0.0)
     for scenario in FAST
@@ -394,7 +392,7 @@ BOTH = Scenario(
     faults=2,
     hold_s=4,
 )
-# The ordinary test run takes one of each kind; the others differ in place, not in what they show.
+# The ordinary test run takes one scenario of each kind; the others show the same in another place.
 SHORT = (
     *("leader_killed", "leader_paused", "publishers_node_killed", "gateway_paused", "quorum_lost", "queue_full"),
     *("binding_deleted", "database_paused", "database_backends_terminated", "database_failed_over"),

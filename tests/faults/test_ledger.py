@@ -1,4 +1,4 @@
-"""The ledger sees what it is there to see: made-up histories, each with one broken promise."""
+"""The ledger finds one broken promise in each of these invented histories."""
 
 from collections import Counter
 from typing import Any
@@ -12,7 +12,7 @@ LIMITS = {"deadline_s": 3.0, "room_s": 0.5, "recovery_limit_s": 10.0}
 
 
 def attempt(batch: int, status: int = 200, *, at: float = 1.0, took: float = 0.1, **changes: Any) -> Attempt:
-    """A request of two messages."""
+    """Return a request of two messages, with its answer."""
     everything = frozenset({0, 1})
     defaults: dict[str, Any] = {
         "refused": everything if status == 503 else frozenset(),

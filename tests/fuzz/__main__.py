@@ -1,15 +1,16 @@
-"""Fuzz the gateway, target by target, for as long as asked; the same seed draws the same cases.
+"""Fuzz the gateway, one target after the other. The same seed draws the same cases.
 
-    scripts/fuzz --minutes 30                   every target for so long, one after the other
+    scripts/fuzz --minutes 30                   each target for 30 minutes
     scripts/fuzz --minutes 5 --target http --seed 7
 
-http        conversations over raw sockets with a gateway process: pipelined, split, damaged byte by byte, cut off,
-            while a clean caller sends beside them and a consumer counts what is queued (tests/fuzz/raw.py)
+http        conversations over raw sockets with a gateway process: pipelined, split, damaged byte by byte, cut off.
+            A well-behaved caller sends beside them, and a consumer counts the queued messages (tests/fuzz/raw.py)
 document    schemathesis on gateway/web/openapi.json, against a gateway process
-requests    decode and validate under a coverage-guided fuzzer, beside a slow model (tests/fuzz/pure.py)
-frames      what the broker says, cut anywhere, likewise
+requests    decode and validate under a coverage-guided fuzzer, compared with a slow model (tests/fuzz/pure.py)
+frames      the parser of the broker's frames, in the same way
 
-What is found is written to --findings, a file each; those that say what they were go to tests/fuzz/corpus/, and stay.
+Each finding is written to a file in --findings. To keep one as a test, copy it to tests/fuzz/corpus/ under a name that
+describes it.
 """
 
 import argparse
@@ -21,17 +22,17 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from testbed.servers import Servers
-from tests.conftest import run_gateway
+from testbed import Servers
 from tests.fuzz import campaigns
 from tests.fuzz.campaigns import Result
+from tests.support.gateways import run_gateway
 
 TARGETS = ("http", "document", "requests", "frames")
 VERSIONS = ("aiohttp", "msgspec", "atheris", "schemathesis")
 
 
 async def main() -> int:
-    """Fuzz what was asked for; the exit code says whether nothing was found."""
+    """Fuzz the targets; return exit code 0 if nothing was found."""
     options = _options()
     print(f"seed {options.seed}", flush=True)
     targets: Sequence[str] = options.target or TARGETS
@@ -43,7 +44,9 @@ async def main() -> int:
             raise SystemExit(migrated.stderr)
         for target in targets:
             began = time.monotonic()
-            result = await campaigns.play(target, servers.environment(), options.seed, seconds, options.findings)
+            result = await campaigns.run_campaign(
+                target, servers.environment(), options.seed, seconds, options.findings
+            )
             results.append(result)
             print(f"{target}: {result.cases:,} cases in {time.monotonic() - began:.0f} s", flush=True)
             for line in (*result.notes, *result.findings):

@@ -1,4 +1,4 @@
-"""A strict reader of HTTP answers, as bytes of a connection: what a careless client would forgive is an error here."""
+"""A strict parser of HTTP answers: every deviation that a lenient client would accept is an error."""
 
 import re
 from typing import NamedTuple
@@ -12,11 +12,11 @@ _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
 class NotHttp(Exception):
-    """What came is no HTTP answer with a Content-Length."""
+    """Raised for bytes that are no HTTP answer with a Content-Length."""
 
 
 class Answer(NamedTuple):
-    """One final answer."""
+    """A final (not 1xx) answer."""
 
     status: int
     headers: "CIMultiDict[str]"
@@ -24,13 +24,13 @@ class Answer(NamedTuple):
 
 
 class AnswerReader:
-    """Splits what a connection sends into answers; an interim 100 is passed over."""
+    """A parser that splits the bytes of a connection into final answers; it skips an interim 100."""
 
     def __init__(self) -> None:
         self.rest = b""
 
     def feed(self, data: bytes) -> list[Answer]:
-        """Take bytes; return the answers that are whole. Raises NotHttp."""
+        """Take bytes; return the answers that are complete. Raises NotHttp."""
         self.rest += data
         answers = []
         while answer := self._take():

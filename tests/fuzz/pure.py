@@ -1,10 +1,10 @@
-"""The targets `requests` and `frames`: pure modules under a coverage-guided fuzzer, beside slow and obvious readers.
+"""The targets `requests` and `frames`: pure modules under a coverage-guided fuzzer, compared with slow models.
 
     python -m tests.fuzz.pure requests CORPUS -max_total_time=60 -seed=1 -artifact_prefix=findings/
 
-The arguments behind the target are libFuzzer's. What fails is written to a file, and ends the run. Half of the inputs
-are nearly right ones, made anew; the other half are earlier ones, damaged: msgspec and pamqp would let few others in,
-and show no coverage of their own that could lead there.
+The arguments after the target are libFuzzer's. An input that fails is written to a file, and ends the run. Half of the
+inputs are new and nearly valid; the other half are damaged copies of earlier ones. Random bytes would be refused by
+msgspec and pamqp, whose C code shows the fuzzer no coverage.
 """
 
 import json
@@ -31,15 +31,15 @@ CHANNEL = 5
 
 
 def try_request(body: bytes) -> None:
-    """Whatever the body, it is messages or one of three refusals; and what is let in, Python's own json reads alike."""
+    """Check that a body gives messages or one of three refusals, and that Python's own json reads it alike."""
     try:
         bulk = wire.decode_bulk(body)
     except InvalidJson:
-        assert read_strictly(body) is None, "refused, and yet JSON"
+        assert read_strictly(body) is None, "refused, but it is JSON"
         return
     except (MissingMessages, TooManyMessages) as refusal:
         request = read_strictly(body)
-        assert request is not None, "not JSON, and yet looked at"
+        assert request is not None, "accepted as JSON, but it is none"
         messages = request.get("messages")
         if isinstance(refusal, TooManyMessages):
             assert isinstance(messages, list)
@@ -47,13 +47,13 @@ def try_request(body: bytes) -> None:
         else:
             assert not isinstance(messages, list) or not messages
         return
-    assert read_strictly(body) is not None, "let in, and no JSON"
+    assert read_strictly(body) is not None, "accepted, but it is no JSON"
     assert len(batch.validate(bulk).list_numbers) <= wire.MAX_MESSAGES
     assert_as_the_model_says(body)
 
 
 def read_strictly(body: bytes) -> dict[str, Any] | None:
-    """The object that stands there, as RFC 8259 has it; None when there is none."""
+    """Return the object in a body as RFC 8259 defines JSON, or None."""
     try:
         document = json.loads(body.decode("utf-8"), parse_constant=_refuse, object_pairs_hook=_read_object)
         json.dumps(document, ensure_ascii=False).encode()
@@ -63,7 +63,8 @@ def read_strictly(body: bytes) -> dict[str, Any] | None:
 
 
 def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    json.dumps(pairs, ensure_ascii=False).encode()  # half a surrogate pair is no text, also where it is overwritten
+    # Half a surrogate pair is no text, not even where a later key overwrites it.
+    json.dumps(pairs, ensure_ascii=False).encode()
     return dict(pairs)
 
 
@@ -72,7 +73,7 @@ def _refuse(constant: str) -> None:
 
 
 def try_frames(data: bytes) -> None:
-    """However the broker's bytes are cut, the same is passed on and the same is reported, and a slow reader agrees."""
+    """Check that the broker's bytes give the same result however they are cut, and that a slow reader agrees."""
     cut, stream = (data[0], data[1:]) if data else (0, b"")
     whole = frames.IncomingFrames()
     whole.channel = CHANNEL
@@ -93,7 +94,10 @@ def try_frames(data: bytes) -> None:
 
 
 def read_slowly(stream: bytes) -> tuple[list[frames.Event], bytes]:
-    """Frame by frame, as AMQP 0-9-1, 2.3.5 has them; from the first one on that is none, all is passed on."""
+    """Read frame by frame, as AMQP 0-9-1, section 2.3.5 defines them.
+
+    Return the events, and the bytes that are passed on: everything from the first malformed frame on.
+    """
     events: list[frames.Event] = []
     passed_on = b""
     in_return, returned_id, missing = False, "", -1
@@ -121,7 +125,7 @@ def read_slowly(stream: bytes) -> tuple[list[frames.Event], bytes]:
             if kind == 2:
                 try:
                     header = pamqp.frame.unmarshal(frame)[2]
-                except Exception:  # whatever a library says to garbage
+                except Exception:  # pamqp raises many kinds
                     return events, passed_on + stream
                 assert isinstance(header, ContentHeader)
                 returned_id, missing = header.properties.message_id or "", header.body_size
@@ -167,12 +171,12 @@ _frames = [
 
 
 def make_request(seed: int) -> bytes:
-    """A body of the grammar."""
+    """Return a body of the grammar."""
     return _requests.body(seed)
 
 
 def make_frames(seed: int) -> bytes:
-    """What a broker might say, in any order; now and then damaged."""
+    """Return frames that a broker may send, in any order; half of the time damaged."""
     chance = random.Random(seed)  # noqa: S311 - libFuzzer's own seed
     stream = bytes([chance.randrange(256)]) + b"".join(chance.choices(_frames, k=chance.randrange(1, 12)))
     if chance.random() < 0.5:
@@ -189,7 +193,7 @@ TARGETS = {"requests": (try_request, make_request), "frames": (try_frames, make_
 
 
 def main() -> None:
-    """Fuzz one target until libFuzzer's arguments say that it is enough."""
+    """Fuzz one target for as long as libFuzzer's arguments say."""
     target, make = TARGETS[sys.argv[1]]
 
     def make_or_damage(data: bytes, max_size: int, seed: int) -> bytes:

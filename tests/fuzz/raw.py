@@ -1,7 +1,7 @@
-"""The target `http`: conversations over raw sockets. Pipelined, split anywhere, damaged byte by byte, cut off.
+"""The target `http`: conversations over raw sockets, pipelined, split anywhere, damaged byte by byte, cut off.
 
-Three kinds: all requests whole (each must be answered, in order, as the document says); a damaged one at the end (what
-is answered must be HTTP and as the document says, whatever the parser made of it); and cut off at any moment.
+There are three kinds. All requests are whole: each must be answered, in order, as the OpenAPI document says. Or the
+last request is damaged: every answer must be HTTP and as the document says. Or the conversation is cut off.
 """
 
 import asyncio
@@ -15,41 +15,42 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from tests.fuzz.answers import Answer, AnswerReader, NotHttp
+from tests.fuzz.fuzzed_gateway import FuzzedGateway
 from tests.fuzz.requests import Request, Requests
-from tests.fuzz.stand import Caller, Stand
+from tests.support.callers import Caller
 from tests.support.openapi_document import faults_of
 
 CONVERSATIONS_AT_ONCE = 24
 PIPELINED = (1, 2, 4, 8, 16, 32)
 ANSWER_TIMEOUT_S = 20.0
-QUIET_S = 0.15  # after a damaged request: whoever says nothing for so long is waiting for more of it
-PATIENT_S = 2.5  # now and then: until the gateway itself gives up
+QUIET_S = 0.15  # after a damaged request: a gateway that is silent for so long waits for more bytes
+PATIENT_S = 2.5  # in a few conversations: longer than the gateway's own timeout
 SENTINEL = "fuzz-sentinel"
 MAY_REFUSE = {503, 504}  # of the statuses from 500 on
 
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """The counts and findings so far."""
 
     requests: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
-    findings: list[tuple[str, bytes]] = field(default_factory=list)  # what is wrong, and what was sent
+    findings: list[tuple[str, bytes]] = field(default_factory=list)  # a description, and the bytes that were sent
 
 
 class HttpFuzzer:
-    """Conversations drawn from a seed."""
+    """A source of conversations, drawn from a seed."""
 
-    def __init__(self, stand: Stand, seed: int) -> None:
-        self._stand = stand
-        self._address = urlsplit(stand.process.url)
+    def __init__(self, gateway: FuzzedGateway, seed: int) -> None:
+        self._gateway = gateway
+        self._address = urlsplit(gateway.process.url)
         self._random = random.Random(seed)  # noqa: S311 - conversations that can be repeated
-        self._whole = Requests(f"{seed} whole", key=stand.whole.key, list_number=stand.whole.list_number)
-        self._damaged = Requests(f"{seed} damaged", key=stand.damaged.key, list_number=stand.damaged.list_number)
+        self._whole = Requests(f"{seed} whole", key=gateway.whole.key, list_number=gateway.whole.list_number)
+        self._damaged = Requests(f"{seed} damaged", key=gateway.damaged.key, list_number=gateway.damaged.list_number)
         self.tally = Tally()
 
     async def run(self, *, until: float, most: int | None = None) -> None:
-        """Converse until time.monotonic() is `until`, or `most` requests were made."""
+        """Hold conversations until time.monotonic() is `until`, or `most` requests were sent."""
 
         async def converse_on() -> None:
             while time.monotonic() < until and (most is None or self.tally.requests < most):
@@ -72,7 +73,7 @@ class HttpFuzzer:
             await self.hang_up(data[: self._random.randrange(len(data))])
 
     async def converse_whole(self, requests: Sequence[Request]) -> None:
-        """Each is answered, in order; the connection may be closed after an answer that says so."""
+        """Send whole requests. Each must be answered in order; an answer may announce the end of the connection."""
         sent = b"".join(request.data for request in requests)
         self.tally.requests += len(requests)
         answers: list[Answer] = []
@@ -83,7 +84,7 @@ class HttpFuzzer:
             return self._found(f"no HTTP: {error}", sent)
         except TimeoutError:
             return self._found(f"{len(answers)} of {len(requests)} answers after {ANSWER_TIMEOUT_S} s", sent)
-        self._count(self._stand.whole, answers, sent)
+        self._count(self._gateway.whole, answers, sent)
         if len(answers) < len(requests) and not (answers and answers[-1].headers.get("Connection") == "close"):
             self._found(f"{len(answers)} of {len(requests)} answers, and closed without a word", sent)
         for request, answer in zip(requests, answers, strict=False):
@@ -92,7 +93,10 @@ class HttpFuzzer:
         return None
 
     async def converse_damaged(self, before: Iterable[bytes], mutant: bytes) -> None:
-        """A sentinel behind tells whether the connection still serves; it may be closed, or wait for more."""
+        """Send a damaged request and then a sentinel, which is answered if the connection still serves.
+
+        The gateway may close the connection, or wait for more bytes.
+        """
         whole = b"".join(before)
         sentinel = b"GET /sentinel HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n\r\n" % SENTINEL.encode()
         sent = whole + mutant + sentinel
@@ -101,13 +105,13 @@ class HttpFuzzer:
         try:
             answers = await self._exchange(sent, None, quiet_s)
         except NotHttp as error:
-            if b"HEAD" not in sent:  # whose answers have no body
+            if b"HEAD" not in sent:  # an answer to HEAD has no body
                 self._found(f"no HTTP: {error}", sent)
             return
-        self._count(self._stand.damaged, answers, sent)
+        self._count(self._gateway.damaged, answers, sent)
 
     async def hang_up(self, data: bytes) -> None:
-        """Send, wait for a moment or not at all, and go."""
+        """Send bytes, wait for a moment or not at all, and close the connection."""
         _, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
         try:
             with suppress(ConnectionError):
@@ -120,7 +124,7 @@ class HttpFuzzer:
                 writer.close()
 
     async def _exchange(self, sent: bytes, expected: int | None, quiet_s: float | None = None) -> list[Answer]:
-        """Send, and read until so many answers are there, or the sentinel's, or the end, or nothing comes any more."""
+        """Send bytes and read answers, until `expected` answers, the sentinel's, the end, or `quiet_s` of silence."""
         reader, writer = await asyncio.open_connection(self._address.hostname, self._address.port)
         answers: list[Answer] = []
         sending = asyncio.create_task(self._send(writer, sent))
@@ -161,10 +165,11 @@ class HttpFuzzer:
                 self._found(f"{answer.status} {answer.body[:300]!r}", sent)
             self.tally.statuses[_label(answer)] += 1
             if answer.status == 200 and "Idempotent-Replayed" not in answer.headers:
-                caller.counted += int(answer.body.split(b'"queued_count":', 1)[1].split(b",", 1)[0])
+                queued = answer.body.split(b'"queued_count":', 1)[1].split(b",", 1)[0]
+                self._gateway.count(caller, int(queued))
 
-    def _found(self, what: str, sent: bytes) -> None:
-        self.tally.findings.append((what, sent))
+    def _found(self, finding: str, sent: bytes) -> None:
+        self.tally.findings.append((finding, sent))
 
 
 def _is_sentinel(answers: Sequence[Answer]) -> bool:
@@ -179,8 +184,8 @@ def _label(answer: Answer) -> str:
 
 
 def write_findings(tally: Tally, directory: Path, seed: int) -> None:
-    """Each as two files: what was sent, and what is wrong with what came of it."""
+    """Write each finding as two files: the bytes that were sent, and the description."""
     directory.mkdir(parents=True, exist_ok=True)
-    for number, (what, sent) in enumerate(tally.findings[:100]):
+    for number, (finding, sent) in enumerate(tally.findings[:100]):
         (directory / f"http-{seed}-{number}.http").write_bytes(sent)
-        (directory / f"http-{seed}-{number}.txt").write_text(what)
+        (directory / f"http-{seed}-{number}.txt").write_text(finding)

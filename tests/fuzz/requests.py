@@ -1,12 +1,12 @@
-"""Requests by the million, from a seed: most of them nearly right, some damaged byte by byte.
+"""Requests from a seed: most of them nearly valid, some damaged byte by byte.
 
-Everything is put together from encoded pieces: a request takes some 20 µs, so that the gateway is what is waited for.
+They are put together from encoded pieces. A request takes some 20 µs, so the gateway is the bottleneck.
 """
 
 import random
 from typing import NamedTuple
 
-# Values as they stand in JSON. Where one is no JSON at all, the whole request is refused, and that is meant.
+# Raw JSON values. Some are no JSON, so that the whole request is refused.
 NUMBERS = [b'"+14155551234"', b'"+442071838750"', b'"+12"', b'"+123456789012345"']
 STRANGE = [
     *[b"null", b"true", b"false", b"0", b"-0", b"1e400", b"-1E-9", b"1" * 400, b"[]", b"{}", b'[{"a":[null]}]', b'""'],
@@ -92,14 +92,14 @@ BULK = b"/api/v2/send/bulk"
 
 
 class Request(NamedTuple):
-    """A well-formed HTTP request, whatever its body says."""
+    """A well-formed HTTP request with any body."""
 
     data: bytes
     request_id: str
 
 
 class Requests:
-    """An endless supply; the same seed, the same requests."""
+    """An endless source of requests; the same seed gives the same requests."""
 
     def __init__(self, seed: int | str, *, key: str, list_number: str) -> None:
         self._random = random.Random(seed)  # noqa: S311 - requests that can be repeated
@@ -109,7 +109,7 @@ class Requests:
         self.made = 0
 
     def whole(self) -> Request:
-        """HTTP that a parser must take, with any key, headers and body."""
+        """Return HTTP that a parser must accept, with any key, headers and body."""
         self.made += 1
         chance = self._random.random
         request_id = f"fuzz-{self.made}"
@@ -151,11 +151,11 @@ class Requests:
         return Request(b"".join(lines), request_id)
 
     def mutant(self) -> bytes:
-        """A request with its bytes damaged anywhere."""
+        """Return a request with some bytes damaged."""
         return self._damaged(self.whole().data, self._random.randint(1, 4))
 
     def body(self, seed: int | None = None) -> bytes:
-        """A body: JSON, mostly. With a seed, the one that belongs to it."""
+        """Return a body, mostly JSON. A seed always gives the same body."""
         if seed is not None:
             self._random.seed(seed)
         chance, choice = self._random.random, self._random.choice
@@ -164,7 +164,7 @@ class Requests:
         count = choice((1, 1, 1, 2, 3)) if chance() < 0.98 else choice((0, 20, 40))
         if chance() < 0.001:
             count = choice((1000, 1001))
-        # Of a large batch one message is looked at closely, the others are good.
+        # In a large batch, at most 20 messages are drawn; the others are valid.
         messages = [self._message() if chance() < 0.6 else self._good for _ in range(min(count, 20))]
         messages += [self._good] * (count - len(messages))
         body = b'{"messages":[%s]' % b",".join(messages)

@@ -1,31 +1,31 @@
-"""What was found once, by its name: played again, it must find nothing any more."""
+"""The corpus: inputs that once showed a defect, each named after it. They must find nothing any more."""
 
 from pathlib import Path
 
 import pytest
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.fuzz.campaigns import CORPUS
+from tests.fuzz.fuzzed_gateway import open_fuzzed_gateway
 from tests.fuzz.raw import HttpFuzzer
-from tests.fuzz.stand import open_stand
 
 HTTP = sorted((CORPUS / "http").iterdir())
 
 
 async def test_nothing_that_was_found_over_http_is_found_again(servers: Servers) -> None:
-    """Each as it is, then cut off behind: a file holds what was sent, with KEY and LIST for the caller's own."""
-    async with open_stand(servers.environment()) as stand:
-        fuzzer = HttpFuzzer(stand, 1)
-        caller = stand.damaged
+    """Send each file as it is, then cut off. In a file, KEY and LIST stand for the caller's own."""
+    async with open_fuzzed_gateway(servers.environment()) as gateway:
+        fuzzer = HttpFuzzer(gateway, 1)
+        caller = gateway.damaged
         for path in HTTP:
             data = path.read_bytes().replace(b"KEY", caller.key.encode())
             data = data.replace(b"LIST", caller.list_number.encode())
             await fuzzer.converse_damaged([], data)
             for _ in range(20):
                 await fuzzer.hang_up(data)
-        await stand.settle()
+        await gateway.settle()
         assert fuzzer.tally.findings == []
-        assert stand.faults() == []
+        assert gateway.faults() == []
 
 
 @pytest.mark.parametrize("target", ["requests", "frames"])

@@ -1,11 +1,11 @@
-"""What strangers and bad clients send, and the exact answer to each: to be read from top to bottom.
+"""Malformed and hostile requests, and the exact answer to each.
 
-A request here is bytes as they go over the wire. KEY and LIST stand for a good key and a list of its account, of the
-same length as the real ones. What becomes of the connection:
+A request is the bytes on the wire. KEY and LIST stand for a valid key and a list of its account, of the same length as
+the real ones. The connection after the answer:
 
-    KEPT     another request over it is answered; never behind a chunked one, see "a trailer is nobody's header"
-    CLOSED   the server closes it behind the answer
-    UNREAD   answered before the body has come: what still comes is drained for a moment, then it is closed
+    KEPT     another request over it is answered; never after a chunked request, see "a trailer is never a header"
+    CLOSED   the server closes it
+    UNREAD   the answer came before the body: the server reads the rest for a moment, then it closes
 """
 
 import gzip
@@ -29,7 +29,7 @@ LARGEST = 5_242_880
 
 
 class Then(Enum):
-    """What becomes of the connection."""
+    """The state of the connection after the answer."""
 
     KEPT = auto()
     CLOSED = auto()
@@ -40,7 +40,7 @@ KEPT, CLOSED, UNREAD = Then.KEPT, Then.CLOSED, Then.UNREAD
 
 
 class Row(NamedTuple):
-    """One request, and its answer: the status and the code, or the status and how many messages are queued."""
+    """A request and its answer: the status and the code, or the status and the number of queued messages."""
 
     name: str
     request: bytes
@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
 
 def head(*lines: bytes, first: bytes = b"POST " + PATH + b" HTTP/1.1", host: bytes | None = b"Host: gateway") -> bytes:
-    """A request line and headers."""
+    """Return a request line and headers."""
     return b"\r\n".join([first, *([host] if host is not None else []), *lines, b"", b""])
 
 
@@ -60,24 +60,24 @@ def post(
     first: bytes = b"POST " + PATH + b" HTTP/1.1",
     host: bytes | None = b"Host: gateway",
 ) -> bytes:
-    """A request with a key and a body, and more header lines."""
+    """Return a request with a key, a body and more header lines."""
     keys = [b"X-Api-Key: " + key] if key is not None else []
     return head(*keys, b"Content-Length: %d" % len(body), *lines, first=first, host=host) + body
 
 
 def chunked(*chunks: bytes, lines: tuple[bytes, ...] = (), end: bytes = b"0\r\n\r\n") -> bytes:
-    """A request with a key, whose body comes in these chunks."""
+    """Return a request with a key, whose body comes in these chunks."""
     body = b"".join(b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks)
     return head(b"X-Api-Key: " + KEY, b"Transfer-Encoding: chunked", *lines) + body + end
 
 
 def first_line(line: bytes) -> bytes:
-    """A good request under another request line."""
+    """Return a valid request under another request line."""
     return post(first=line)
 
 
 def padded(size: int) -> bytes:
-    """A good body of so many bytes."""
+    """Return a valid body of `size` bytes."""
     return ONE[:-1] + b" " * (size - len(ONE)) + ONE[-1:]
 
 
@@ -116,7 +116,7 @@ LINES = [
     Row("TRACE", head(first=b"TRACE " + PATH + b" HTTP/1.1"), "405 method_not_allowed"),
     Row("CONNECT", head(first=b"CONNECT gateway:443 HTTP/1.1"), "404 not_found"),
     Row("a method in lower case", first_line(b"post " + PATH + b" HTTP/1.1"), *MALFORMED),
-    Row("a method nobody knows", first_line(b"SEND " + PATH + b" HTTP/1.1"), *MALFORMED),
+    Row("an unknown method", first_line(b"SEND " + PATH + b" HTTP/1.1"), *MALFORMED),
     Row("a method of 100 kB", b"P" * 100_000 + b" / HTTP/1.1\r\n\r\n", *MALFORMED),
     Row("unknown path", first_line(b"POST /api/v2/send HTTP/1.1"), "404 not_found"),
     Row("a slash more", first_line(b"POST " + PATH + b"/ HTTP/1.1"), "404 not_found"),
@@ -184,7 +184,7 @@ HEADERS = [
     Row("a head of 800 kB", post(ONE, *[b"X-A: " + b"a" * 8_000] * 100), *MALFORMED),
     Row("a request id that would forge a log line", post(ONE, b'X-Request-Id: a","level":"error'), "200 1"),
     Row("two request ids", post(ONE, b"X-Request-Id: a", b"X-Request-Id: b"), "200 1"),
-    Row("forwarded for somebody", post(ONE, b"X-Forwarded-For: 127.0.0.1", b"Forwarded: for=127.0.0.1"), "200 1"),
+    Row("headers of a proxy", post(ONE, b"X-Forwarded-For: 127.0.0.1", b"Forwarded: for=127.0.0.1"), "200 1"),
     Row("a method override", post(ONE, b"X-HTTP-Method-Override: DELETE"), "200 1"),
     Row("an upgrade to a web socket is not taken", post(ONE, b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: eA==", b"Sec-WebSocket-Version: 13"), "200 1"),
     Row("an upgrade to HTTP/2 is not taken", post(ONE, b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AA"), "200 1"),
@@ -211,9 +211,9 @@ LENGTHS = [
     Row("10 GB announced", head(b"X-Api-Key: " + KEY, b"Content-Length: 10000000000"), "413 payload_too_large", UNREAD),
     Row("10 GB announced without a key", head(b"Content-Length: 10000000000"), "401 missing_api_key", UNREAD),
     Row("the largest body", post(padded(LARGEST)), "200 1"),
-    Row("an byte more", post(padded(LARGEST + 1)), "413 payload_too_large"),
+    Row("a byte more", post(padded(LARGEST + 1)), "413 payload_too_large"),
     Row("the largest body, chunked", chunked(padded(LARGEST)), "200 1", CLOSED),
-    Row("an byte more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
+    Row("a byte more, chunked", chunked(padded(LARGEST + 1)), "413 payload_too_large", CLOSED),
     Row("length and chunks", chunked(ONE, lines=(b"Content-Length: 5",)), *MALFORMED),
     Row("chunks and length", head(b"Content-Length: 5", b"X-Api-Key: " + KEY, b"Transfer-Encoding: chunked") + b"0\r\n\r\n", *MALFORMED),
     Row("two transfer codings", chunked(ONE, lines=(b"Transfer-Encoding: chunked",)), *MALFORMED),
@@ -248,7 +248,7 @@ TYPES = [
     Row("multipart", post(ONE, b"Content-Type: multipart/form-data; boundary=x"), "415 unsupported_media_type"),
     Row("a form", post(ONE, b"Content-Type: application/x-www-form-urlencoded"), "415 unsupported_media_type"),
     Row("utf-16", post(ONE, b"Content-Type: application/json; charset=utf-16"), "415 unsupported_media_type"),
-    Row("a charset nobody knows", post(ONE, b"Content-Type: application/json; charset=\xff"), "415 unsupported_media_type"),
+    Row("an unknown charset", post(ONE, b"Content-Type: application/json; charset=\xff"), "415 unsupported_media_type"),
     Row("no JSON", post(ONE, b"Content-Type: /"), "415 unsupported_media_type"),
     Row("1 kB of parameters", post(ONE, b"Content-Type: application/json" + b";a=b" * 250), "200 1"),
     Row("two types", post(ONE, b"Content-Type: application/json", b"Content-Type: text/plain"), *MALFORMED),
@@ -288,7 +288,7 @@ JSON = [
     Row("a trailing comma", post(ONE[:-1] + b",}"), "400 invalid_json"),
     Row("trailing data", post(ONE + b" x"), "400 invalid_json"),
     Row("two documents", post(ONE + b"\n" + ONE), "400 invalid_json"),
-    Row("NUL behind it", post(ONE + b"\x00"), "400 invalid_json"),
+    Row("NUL after the document", post(ONE + b"\x00"), "400 invalid_json"),
     Row("cut off", post(ONE[:-2]), "400 invalid_json"),
     Row("NaN", post(WITH_UNKNOWN % b"NaN"), "400 invalid_json"),
     Row("Infinity", post(METADATA % b'{"x":-Infinity}'), "400 invalid_json"),
@@ -296,7 +296,7 @@ JSON = [
     Row("single quotes", post(ONE.replace(b'"', b"'")), "400 invalid_json"),
     Row("a leading zero", post(WITH_UNKNOWN % b"01"), "400 invalid_json"),
     Row("invalid UTF-8", post(WITH_UNKNOWN % b'"\xff"'), "400 invalid_json"),
-    Row("UTF-8 that is longer than it need be", post(WITH_UNKNOWN % b'"\xc0\xaf"'), "400 invalid_json"),
+    Row("overlong UTF-8", post(WITH_UNKNOWN % b'"\xc0\xaf"'), "400 invalid_json"),
     Row("a surrogate in UTF-8", post(WITH_UNKNOWN % b'"\xed\xa0\x80"'), "400 invalid_json"),
     Row("a lone surrogate, escaped", post(ONE.replace(b"Hello", b"\\ud800")), "400 invalid_json"),
     Row("a lone surrogate, escaped, in metadata", post(METADATA % b'{"x":"\\ud800"}'), "400 invalid_json"),
@@ -318,7 +318,7 @@ JSON = [
     Row("4 MB of escapes", post(WITH_UNKNOWN % (b'"' + b"\\u0000" * 600_000 + b'"')), "200 1"),
     Row("1,000 messages", post(b'{"messages":[' + b",".join([GOOD] * 1_000) + b"]}"), "200 1000"),
     Row("1,001 messages", post(b'{"messages":[' + b",".join([GOOD] * 1_001) + b"]}"), "413 too_many_messages"),
-    Row("139,000 tiny ones", post(b'{"messages":[' + b"{}," * MANY + b"{}]}"), "413 too_many_messages"),
+    Row("139,000 empty messages", post(b'{"messages":[' + b"{}," * MANY + b"{}]}"), "413 too_many_messages"),
     Row("2 million numbers", post(b'{"messages":[' + b"1," * 2_000_000 + b"1]}"), "413 too_many_messages"),
     Row("2 million empty lists in an unknown field", post(WITH_UNKNOWN % (b"[" + b"[]," * 1_700_000 + b"[]]")), "200 1"),
     Row("1,000 foreign lists", post(b'{"messages":[' + b",".join(GOOD.replace(LIST, b"+1999%011d" % n) for n in range(1_000)) + b"]}"), "200 0"),
@@ -326,7 +326,7 @@ JSON = [
 
 
 class Idempotency(NamedTuple):
-    """Requests one after the other, and the answer to each."""
+    """A sequence of requests, and the answer to each."""
 
     name: str
     requests: list[bytes]
@@ -334,7 +334,7 @@ class Idempotency(NamedTuple):
 
 
 def keyed(*keys: bytes, body: bytes = ONE, key: bytes = KEY) -> bytes:
-    """A request under these Idempotency-Keys."""
+    """Return a request with these Idempotency-Keys."""
     return post(body, *(b"Idempotency-Key: " + each for each in keys), key=key)
 
 
@@ -360,7 +360,7 @@ IDEMPOTENCY = [
 
 
 class Message(NamedTuple):
-    """One element of `messages`, between two good ones: the code of its row, or None when it is queued."""
+    """An element of `messages` between two valid ones: the code of its row, or None when it is queued."""
 
     name: str
     element: bytes
@@ -368,13 +368,13 @@ class Message(NamedTuple):
 
 
 def message(**changes: object) -> bytes:
-    """A good message with some fields changed; a field set to ... is left out."""
+    """Return a valid message with some fields changed; a field set to ... is left out."""
     good: dict[str, object] = msgspec.json.decode(GOOD)
     return msgspec.json.encode({name: value for name, value in (good | changes).items() if value is not ...})
 
 
 def with_raw(name: bytes, value: bytes) -> bytes:
-    """A good message with one field more, as it stands."""
+    """Return a valid message with one more field, whose value is raw JSON."""
     return GOOD[:-1] + b',"%b":%b}' % (name, value)
 
 
@@ -428,7 +428,7 @@ MESSAGES = [
     Message("{{messageId}} twice", message(body="{{messageId}} {{messageId}}"), None),
     Message("{{messageId}} nested", message(body="{{{{messageId}}}} {{message{{messageId}}Id}}"), None),
     Message("{{messageId}} broken", message(body="{{messageId} {messageId}} {{ messageId }} {{MESSAGEID}} {{"), None),
-    Message("macros that are not ours", message(body="{{firstName}} {{7*7}} ${7*7} #{7*7} <%= 7*7 %>"), None),
+    Message("unknown macros", message(body="{{firstName}} {{7*7}} ${7*7} #{7*7} <%= 7*7 %>"), None),
     Message("a body of control characters", message(body="".join(map(chr, range(32))) + "\x7f\u2028\u202e"), None),
     Message("a body of emoji and right-to-left text", message(body="😀 مرحبا שלום"), None),
     Message("a body of spaces", message(body=" "), None),

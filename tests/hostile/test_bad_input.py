@@ -1,7 +1,7 @@
-"""Every row of table.py, against a gateway process with real servers, while a neighbour sends good requests beside it.
+"""Promise 10: every row of table.py, against a gateway process, while a neighbour sends valid requests.
 
-No answer but the row's, no 5xx, nothing in the queue that was not counted, nothing but short lines in the log, and no
-request of the neighbour's that goes wrong.
+Each answer is exactly the row's. No answer is a 5xx, the queue contains counted messages only, no client causes an
+error in the log, and no request of the neighbour fails.
 """
 
 import asyncio
@@ -14,24 +14,26 @@ from urllib.parse import urlsplit
 import pytest
 import pytest_asyncio
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.hostile import table
-from tests.hostile.stand import Caller, Neighbour, Stand, new_caller, open_stand
+from tests.hostile.attacked_gateway import AttackedGateway, open_gateway
 from tests.hostile.table import CLOSED, KEPT, UNREAD, Idempotency, Message, Row
+from tests.support.callers import Caller, make_caller
+from tests.support.neighbour import Neighbour
 from tests.support.raw_http import RawAnswer, connect, exchange
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 UNDISTURBED_S = 2.0
 NEXT = b"GET /next HTTP/1.1\r\nHost: gateway\r\n\r\n"
-ROOM_MB = 192  # bodies of 5 MB, one at a time, and what the allocator keeps of them
+ROOM_MB = 192  # bodies of 5 MB, one at a time, and the memory that the allocator keeps of them
 
 
-class House:
-    """The stand with its accounts, and the count of what has been queued."""
+class Attack:
+    """The gateway under attack, its accounts, and the count of queued messages."""
 
-    def __init__(self, stand: Stand, caller: Caller, neighbour: Neighbour, names: dict[bytes, str]) -> None:
-        self.stand = stand
+    def __init__(self, gateway: AttackedGateway, caller: Caller, neighbour: Neighbour, names: dict[bytes, str]) -> None:
+        self.gateway = gateway
         self.caller = caller
         self.neighbour = neighbour
         self.counted = 0
@@ -41,14 +43,14 @@ class House:
         self._names = {placeholder: name.encode() for placeholder, name in names.items()}
 
     def fill_in(self, data: bytes) -> bytes:
-        """The same bytes with the real keys and list numbers."""
+        """Return the same bytes with the real keys and list numbers."""
         for placeholder, name in self._names.items():
             assert len(placeholder) == len(name)
             data = data.replace(placeholder, name)
         return data
 
     def read(self, answer: RawAnswer) -> str:
-        """An answer as the table writes it; all that holds for every answer is checked."""
+        """Return an answer as the table writes it, count its messages, and check what holds for every answer."""
         fields = answer.raw[answer.raw.rindex(b"HTTP/1.") :].partition(b"\r\n\r\n")[0].lower()
         for field in (b"x-request-id", b"content-type: application/json", b"server: sms-gateway", b"date"):
             assert b"\r\n" + field in fields, answer.raw
@@ -64,15 +66,15 @@ class House:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def house(servers: Servers) -> AsyncIterator[House]:
-    """The house, with the neighbour at work."""
-    async with open_stand(servers) as stand:
-        caller, foreign = await new_caller(stand.admin), await new_caller(stand.admin)
-        revoked, suspended = await stand.admin.create_key(caller.account_id), await new_caller(stand.admin)
-        await stand.admin.revoke_key(revoked["id"])
-        await stand.admin.set_account_status(suspended.account_id, "suspended")
-        inactive = await stand.admin.add_list(caller.account_id, table.INACTIVE_LIST.decode().replace("I", "7"))
-        await stand.admin.set_list_status(inactive["id"], "inactive")
+async def attack(servers: Servers) -> AsyncIterator[Attack]:
+    """Yield a gateway with the table's accounts, and a neighbour that sends."""
+    async with open_gateway(servers) as gateway:
+        caller, foreign = await make_caller(gateway.admin), await make_caller(gateway.admin)
+        revoked, suspended = await gateway.admin.create_key(caller.account_id), await make_caller(gateway.admin)
+        await gateway.admin.revoke_key(revoked["id"])
+        await gateway.admin.set_account_status(suspended.account_id, "suspended")
+        inactive = await gateway.admin.add_list(caller.account_id, table.INACTIVE_LIST.decode().replace("I", "7"))
+        await gateway.admin.set_list_status(inactive["id"], "inactive")
         names = {
             table.KEY: caller.key,
             table.LIST: caller.list_number,
@@ -82,11 +84,11 @@ async def house(servers: Servers) -> AsyncIterator[House]:
             table.SUSPENDED_KEY: suspended.key,
             table.INACTIVE_LIST: inactive["number"],
         }
-        async with Neighbour(stand, await new_caller(stand.admin)) as neighbour:
-            house = House(stand, caller, neighbour, names)
-            house.undisturbed_p99_ms = await neighbour.measure(UNDISTURBED_S)
-            house.memory_before_mb = stand.memory_mb()
-            yield house
+        async with Neighbour(gateway.url, await make_caller(gateway.admin)) as neighbour:
+            attack = Attack(gateway, caller, neighbour, names)
+            attack.undisturbed_p99_ms = await neighbour.measure(UNDISTURBED_S)
+            attack.memory_before_mb = gateway.memory_mb()
+            yield attack
 
 
 ROWS = {
@@ -104,13 +106,13 @@ ROWS = {
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-async def test_the_answer_is_exactly(house: House, row: Row) -> None:
-    async with connect(house.stand.url) as conversation:
-        await conversation.send(house.fill_in(row.request))
-        assert house.read(await conversation.read_answer()) == row.answer
+async def test_the_answer_is_exactly(attack: Attack, row: Row) -> None:
+    async with connect(attack.gateway.url) as conversation:
+        await conversation.send(attack.fill_in(row.request))
+        assert attack.read(await conversation.read_answer()) == row.answer
         if row.then is KEPT:
             await conversation.send(NEXT)
-            assert house.read(await conversation.read_answer()) == "404 not_found"
+            assert attack.read(await conversation.read_answer()) == "404 not_found"
         elif row.then is CLOSED:
             assert await conversation.is_closed()
         else:
@@ -118,31 +120,33 @@ async def test_the_answer_is_exactly(house: House, row: Row) -> None:
 
 
 @pytest.mark.parametrize("row", table.IDEMPOTENCY, ids=lambda row: row.name)
-async def test_under_an_idempotency_key_the_answers_are_exactly(house: House, row: Idempotency) -> None:
-    answers = [house.read(await exchange(house.stand.url, request=house.fill_in(request))) for request in row.requests]
+async def test_under_an_idempotency_key_the_answers_are_exactly(attack: Attack, row: Idempotency) -> None:
+    answers = [
+        attack.read(await exchange(attack.gateway.url, request=attack.fill_in(request))) for request in row.requests
+    ]
     assert answers == row.answers
 
 
-async def test_fifty_identical_requests_at_once_are_one(house: House) -> None:
-    request = house.fill_in(table.keyed(b"fifty"))
-    answers = await asyncio.gather(*(exchange(house.stand.url, request=request) for _ in range(50)))
-    read = [house.read(answer) for answer in answers]
+async def test_fifty_identical_requests_at_once_are_one(attack: Attack) -> None:
+    request = attack.fill_in(table.keyed(b"fifty"))
+    answers = await asyncio.gather(*(exchange(attack.gateway.url, request=request) for _ in range(50)))
+    read = [attack.read(answer) for answer in answers]
     assert read.count("200 1") == 1
     assert set(read) <= {"200 1", "200 1 replayed", "409 idempotency_in_progress"}
 
 
 @pytest.mark.parametrize("row", table.MESSAGES, ids=lambda row: row.name[:80].encode("unicode_escape").decode())
-async def test_one_bad_message_costs_exactly_its_row(house: House, row: Message) -> None:
-    body = house.fill_in(b'{"messages":[' + b",".join([table.GOOD, row.element, table.GOOD]) + b"]}")
-    answer = await exchange(house.stand.url, request=house.fill_in(table.post(body)))
-    assert house.read(answer) == ("200 3" if row.code is None else "200 2")
+async def test_one_bad_message_costs_exactly_its_row(attack: Attack, row: Message) -> None:
+    body = attack.fill_in(b'{"messages":[' + b",".join([table.GOOD, row.element, table.GOOD]) + b"]}")
+    answer = await exchange(attack.gateway.url, request=attack.fill_in(table.post(body)))
+    assert attack.read(answer) == ("200 3" if row.code is None else "200 2")
     assert [(error["index"], error["code"]) for error in answer.json()["errors"]] == (
         [] if row.code is None else [(1, row.code)]
     )
 
 
-async def test_head_has_the_headers_and_no_body(house: House) -> None:
-    async with connect(house.stand.url) as conversation:
+async def test_head_has_the_headers_and_no_body(attack: Attack) -> None:
+    async with connect(attack.gateway.url) as conversation:
         await conversation.send(table.head(b"Connection: close", first=b"HEAD " + table.PATH + b" HTTP/1.1"))
         answer = await conversation.read_until_closed()
         assert answer.startswith(b"HTTP/1.1 405 ")
@@ -150,65 +154,65 @@ async def test_head_has_the_headers_and_no_body(house: House) -> None:
         assert b"\r\nAllow: POST\r\n" in answer
 
 
-async def test_a_hundred_pipelined_requests_are_answered_in_order(house: House) -> None:
+async def test_a_hundred_pipelined_requests_are_answered_in_order(attack: Attack) -> None:
     refused = [table.first_line(b"POST /%d HTTP/1.1" % number) for number in range(50)]
     requests = [request for pair in zip([table.post()] * 50, refused, strict=True) for request in pair]
-    async with connect(house.stand.url) as conversation:
-        await conversation.send(house.fill_in(b"".join(requests)))
-        answers = [house.read(await conversation.read_answer()) for _ in requests]
+    async with connect(attack.gateway.url) as conversation:
+        await conversation.send(attack.fill_in(b"".join(requests)))
+        answers = [attack.read(await conversation.read_answer()) for _ in requests]
     assert answers == ["200 1", "404 not_found"] * 50
 
 
-async def test_a_request_smuggled_in_a_body_is_a_body(house: House) -> None:
+async def test_a_request_smuggled_in_a_body_is_a_body(attack: Attack) -> None:
     smuggled = table.post()
-    async with connect(house.stand.url) as conversation:
-        await conversation.send(house.fill_in(table.post(smuggled) + NEXT))
-        assert house.read(await conversation.read_answer()) == "400 invalid_json"
-        assert house.read(await conversation.read_answer()) == "404 not_found"
+    async with connect(attack.gateway.url) as conversation:
+        await conversation.send(attack.fill_in(table.post(smuggled) + NEXT))
+        assert attack.read(await conversation.read_answer()) == "400 invalid_json"
+        assert attack.read(await conversation.read_answer()) == "404 not_found"
 
 
-async def test_behind_malformed_http_nothing_is_looked_at(house: House) -> None:
-    """Where one request ends is not known any more: a good one behind it may be part of an attack."""
-    async with connect(house.stand.url) as conversation:
-        await conversation.send(house.fill_in(table.chunked(end=b"zz\r\n{}\r\n0\r\n\r\n") + table.post()))
-        assert house.read(await conversation.read_answer()) == "400 malformed_http"
+async def test_a_request_behind_malformed_http_is_not_processed(attack: Attack) -> None:
+    """The end of the malformed request is unknown: a valid one behind it may be part of an attack."""
+    async with connect(attack.gateway.url) as conversation:
+        await conversation.send(attack.fill_in(table.chunked(end=b"zz\r\n{}\r\n0\r\n\r\n") + table.post()))
+        assert attack.read(await conversation.read_answer()) == "400 malformed_http"
         assert await conversation.is_closed()
 
 
 @pytest.mark.parametrize(
     "trailer", [b"X-Api-Key: " + table.FOREIGN_KEY, b"Content-Encoding: gzip", b"X-Request-Id: leaked"]
 )
-async def test_a_trailer_is_nobodys_header(house: House, trailer: bytes) -> None:
-    """A load balancer may send the next caller's request over the same connection."""
-    async with connect(house.stand.url) as conversation:
-        await conversation.send(house.fill_in(table.chunked(table.ONE, end=b"0\r\n" + trailer + b"\r\n\r\n")))
+async def test_a_trailer_is_never_a_header(attack: Attack, trailer: bytes) -> None:
+    """A load balancer may use the same connection for another caller's request."""
+    async with connect(attack.gateway.url) as conversation:
+        await conversation.send(attack.fill_in(table.chunked(table.ONE, end=b"0\r\n" + trailer + b"\r\n\r\n")))
         answer = await conversation.read_answer()
-        assert house.read(answer) == "200 1"
+        assert attack.read(answer) == "200 1"
         assert b"\r\nConnection: close\r\n" in answer.raw, "so that it is not used again"
-        await conversation.send(house.fill_in(table.post()))
+        await conversation.send(attack.fill_in(table.post()))
         assert await conversation.is_closed()
 
 
-async def test_what_is_sent_behind_a_last_answer_does_not_take_it_away(house: House) -> None:
-    """Closed with bytes unread, the kernel sends a reset, and a caller who reads late finds nothing."""
-    data = house.fill_in(table.chunked(table.ONE) + table.post(table.padded(10_000)) * 200)
-    address = urlsplit(house.stand.url)
+async def test_bytes_sent_behind_the_last_answer_do_not_discard_it(attack: Attack) -> None:
+    """A close with unread bytes makes the kernel send a reset, and a caller that reads late gets no answer."""
+    data = attack.fill_in(table.chunked(table.ONE) + table.post(table.padded(10_000)) * 200)
+    address = urlsplit(attack.gateway.url)
 
     def send_and_read_late() -> bytes:
         with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
-            caller.send(data)  # as much as there is room for
+            caller.send(data)  # as much as the socket takes
             time.sleep(0.5)
             return b"".join(iter(lambda: caller.recv(65_536), b""))
 
     for _ in range(5):
         answer = RawAnswer(await asyncio.to_thread(send_and_read_late))
-        assert house.read(answer) == "200 1"
+        assert attack.read(answer) == "200 1"
         assert b"\r\nConnection: close\r\n" in answer.raw
         assert answer.raw.count(b"HTTP/1.1 ") == 1
 
 
-async def test_who_hangs_up_before_hearing_that_it_is_malformed_leaves_no_traceback(house: House) -> None:
-    address = urlsplit(house.stand.url)
+async def test_a_client_that_resets_before_reading_its_400_leaves_no_traceback(attack: Attack) -> None:
+    address = urlsplit(attack.gateway.url)
 
     def send_and_reset() -> None:
         with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
@@ -217,43 +221,43 @@ async def test_who_hangs_up_before_hearing_that_it_is_malformed_leaves_no_traceb
 
     for _ in range(150):
         await asyncio.to_thread(send_and_reset)
-    assert (await exchange(house.stand.url, request=NEXT)).status == 404
-    assert house.stand.alarms() == []
+    assert (await exchange(attack.gateway.url, request=NEXT)).status == 404
+    assert attack.gateway.alarms() == []
 
 
 @pytest.mark.parametrize("cut", [lambda size: 40, lambda size: size - 300, lambda size: size - 1])
-async def test_who_hangs_up_in_the_middle_has_sent_nothing(house: House, cut: Callable[[int], int]) -> None:
-    request = house.fill_in(table.post(table.padded(1_000)))
+async def test_a_request_that_was_cut_off_queues_nothing(attack: Attack, cut: Callable[[int], int]) -> None:
+    request = attack.fill_in(table.post(table.padded(1_000)))
     for _ in range(20):
-        await exchange(house.stand.url, request=request[: cut(len(request))], hang_up=True)
+        await exchange(attack.gateway.url, request=request[: cut(len(request))], hang_up=True)
 
 
-async def test_who_hangs_up_after_the_body_may_have_sent_something(house: House) -> None:
+async def test_a_request_whose_client_hangs_up_after_the_body_may_be_queued(attack: Attack) -> None:
     for _ in range(20):
-        await exchange(house.stand.url, request=house.fill_in(table.post()), hang_up=True)
-        house.unknown += 1
+        await exchange(attack.gateway.url, request=attack.fill_in(table.post()), hang_up=True)
+        attack.unknown += 1
 
 
-async def test_nothing_is_queued_that_was_not_counted_and_the_neighbour_noticed_nothing(
-    house: House, record_property: Callable[[str, object], None]
+async def test_only_counted_messages_are_queued_and_no_request_of_the_neighbour_failed(
+    attack: Attack, record_property: Callable[[str, object], None]
 ) -> None:
-    """The last: it looks back on all above."""
-    stand, neighbour = house.stand, house.neighbour
+    """Check the sums of all tests above; it must come last."""
+    gateway, neighbour = attack.gateway, attack.neighbour
     beside_p99_ms = neighbour.p99_ms()
     figures = {
         "the neighbour's requests": len(neighbour.took_s),
-        "p99 undisturbed, ms": round(house.undisturbed_p99_ms, 1),
+        "p99 undisturbed, ms": round(attack.undisturbed_p99_ms, 1),
         "p99 beside the table, ms": round(beside_p99_ms, 1),
-        "memory before, MB": round(house.memory_before_mb),
-        "memory after, MB": round(stand.memory_mb()),
+        "memory before, MB": round(attack.memory_before_mb),
+        "memory after, MB": round(gateway.memory_mb()),
     }
     for name, value in figures.items():
         record_property(name, value)
     print(figures)
-    assert neighbour.wrong == []
+    assert neighbour.failures == []
     await neighbour.stop()
     assert len(neighbour.took_s) == neighbour.counted > 0
-    assert stand.memory_mb() < house.memory_before_mb + ROOM_MB
-    assert stand.alarms() == []
-    counted = house.counted + neighbour.counted
-    assert counted <= await stand.queue.depth() <= counted + house.unknown
+    assert gateway.memory_mb() < attack.memory_before_mb + ROOM_MB
+    assert gateway.alarms() == []
+    counted = attack.counted + neighbour.counted
+    assert counted <= await gateway.queue.depth() <= counted + attack.unknown

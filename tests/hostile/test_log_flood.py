@@ -1,4 +1,4 @@
-"""Whoever sends rubbish cannot fill the disk: a line for the first of a kind, then how many more there were."""
+"""Malformed requests cannot fill the disk: the first of a kind is a log line, the others are one line with a count."""
 
 import asyncio
 import logging
@@ -8,9 +8,10 @@ import pytest
 
 from gateway.telemetry.requests import MAX_LINES_A_SECOND
 from gateway.web.sockets import RepeatLog
-from testbed.servers import Servers
+from testbed import Servers
 from tests.hostile import table
-from tests.hostile.stand import new_caller, open_stand
+from tests.hostile.attacked_gateway import open_gateway
+from tests.support.callers import make_caller
 from tests.support.raw_http import exchange
 
 TIMES = 500
@@ -27,24 +28,24 @@ RUBBISH = {
 
 
 async def test_thousands_of_malformed_requests_are_a_handful_of_lines(servers: Servers) -> None:
-    async with open_stand(servers, log_level="DEBUG") as stand:
-        await new_caller(stand.admin)
-        before, began = len(stand.log_lines()), time.monotonic()
+    async with open_gateway(servers, log_level="DEBUG") as gateway:
+        await make_caller(gateway.admin)
+        before, began = len(gateway.log_lines()), time.monotonic()
         for request in RUBBISH.values():
             for _ in range(TIMES // 50):
-                answers = await asyncio.gather(*(exchange(stand.url, request=request) for _ in range(50)))
+                answers = await asyncio.gather(*(exchange(gateway.url, request=request) for _ in range(50)))
                 assert {answer.status for answer in answers} <= {400, 401}
         took_s = time.monotonic() - began
-        lines = stand.log_lines()[before:]
-        of_requests = [line for line in lines if line["logger"] == "gateway.requests"]  # they came as far as a handler
+        lines = gateway.log_lines()[before:]
+        of_requests = [line for line in lines if line["logger"] == "gateway.requests"]  # these reached a handler
         assert 0 < len(lines) - len(of_requests) <= 4 * len(RUBBISH), f"of {TIMES * len(RUBBISH):,} requests"
         codes = {line["code"] for line in of_requests}
         assert len(of_requests) <= MAX_LINES_A_SECOND * (took_s + 1) * len(codes)
         assert max(len(str(line)) for line in lines) < 300
-        assert stand.alarms() == []
+        assert gateway.alarms() == []
 
 
-def test_the_first_is_said_at_once_the_rest_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_first_is_logged_at_once_and_the_rest_as_one_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     repeats = RepeatLog(100.0)
     for _ in range(1_235):

@@ -24,7 +24,7 @@ import aiohttp
 import asyncpg
 
 from gateway.cli.admin import Admin
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import Caller, Client, make_caller
 from tests.support.gateways import GatewayProcess, process_environment, run_gateway
 from tests.support.outbound_queue import OutboundQueue

@@ -12,7 +12,7 @@ from pamqp.common import FieldTable
 
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from gateway import __version__
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import Caller, new_number
 from tests.support.gateways import GatewayUnderTest, run_gateway
 from tests.support.outbound_queue import OutboundQueue

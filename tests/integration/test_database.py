@@ -13,7 +13,7 @@ from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Pool, connect_to_primary, find_primary
 from gateway.urls import urls_of_hosts
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import run_gateway
 from tests.support.tcp_proxy import TcpProxy

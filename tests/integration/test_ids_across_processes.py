@@ -9,7 +9,7 @@ from gateway.config import Settings
 from gateway.ingest.id_supply import IdSupply
 from gateway.postgres.pool import Pool
 from gateway.postgres.queries import Queries
-from testbed.servers import Servers
+from testbed import Servers
 
 # One gateway's life, as far as ids are concerned; its process ends with most of a lease unused, as after a crash.
 TAKE_IDS = """

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.tcp_proxy import TcpProxy

@@ -18,7 +18,7 @@ from gateway.cli import status
 from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
 from gateway.postgres import queries
 from gateway.postgres.pool import connect_to_primary
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import make_caller
 from tests.support.eventually import eventually
 from tests.support.gateways import MakeSettings, StartGateway, run_gateway

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed.servers import Port, RabbitMQ
+from testbed import Port, RabbitMQ
 from tests.support.eventually import eventually
 from tests.support.gateways import MakeSettings, StartGateway
 

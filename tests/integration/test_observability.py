@@ -17,7 +17,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import RECIPIENT, SEND_PATH, Caller
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayProcess, process_environment, running

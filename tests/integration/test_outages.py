@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.cli.admin import open_admin
-from testbed.servers import Postgres, RabbitMQ, Server
+from testbed import Postgres, RabbitMQ, Server
 from tests.support.callers import Caller, make_caller
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway, run_gateway

@@ -14,7 +14,7 @@ import msgspec
 import psutil
 import pytest
 
-from testbed.servers import Port, Servers
+from testbed import Port, Servers
 from tests.support.callers import RECIPIENT, Caller, Client
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayProcess, process_environment, running

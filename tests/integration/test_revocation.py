@@ -1,7 +1,7 @@
 """Promise 7 in a short form, and a check that the loop notices a broken gateway. Long form: CONTRIBUTING.md."""
 
 from gateway.postgres.queries import Account, Queries
-from testbed.servers import Servers
+from testbed import Servers
 from tests.integration.revocation import TAKINGS, Verdict, gateways, run_trials
 from tests.support.gateways import MakeSettings, StartGateway
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import logging, sys, time
 import pytest
-from testbed.servers import Gateway
+from testbed import Gateway
 from tests.support.secrecy import BODY, PASSWORD, LogWatch
 
 KEY = "trk_" + "k" * 32

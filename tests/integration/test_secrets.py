@@ -15,7 +15,7 @@ import pytest
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Pool
-from testbed.servers import Gateway, ServerError, Servers
+from testbed import Gateway, ServerError, Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, run_gateway
 from tests.support.secrecy import BODY

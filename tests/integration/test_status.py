@@ -15,7 +15,7 @@ from yarl import URL
 
 from gateway import __version__
 from gateway.cli import status
-from testbed.servers import Port, Servers
+from testbed import Port, Servers
 from tests.support.gateways import GatewayUnderTest, MakeSettings
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.tcp_proxy import TcpProxy

@@ -15,7 +15,7 @@ import asyncpg
 import pytest
 
 from gateway.cli.admin import open_admin
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.support.callers import Client, make_caller
 from tests.support.eventually import eventually
 from tests.support.gateways import new_name, process_environment, run_gateway

@@ -7,7 +7,7 @@ import signal
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import Caller, Client
 from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.outbound_queue import OutboundQueue

@@ -18,7 +18,7 @@ import pytest
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
 from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
-from testbed.servers import Servers
+from testbed import Servers
 from tests.support.callers import make_caller, new_number
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import exchange

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from gateway.cli.admin import Admin
 from gateway.postgres.queries import RESOLVE_LISTS
-from testbed.servers import Servers
+from testbed import Servers
 from tests.properties import MORE
 from tests.support.callers import make_caller
 from tests.support.gateways import GatewayUnderTest

@@ -34,7 +34,7 @@ class Caller:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers of a request with a JSON body."""
+        """Return the headers of a request with a JSON body."""
         return {"X-Api-Key": self.key, "Content-Type": "application/json"}
 
     def message(self, **changes: Any) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Client:
 
     @property
     def url(self) -> str:
-        """The URL that batches are sent to."""
+        """Return the URL that batches are sent to."""
         return self.api_url + SEND_PATH
 
     def message(self, **changes: Any) -> dict[str, Any]:

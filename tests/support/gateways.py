@@ -16,7 +16,7 @@ import psutil
 from gateway.config import Settings
 from gateway.runtime import Runtime, open_runtime
 from gateway.server import process as server
-from testbed.servers import Gateway, Servers
+from testbed import Gateway, Servers
 from tests.support.callers import Client
 from tests.support.eventually import eventually
 from tests.support.secrecy import watch
@@ -93,13 +93,8 @@ class GatewayProcess(Gateway):
         return [*super()._command(), *(["--workers", str(self._workers)] if self._workers > 1 else [])]
 
     @property
-    def pid(self) -> int:
-        """The process that runs `serve`: the gateway itself, or the supervisor of its workers."""
-        return self.processes[0]
-
-    @property
     def workers(self) -> set[int]:
-        """The pids of the supervisor's workers."""
+        """Return the pids of the supervisor's workers."""
         return {child.pid for child in psutil.Process(self.pid).children()}
 
 

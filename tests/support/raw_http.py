@@ -1,4 +1,4 @@
-"""HTTP as no client library would send it: bytes in, bytes out."""
+"""HTTP as raw bytes, which no client library would send."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -13,16 +13,17 @@ PIECE = 256 * 1024
 
 
 class RawAnswer(NamedTuple):
-    """Everything the server sent until it closed, or until the first complete answer."""
+    """The bytes that the server sent until the first complete answer, or until it closed."""
 
     raw: bytes
 
     @property
     def status(self) -> int:
-        """The status of the last answer."""
+        """Return the status of the last answer."""
         return int(self.raw[self.raw.rindex(b"HTTP/1.") :].split(b" ", 2)[1])
 
     def json(self) -> Any:
+        """Return the decoded body of the last answer."""
         return msgspec.json.decode(self.raw[self.raw.rindex(b"\r\n\r\n") :])
 
 
@@ -46,7 +47,7 @@ async def exchange(
 
 @asynccontextmanager
 async def connect(url: str) -> "AsyncIterator[Conversation]":
-    """A connection of our own, aborted at the end."""
+    """Open a connection; abort it at the end."""
     parts = urlsplit(url)
     loop = asyncio.get_running_loop()
     _, conversation = await loop.create_connection(Conversation, parts.hostname or "", parts.port or 80)
@@ -57,9 +58,9 @@ async def connect(url: str) -> "AsyncIterator[Conversation]":
 
 
 class Conversation(asyncio.Protocol):
-    """One connection, over which several requests may go.
+    """A connection for several requests.
 
-    No asyncio stream: that forgets what has come when the server resets the connection behind its answer.
+    It is no asyncio stream: a stream loses the bytes received before the server resets the connection.
     """
 
     def __init__(self) -> None:
@@ -88,12 +89,13 @@ class Conversation(asyncio.Protocol):
         self._may_write.set()
 
     def abort(self) -> None:
-        """End it."""
-        if not self._is_closed:  # asyncio's transport does not take it twice
+        """End the connection."""
+        # asyncio's transport cannot be aborted twice.
+        if not self._is_closed:
             self._transport.abort()
 
     async def send(self, data: bytes) -> None:
-        """Send as much as the server takes; it may refuse, and close, before the end."""
+        """Send the bytes until the server has taken them all, or closes."""
         async with asyncio.timeout(PATIENCE_S):
             for start in range(0, len(data), PIECE):
                 await self._may_write.wait()
@@ -103,7 +105,7 @@ class Conversation(asyncio.Protocol):
             await self._may_write.wait()
 
     async def read_answer(self) -> RawAnswer:
-        """The next final (not 1xx) answer, and what stood before it; what there is when the server closes."""
+        """Return the next final (not 1xx) answer and the bytes before it, or all bytes when the server closes."""
         async with asyncio.timeout(PATIENCE_S):
             while (end := _end_of_answer(self._received)) is None and not self._is_closed:
                 await self._more()
@@ -111,14 +113,14 @@ class Conversation(asyncio.Protocol):
         return RawAnswer(answer)
 
     async def read_until_closed(self) -> bytes:
-        """All that comes until the server closes."""
+        """Return all bytes until the server closes."""
         async with asyncio.timeout(PATIENCE_S):
             while not self._is_closed:
                 await self._more()
         return self._received
 
     async def is_closed(self) -> bool:
-        """Whether the server ends the connection without another word; waits for it, but not for ever."""
+        """Return whether the server closes the connection without sending more, within PATIENCE_S."""
         try:
             return not await self.read_until_closed()
         except TimeoutError:
@@ -130,7 +132,7 @@ class Conversation(asyncio.Protocol):
 
 
 def _end_of_answer(raw: bytes) -> int | None:
-    """Where the first final (not 1xx) answer ends; None before it is complete."""
+    """Return the index of the end of the first final (not 1xx) answer; None before it is complete."""
     start = raw.find(b"HTTP/1.")
     while start >= 0 and raw[start + 9 : start + 10] == b"1":
         start = raw.find(b"HTTP/1.", start + 1)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from gateway.telemetry import log
-from testbed.servers import Gateway, RabbitMQ
+from testbed import Gateway, RabbitMQ
 
 BODY = "nobody's business"  # part of the texts that tests send: wherever it shows, a text has leaked
 PASSWORD = RabbitMQ.password  # of the session's servers, PostgreSQL included: like no other text

@@ -1,14 +1,14 @@
-"""A TCP proxy for tests, to make the network between a client and a real server fail on demand.
+"""A TCP proxy for tests, which lets the network between a client and a real server fail on demand.
 
-It knows nothing of what passes. Calls act at once, on open and on new connections:
+It does not interpret the bytes. Calls act at once, on open and on new connections:
 
     async with TcpProxy("127.0.0.1", 5672) as proxy:
         ...                    # the client connects to 127.0.0.1, proxy.port
-        proxy.black_hole()     # as when a cable is pulled: nothing passes, nobody is told
+        proxy.black_hole()     # like a pulled cable: no bytes pass, no connection is closed
         proxy.pass_through()   # healed, for new connections
 
-A connection that has lost bytes stays a black hole until it is closed: TCP never delivers a stream with a
-gap, so neither does the proxy.
+A connection that has lost bytes stays a black hole until it is closed. TCP never delivers a stream with a gap, and
+neither does the proxy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CHUNK_BYTES = 65_536
 
 
 class TcpProxy:
-    """Listens on a free port of 127.0.0.1 as long as its `async with` block lasts."""
+    """A proxy on a free port of 127.0.0.1, for the length of an `async with` block."""
 
     def __init__(self, target_host: str, target_port: int) -> None:
         self.target_host = target_host
@@ -44,21 +44,21 @@ class TcpProxy:
         self._socket: socket.socket
         self._listening = False
 
-    # What a test can do to the network
+    # Faults of the network
 
     def pass_through(self) -> None:
-        """A healthy network again: undoes black_hole, refuse, delay and limit."""
+        """Undo black_hole, refuse, delay and limit."""
         self._silent = False
         self._delay_s = 0.0
         self._budget = None
         self._listen()
 
     def black_hole(self) -> None:
-        """Accept, and swallow what comes from either side, the end of a connection included."""
+        """Accept connections, and swallow all bytes from either side, and the end of a connection too."""
         self._silent = True
 
     def reset(self) -> None:
-        """RST on both sides of every open connection; new ones are served."""
+        """Send RST on both sides of every open connection; new ones are served."""
         for link, task in self._links.items():
             link.reset()
             task.cancel()
@@ -69,7 +69,7 @@ class TcpProxy:
             asyncio.get_running_loop().remove_reader(self._socket)
             self._socket.close()
             self._listening = False
-            # Bound but not listening: nobody else gets the port meanwhile.
+            # Bound but not listening, so that no other program gets the port meanwhile.
             self._socket = self._bound_socket()
 
     def delay(self, seconds: float) -> None:
@@ -77,12 +77,12 @@ class TcpProxy:
         self._delay_s = seconds
 
     def limit(self, bytes_: int) -> None:
-        """Let this many more bytes go from clients to the server, to the byte, then be a black hole."""
+        """Pass exactly this many more bytes from clients to the server, then become a black hole."""
         self._budget = bytes_
         if bytes_ == 0:
             self.black_hole()
 
-    # Its life
+    # Start and end
 
     async def __aenter__(self) -> Self:
         self._socket = self._bound_socket()
@@ -109,14 +109,14 @@ class TcpProxy:
         return bound
 
     def _listen(self) -> None:
-        # Not asyncio.start_server: that needs an await, and the switches above should act at once.
+        # asyncio.start_server needs an await, but the methods above must act at once.
         if not self._listening:
             self._socket.listen(1024)
             asyncio.get_running_loop().add_reader(self._socket, self._accept)
             self._listening = True
 
     def _accept(self) -> None:
-        with suppress(OSError):  # gone again before we came to it
+        with suppress(OSError):  # the client may be gone already
             sock, _ = self._socket.accept()
             self.accepted += 1
             link = _Link(self, sock)
@@ -124,11 +124,12 @@ class TcpProxy:
             task.add_done_callback(lambda _: self._forget(link))
 
     def _forget(self, link: _Link) -> None:
-        link.sock.close()  # for a task cancelled before its first step; else closed already
+        # A task that was cancelled before its first step has not closed it.
+        link.sock.close()
         del self._links[link]
 
     def _spend(self, chunk: bytes) -> bytes:
-        """What of a chunk to the server may still pass; at the last byte silence falls."""
+        """Return the part of a chunk to the server that the limit lets pass."""
         if self._budget is None:
             return chunk
         chunk = chunk[: self._budget]
@@ -137,12 +138,12 @@ class TcpProxy:
 
 
 class _Link:
-    """One client's connection and the one to the server made for it."""
+    """A client's connection, and the connection to the server that belongs to it."""
 
     def __init__(self, proxy: TcpProxy, sock: socket.socket) -> None:
         self.sock = sock  # the client's
         self._proxy = proxy
-        self._gap = proxy._silent  # bytes were lost, or there never was a server behind it
+        self._gap = proxy._silent  # bytes were lost, or there is no connection to the server
         self._writers: list[asyncio.StreamWriter] = []
 
     async def serve(self) -> None:
@@ -152,14 +153,14 @@ class _Link:
             self._writers.append(to_client)
             if self._gap:
                 await self._swallow(client)
-                await asyncio.Event().wait()  # say nothing to the end: not even goodbye
+                await asyncio.Event().wait()  # do not even close the connection
             server, to_server = await asyncio.open_connection(self._proxy.target_host, self._proxy.target_port)
             self._writers.append(to_server)
             async with asyncio.TaskGroup() as both:
                 both.create_task(self._carry(client, to_server, "to_server"))
                 both.create_task(self._carry(server, to_client, "to_client"))
         except* OSError:
-            self.reset()  # one side is gone without a goodbye; so is the other
+            self.reset()  # a reset on one side becomes a reset on the other
         finally:
             for writer in self._writers:
                 await _close(writer)
@@ -191,7 +192,8 @@ class _Link:
                 sink.write(passing)
                 await sink.drain()
         if proxy._silent or self._gap:
-            await asyncio.Event().wait()  # the other side does not hear of the end, until we are closed
+            # The other side does not see the end before the proxy closes.
+            await asyncio.Event().wait()
         sink.write_eof()
 
     async def _read(self, source: asyncio.StreamReader) -> bytes:
@@ -199,7 +201,7 @@ class _Link:
             return await source.read(CHUNK_BYTES)
         except OSError:
             if self._proxy._silent or self._gap:
-                return b""  # a reset is swallowed like all else
+                return b""  # a reset is swallowed like bytes
             raise
 
     async def _swallow(self, source: asyncio.StreamReader) -> None:
@@ -208,6 +210,7 @@ class _Link:
 
 
 async def _close(writer: asyncio.StreamWriter) -> None:
-    writer.transport.abort()  # close() would wait for a peer that reads no more
+    # close() would wait for a peer that does not read.
+    writer.transport.abort()
     with suppress(OSError):
         await writer.wait_closed()

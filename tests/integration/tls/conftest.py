@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from testbed.servers import PostgresWithTls, RabbitMQ
+from testbed import PostgresWithTls, RabbitMQ
 from tests.integration.tls.secured import PASSWORD, ROLE, Secured, make_role, make_user, run_well
 from tests.support.authority import Authority
 

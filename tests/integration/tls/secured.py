@@ -6,7 +6,7 @@ import msgspec
 
 from gateway.config import Settings
 from gateway.postgres.pool import connect_to_primary
-from testbed.servers import PostgresWithTls, RabbitMQ
+from testbed import PostgresWithTls, RabbitMQ
 from tests.support.authority import Authority
 from tests.support.gateways import run_gateway
 

@@ -15,7 +15,7 @@ from gateway.amqp.transport import stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.postgres.pool import connect_to_primary, reason
 from gateway.urls import with_tls
-from testbed.servers import Servers
+from testbed import Servers
 from tests.integration.tls.secured import Secured
 from tests.support.authority import Authority
 

@@ -1,30 +1,38 @@
-"""The stand: gateway processes on a real cluster and a real pair of databases, with a network between that can fail.
+"""A deployment to break: gateway processes on a real cluster and a real pair of databases, with proxies between.
 
     gateways ─ TcpProxy ─ RabbitMQ × 3            clients reach the gateways directly, or through HAProxy;
              └ TcpProxy ─ PostgreSQL × 2          consumers and administration bypass the proxies
 
-With GATEWAY_AMQP_URL set, the broker is the one it names: it is used, and left to its owner.
+With GATEWAY_AMQP_URL set, the broker that it names is used, and never broken.
 """
 
 import asyncio
 import os
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from itertools import cycle
 from urllib.parse import urlsplit
 
 import aio_pika
-import psutil
 
 from gateway.cli.admin import open_admin
-from testbed.clusters import HaProxy, PostgresPair, RabbitMQCluster
-from testbed.servers import Gateway, RabbitMQ, Server, ServerError
-from tests.conftest import new_number, run_gateway
-from tests.faults.client import Sender
+from testbed import (
+    Footprint,
+    Gateway,
+    HaProxy,
+    PostgresPair,
+    RabbitMQ,
+    RabbitMQCluster,
+    Server,
+    ServerError,
+    in_parallel,
+)
+from tests.support.callers import NOBODY, make_caller
+from tests.support.gateways import run_gateway
 from tests.support.tcp_proxy import TcpProxy
 
-# Everything that waits, waits shorter, so that a scenario takes seconds. The deadlines stay in their order.
+# Short waits, so that a scenario takes seconds. The deadlines keep their order.
 QUICK = {
     "GATEWAY_CONFIRM_TIMEOUT_S": "3",
     "GATEWAY_ABANDON_TIMEOUT_S": "6",
@@ -36,17 +44,8 @@ QUICK = {
 MEASURE_S = 0.3
 
 
-class Footprint:
-    """What a process holds."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self.pid = process.pid
-        self.resident_mb = process.memory_info().rss / 1e6
-        self.descriptors = process.num_fds()
-
-
-class Stand:
-    """What a scenario plays on. Opened by open_stand()."""
+class Deployment:
+    """The servers, gateways and proxies that a scenario runs on. open_deployment() makes one."""
 
     def __init__(self, cluster: RabbitMQCluster | None, databases: PostgresPair) -> None:
         self._cluster = cluster
@@ -54,37 +53,39 @@ class Stand:
         self.queue = ""
         self.gateways: list[Gateway] = []
         self.balancer: HaProxy | None = None
-        self.sender = Sender("", "")
+        self.caller = NOBODY
         self.broker_proxies: list[TcpProxy] = []
         self.database_proxies: list[TcpProxy] = []
         self._settings: Mapping[str, str] | None = None
-        self.may_be_partitioned = False  # a node was paused for so long that the others may have given it up
+        # Set when a node was paused for so long that the others may have given it up.
+        self.may_be_partitioned = False
 
     # The servers
 
     @property
     def has_own_broker(self) -> bool:
+        """Return whether the broker was started here and may be broken."""
         return self._cluster is not None
 
     @property
     def cluster(self) -> RabbitMQCluster:
-        """The broker, to be hurt. Raises when it is somebody else's."""
+        """Return the broker, to be broken. Raises ServerError when the environment named it."""
         if self._cluster is None:
-            raise ServerError("the broker that GATEWAY_AMQP_URL names is not ours to break")
+            raise ServerError("the broker that GATEWAY_AMQP_URL names must not be broken")
         return self._cluster
 
     @property
     def amqp_urls(self) -> list[str]:
-        """The broker's nodes, not through the proxies."""
+        """Return the URLs of the broker's nodes, past the proxies."""
         url = os.environ["GATEWAY_AMQP_URL"] if self._cluster is None else self._cluster.url
         return [node.strip() for node in url.split(",")]
 
     async def leader(self) -> RabbitMQ:
-        """The node that leads the queue."""
+        """Return the node that leads the queue."""
         return await asyncio.to_thread(self.cluster.leader_of, self.queue)
 
     async def publishers_node(self) -> RabbitMQ:
-        """The node that the gateways send most to, right now."""
+        """Return the node to which the gateways send most at this moment."""
         before = [proxy.bytes_to_server for proxy in self.broker_proxies]
         await asyncio.sleep(MEASURE_S)
         sent = [proxy.bytes_to_server - earlier for proxy, earlier in zip(self.broker_proxies, before, strict=True)]
@@ -92,7 +93,7 @@ class Stand:
 
     @asynccontextmanager
     async def broker_channel(self) -> AsyncIterator[aio_pika.abc.AbstractChannel]:
-        """A channel of our own, through whichever node answers."""
+        """Open a channel past the proxies, on the first node that answers."""
         for url in cycle(self.amqp_urls):
             with suppress(OSError):
                 connection = await aio_pika.connect(url, timeout=3)
@@ -103,13 +104,13 @@ class Stand:
     # The gateways
 
     async def serve(self, settings: Mapping[str, str], count: int, *, gateway: type[Gateway] = Gateway) -> None:
-        """Have `count` gateways of these settings running and ready: those that are, or new ones on a new queue."""
+        """Have `count` gateways with these settings running and ready: the present ones, or new ones on a new queue."""
         same = [type(running) for running in self.gateways] == [gateway] * count and self._settings == settings
         if same and all(running.is_serving for running in self.gateways):
             return
         await self.stop_gateways()
         self.queue = f"faults.{uuid.uuid4().hex[:12]}"
-        own = {
+        servers = {
             "GATEWAY_AMQP_URL": ",".join(
                 through(url, proxy) for url, proxy in zip(self.amqp_urls, self.broker_proxies, strict=True)
             ),
@@ -117,25 +118,25 @@ class Stand:
             "GATEWAY_AMQP_EXCHANGE": self.queue,
             "GATEWAY_AMQP_QUEUE": self.queue,
         }
-        self.gateways = [gateway(own | dict(settings)) for _ in range(count)]
+        self.gateways = [gateway(servers | dict(settings)) for _ in range(count)]
         self._settings = settings
-        await at_once(self.gateways, "start")
+        await start_all(self.gateways)
 
     async def stop_gateways(self) -> None:
         """End all gateways, and delete their queue."""
         gateways, self.gateways = self.gateways, []
         if gateways:
-            await at_once(gateways, "close")
+            await asyncio.to_thread(in_parallel, [gateway.close for gateway in gateways])
             async with asyncio.timeout(30), self.broker_channel() as channel:
                 for queue in (self.queue, f"{self.queue}.dead"):
                     await channel.queue_delete(queue)
                 for exchange in (self.queue, f"{self.queue}.dlx"):
                     await channel.exchange_delete(exchange)
 
-    async def footprints(self) -> list[Footprint]:
-        """What each gateway holds now, of those that run."""
-        pids = [running.processes[0] for running in self.gateways if running.is_running]
-        return [Footprint(psutil.Process(pid)) for pid in pids]
+    def footprints(self) -> dict[int, Footprint]:
+        """Return the footprint of each running gateway by its pid."""
+        footprints = [gateway.footprint() for gateway in self.gateways if gateway.is_running]
+        return {footprint.pid: footprint for footprint in footprints}
 
     def _database_url(self) -> str:
         hosts = ",".join(f"127.0.0.1:{proxy.port}" for proxy in self.database_proxies)
@@ -144,13 +145,13 @@ class Stand:
     # Between two scenarios
 
     async def heal(self) -> None:
-        """Undo whatever a scenario, perhaps a failed one, has left broken."""
+        """Undo whatever a scenario, perhaps one that failed, has left broken."""
         for proxy in (*self.broker_proxies, *self.database_proxies):
             proxy.pass_through()
-        own: list[Server] = [self.databases.primary, self.databases.standby, *self.gateways]
+        servers: list[Server] = [self.databases.primary, self.databases.standby, *self.gateways]
         if self._cluster is not None:
-            own += self._cluster.nodes
-        for server in own:
+            servers += self._cluster.nodes
+        for server in servers:
             server.resume()
         await asyncio.to_thread(self.databases.start)
         if self._cluster is not None:
@@ -159,48 +160,40 @@ class Stand:
 
 
 @asynccontextmanager
-async def open_stand() -> AsyncIterator[Stand]:
-    """Start the servers, with an account in the database; stop everything at the end."""
+async def open_deployment() -> AsyncIterator[Deployment]:
+    """Start the servers and create an account; stop everything at the end."""
     async with AsyncExitStack() as stack:
         cluster = None if "GATEWAY_AMQP_URL" in os.environ else RabbitMQCluster(3)
-        # What is promised of a promotion is promised of a synchronous standby: one that lags has lost commits.
+        # Promotion is promised to lose nothing only with a synchronous standby: one that lags has lost commits.
         databases = PostgresPair(fsync=False, synchronous=True)
         servers: list[PostgresPair | RabbitMQCluster] = [databases] if cluster is None else [databases, cluster]
         for server in servers:
             stack.push_async_callback(asyncio.to_thread, server.close)
-        await at_once(servers, "start")
+        await start_all(servers)
         migrated = await asyncio.to_thread(run_gateway, "migrate", database_url=databases.primary.url)
         if migrated.returncode != 0:
             raise ServerError(f"the database could not be migrated:\n{migrated.stderr}")
-        stand = Stand(cluster, databases)
+        deployment = Deployment(cluster, databases)
         async with open_admin(databases.primary.url) as admin:
-            account = (await admin.create_account("faults"))["id"]
-            key = (await admin.create_key(account))["key"]
-            stand.sender = Sender(key, new_number())
-            await admin.add_list(account, stand.sender.list_number)
-        for url in stand.amqp_urls:
+            deployment.caller = await make_caller(admin, "faults")
+        for url in deployment.amqp_urls:
             parts = urlsplit(url)
             proxy = TcpProxy(parts.hostname or "", parts.port or 5672)
-            stand.broker_proxies.append(await stack.enter_async_context(proxy))
+            deployment.broker_proxies.append(await stack.enter_async_context(proxy))
         for database in (databases.primary, databases.standby):
             proxy = TcpProxy("127.0.0.1", database.port.number)
-            stand.database_proxies.append(await stack.enter_async_context(proxy))
-        stack.push_async_callback(stand.stop_gateways)
-        yield stand
+            deployment.database_proxies.append(await stack.enter_async_context(proxy))
+        stack.push_async_callback(deployment.stop_gateways)
+        yield deployment
 
 
 def through(url: str, proxy: TcpProxy) -> str:
-    """The same URL, by way of the proxy."""
+    """Return the same URL with the proxy's address."""
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user}{at}127.0.0.1:{proxy.port}").geturl()
 
 
-async def at_once(servers: Sequence[Server | RabbitMQCluster | PostgresPair], action: str) -> None:
-    """Do the same to all, in parallel; raise what the first of them raised."""
-    done = await asyncio.gather(
-        *(asyncio.to_thread(getattr(server, action)) for server in servers), return_exceptions=True
-    )
-    for result in done:
-        if isinstance(result, BaseException):
-            raise result
+async def start_all(servers: Iterable[Server | RabbitMQCluster | PostgresPair]) -> None:
+    """Start the servers in parallel; raise the first exception that one of them raised."""
+    await asyncio.to_thread(in_parallel, [server.start for server in servers])

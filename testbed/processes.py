@@ -1,0 +1,317 @@
+"""Ports, and a supervised server process: what every server of the testbed has in common."""
+
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from testbed import supervisor
+
+START_TIMEOUT_S = 120.0  # RabbitMQ: 5 to 8 s on two idle cores, 30 s seen on a machine busy with other tests
+STOP_TIMEOUT_S = 15.0
+POLL_S = 0.02
+LOG_TAIL_LINES = 30
+
+
+class ServerError(Exception):
+    """A server is missing or did not start. The text says what to do or shows the end of its log."""
+
+
+class Port:
+    """A free TCP port on 127.0.0.1, reserved until this process ends or release() is called.
+
+    The port lies below the kernel's range for outgoing connections. Inside that range, a client that retries while its
+    server is down can be given the server's port. It then blocks the restart, or connects to itself. Parallel runs see
+    the reservation as an abstract UNIX socket, which the kernel frees when the process ends.
+    """
+
+    def __init__(self) -> None:
+        lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        numbers = range(10_000, max(lowest_outgoing, 20_000))
+        for number in random.sample(numbers, len(numbers)):
+            self._reservation = socket.socket(socket.AF_UNIX)
+            try:
+                self._reservation.bind(f"\0sms-gateway-port-{number}")
+                with socket.socket() as probe:
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", number))
+            except OSError:
+                self._reservation.close()
+                continue
+            self.number = number
+            return
+        raise ServerError("no free TCP port on 127.0.0.1")
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+    def release(self) -> None:
+        """Let others have the port."""
+        self._reservation.close()
+
+
+class Certificates(NamedTuple):
+    """PEM files of a server that speaks TLS only, and only with clients whose certificate `ca` has signed."""
+
+    ca: Path
+    cert: Path
+    key: Path
+
+
+class Footprint(NamedTuple):
+    """The memory and the file descriptors that a process holds at one moment."""
+
+    pid: int
+    resident_bytes: int
+    descriptors: int
+
+    @property
+    def resident_mb(self) -> float:
+        """Return the resident memory in MB of 10⁶ bytes."""
+        return self.resident_bytes / 1e6
+
+
+class Startable(ABC):
+    """Something that a `with` block starts and closes. A start that fails half-way is closed as well."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Return when it serves clients."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop and remove whatever was started of it."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Server(Startable):
+    """A folder, a port and a supervised process, with ways to hurt it."""
+
+    name: str
+    stop_signal = signal.SIGTERM
+    # The supervisor sends it when the process that started the server is gone.
+    last_signal = signal.SIGKILL
+
+    def __init__(self) -> None:
+        self.port = Port()
+        self._directory: Path | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    @property
+    @abstractmethod
+    def url(self) -> str:
+        """Return the URL for clients; it stays the same over restarts."""
+
+    def _prepare(self) -> None:
+        """Fill the empty folder, once, before the first start."""
+
+    @abstractmethod
+    def _command(self) -> list[str]:
+        """Return the program to run and its arguments."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """Return whether it serves clients at this moment."""
+
+    @property
+    def _user_id(self) -> int:
+        return os.getuid()
+
+    def _environment(self) -> dict[str, str]:
+        return dict(os.environ)
+
+    @property
+    def directory(self) -> Path:
+        """Return its folder: data, configuration, `log`. The first start() makes it, close() removes it."""
+        if self._directory is None:
+            raise ServerError(f"{self.name} was never started")
+        return self._directory
+
+    @property
+    def log(self) -> Path:
+        """Return the file with its standard output and standard error."""
+        return self.directory / "log"
+
+    @property
+    def is_running(self) -> bool:
+        """Return whether its process exists; it may be paused."""
+        return self._supervisor is not None and self._supervisor.poll() is None
+
+    @property
+    def is_serving(self) -> bool:
+        """Return whether it serves clients at this moment: it is neither down nor paused."""
+        if self._supervisor is None or not self.is_running:
+            return False
+        is_paused = "T" in supervisor.descendants(self._supervisor.pid).values()
+        return not is_paused and self._answers()
+
+    @property
+    def processes(self) -> list[int]:
+        """Return the pids of all its processes, the server itself first. The supervisor is not among them."""
+        return [] if self._supervisor is None else list(supervisor.descendants(self._supervisor.pid))
+
+    @property
+    def pid(self) -> int:
+        """Return the pid of the server itself. Raises ServerError when it does not run."""
+        processes = self.processes
+        if not processes:
+            raise ServerError(f"{self.name} does not run")
+        return processes[0]
+
+    def footprint(self) -> Footprint:
+        """Return what the server itself holds now, its child processes not included."""
+        pid = self.pid
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        return Footprint(pid, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")))
+
+    def start(self) -> None:
+        """Start it, or start it again on the same data and ports; return when it serves clients."""
+        if self.is_running:
+            return
+        if self._directory is None:
+            self._directory = Path(tempfile.mkdtemp(prefix=f"sms-gateway-{self.name.lower()}-"))
+            # PostgreSQL's user must be able to reach its own folder in it.
+            self._directory.chmod(0o711)
+            try:
+                self._prepare()
+            except BaseException:
+                self.close()
+                raise
+        supervise = [sys.executable, "-IS", supervisor.__file__]
+        arguments = [str(self.directory), str(self._user_id), str(int(self.last_signal)), *self._command()]
+        with self.log.open("ab") as log:
+            self._supervisor = subprocess.Popen(
+                supervise + arguments,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=self._environment(),
+                # A terminal's Ctrl-C must reach only the process that started the servers.
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if not self.is_running:
+                raise ServerError(f"{self.name} ended while starting. Its log:\n{self._log_tail()}")
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.name} does not answer. Its log:\n{self._log_tail()}")
+            time.sleep(POLL_S)
+
+    def _log_tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+
+    def signal_and_wait(self, number: signal.Signals, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Send a signal to the server (SIGKILL: to all its processes) and wait for its end.
+
+        Raises subprocess.TimeoutExpired when it goes on running.
+        """
+        if self._supervisor is None or self._supervisor.stdin is None:
+            return
+        with suppress(BrokenPipeError):
+            self._supervisor.stdin.write(bytes([number]))
+            self._supervisor.stdin.flush()
+        self._supervisor.wait(timeout_s)
+        with suppress(BrokenPipeError):
+            self._supervisor.stdin.close()
+        self._supervisor = None
+
+    def stop(self) -> None:
+        """Stop it in an orderly way; the data stays for the next start()."""
+        self.resume()
+        try:
+            self.signal_and_wait(self.stop_signal)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL all its processes at once; the data stays for the next start()."""
+        self.signal_and_wait(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """SIGSTOP all its processes: connections stay open, nothing answers."""
+        self._signal_all(signal.SIGSTOP, until="TZ")
+
+    def resume(self) -> None:
+        """SIGCONT all its processes."""
+        self._signal_all(signal.SIGCONT, until="RSDIZ")
+
+    def _signal_all(self, number: signal.Signals, until: str) -> None:
+        """Send a signal until all its processes are in one of the states `until`, letters of proc(5).
+
+        One look is not enough: a process may fork between the look and the signal.
+        """
+        if self._supervisor is None:
+            return
+        below = supervisor.descendants(self._supervisor.pid)
+        while behind := [pid for pid, state in below.items() if state not in until]:
+            for pid in behind:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(0.001)
+            below = supervisor.descendants(self._supervisor.pid)
+
+    def close(self) -> None:
+        """Kill it, remove its folder, and release its port."""
+        self.kill()
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
+        self.port.release()
+
+
+def in_parallel(actions: Iterable[Callable[[], object]]) -> None:
+    """Run all actions at the same time, wait for all, then raise the first exception that one of them raised."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        running = [pool.submit(action) for action in actions]
+    for done in running:
+        done.result()
+
+
+def http_get(port: Port, path: str) -> tuple[int, bytes] | None:
+    """Return status and body of a GET on 127.0.0.1, or None when there is no answer within a second."""
+    connection = HTTPConnection("127.0.0.1", port.number, timeout=1.0)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read()
+    except (OSError, HTTPException):
+        return None
+    finally:
+        connection.close()
+
+
+def find_program(name: str) -> Path | None:
+    """Return the path of a program, or None. Debian keeps servers in folders outside an ordinary user's PATH."""
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/usr/local/sbin"])
+    found = shutil.which(name, path=path)
+    return Path(found) if found else None
