@@ -85,7 +85,7 @@ class Opened:
 def test_the_versions_are_those_that_were_read() -> None:
     assert version("aiormq") == "7.2.4", (
         "publisher.py was written against the source of aiormq 7.2.4: read the differences (connection.py, "
-        "channel.py), run tests/integration/test_publisher.py, then change the pin here and in pyproject.toml"
+        "channel.py), run tests/integration/publisher, then change the pin here and in pyproject.toml"
     )
     assert version("aio-pika").startswith("10.2."), "publisher.py uses aio_pika.Connection.kwargs, see below"
     assert version("pamqp").startswith("4."), "frames.py packs headers by pamqp's marshalled form"
