@@ -3,15 +3,12 @@
 import json
 import logging
 import os
-import re
 import select
 import sys
 import threading
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gateway.telemetry.log import (
     MAX_PENDING_BYTES,
@@ -23,8 +20,6 @@ from gateway.telemetry.log import (
     whole_lines,
 )
 
-EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
-
 
 def test_a_masked_number_keeps_its_first_five_and_last_two_characters() -> None:
     assert mask_number("+447911123412") == "+4479******12"
@@ -34,15 +29,6 @@ def test_a_masked_number_keeps_its_first_five_and_last_two_characters() -> None:
 @pytest.mark.parametrize(("number", "masked"), [("", ""), ("+1", "**"), ("+123456", "*" * 7), ("+1234567", "+1234*67")])
 def test_a_short_number_is_masked_almost_whole(number: str, masked: str) -> None:
     assert mask_number(number) == masked
-
-
-@EXAMPLES
-@given(number=st.from_regex(r"\+[1-9][0-9]{1,14}", fullmatch=True))
-def test_a_mask_keeps_the_length_and_at_most_seven_characters(number: str) -> None:
-    masked = mask_number(number)
-    assert len(masked) == len(number)
-    assert masked != number
-    assert len(masked.replace("*", "")) <= 7
 
 
 def record(message: str, *arguments: object, **changes: object) -> logging.LogRecord:
@@ -70,14 +56,6 @@ def test_a_traceback_stays_within_its_line() -> None:
     traceback = json.loads(line)["traceback"]
     assert traceback.startswith("Traceback (most recent call last):\n")
     assert traceback.endswith("TypeError: broken")
-
-
-@EXAMPLES
-@given(message=st.text())
-def test_any_message_is_one_line_and_comes_out_as_it_went_in(message: str) -> None:
-    line = JsonLines().format(record("%s", message))
-    assert json.loads(line)["message"] == message
-    assert not re.search(r"[\x00-\x1f]", line), "a line break or a control character could forge a line"
 
 
 def test_a_lone_surrogate_in_a_message_costs_no_log_line() -> None:

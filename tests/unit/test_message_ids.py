@@ -4,30 +4,10 @@ import re
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gateway.ingest import message_ids
 from gateway.ingest.message_ids import ALPHABET, BASE, COLUMNS, LEASE_ROWS, LEASES, ROWS, LeasedIds, row_ids
-
-EXAMPLES = settings(derandomize=True, max_examples=40, deadline=None)
-rows = st.integers(0, ROWS - 1)
-
-DIGIT = {character: digit for digit, character in enumerate(ALPHABET.decode())}
-
-
-def place_of(message_id: str) -> tuple[int, int]:
-    """Return the row and column of an id, by the inverse that the module's docstring states."""
-    column = COLUMN_OF_ENDING[message_id[6:]]
-    shifts = [shift[column] for shift in message_ids._SHIFTS]
-    digits = [(DIGIT[character] - shift) % BASE for character, shift in zip(message_id, shifts, strict=False)]
-    scattered = sum(digit * BASE**k for k, digit in enumerate(digits))
-    return scattered * pow(message_ids._ROW_MULTIPLIER, -1, ROWS) % ROWS, column
-
-
-COLUMN_OF_ENDING = {
-    chr(first) + chr(second): column for column, (first, second) in enumerate(zip(*message_ids._ENDINGS, strict=True))
-}
+from tests.support.message_ids import COLUMN_OF_ENDING, place_of
 
 
 def test_every_id_is_eight_letters_and_digits() -> None:
@@ -72,13 +52,6 @@ def test_all_leases_lie_within_the_table() -> None:
     assert place_of(last.take(len(last)).ids[-1]) == (LEASES * LEASE_ROWS - 1, COLUMNS - 1)
 
 
-@EXAMPLES
-@given(row=rows)
-def test_an_id_can_be_decoded_to_its_place_so_no_two_places_share_one(row: int) -> None:
-    """The mapping has an inverse, shown over whole rows anywhere in the table."""
-    assert [place_of(message_id) for message_id in row_ids(row)] == [(row, column) for column in range(COLUMNS)]
-
-
 def test_the_multiplier_scatters_rows_without_loss() -> None:
     """The mapping of rows is a bijection if the multiplier has no factor in common with the number of rows."""
     assert message_ids._ROW_MULTIPLIER % 2
@@ -92,22 +65,6 @@ def test_neighbours_do_not_look_like_neighbours() -> None:
     shared = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in pairwise(ids)]
     assert max(shared) <= 4
     assert sum(shared) / len(shared) == pytest.approx(8 / BASE, rel=0.1)
-
-
-@EXAMPLES
-@given(lease=st.integers(0, LEASES - 1), sizes=st.lists(st.integers(0, 1_000) | st.integers(3_800, 4_000), max_size=12))
-def test_taking_ids_in_any_sizes_gives_the_rows_in_order_and_nothing_twice(lease: int, sizes: list[int]) -> None:
-    leased = LeasedIds(lease)
-    whole = len(leased)
-    taken: list[str] = []
-    for size in sizes:
-        part = leased.take(size).ids
-        assert len(part) == size
-        taken += part
-        assert len(leased) == whole - len(taken)
-    first_row = lease * LEASE_ROWS
-    expected = [message_id for n in range(len(taken) // COLUMNS + 1) for message_id in row_ids(first_row + n)]
-    assert taken == expected[: len(taken)]
 
 
 def test_a_lease_holds_all_its_rows_and_not_one_id_more() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,9 @@ async def test_sockets_are_refused() -> None:
         await asyncio.start_server(lambda _reader, _writer: None, "127.0.0.1", 0)
     with REFUSED:
         await asyncio.create_subprocess_exec(sys.executable, "--version")
+
+
+def test_random_inputs_are_in_the_tier_of_properties() -> None:
+    """Hypothesis takes a second to import, and most of the time of a property."""
+    modules = [path for path in Path(__file__).parent.glob("*.py") if path != Path(__file__)]
+    assert [path.name for path in modules if "hypothesis" in path.read_text(encoding="utf-8")] == []

@@ -1,8 +1,5 @@
 """The confirm window grows while confirms are quick, shrinks while they are slow, and is shared by accounts."""
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, ConfirmWindow
 
 ME, ANOTHER = 1, 2
@@ -120,13 +117,3 @@ def test_a_window_smaller_than_the_floor_stays_what_it_is() -> None:
     w = window(most=1_000)
     note(w, 1_000, written_at=0.0, now=9.0)
     assert w.messages == 1_000
-
-
-@settings(derandomize=True, max_examples=200, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 1_000), st.floats(0, 30), st.floats(0, 30)), max_size=60))
-def test_the_window_never_leaves_its_bounds(batches: list[tuple[int, float, float]]) -> None:
-    w = window()
-    for messages, written_at, waited_s in batches:
-        note(w, messages, written_at=written_at, now=written_at + waited_s)
-        assert FLOOR_MESSAGES <= w.messages <= 100_000
-        assert 0 <= w.confirm_s <= 30

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.batch import Batch
 from gateway.ingest.envelopes import Layout, place
+from tests.properties import MORE
 
-EXAMPLES = settings(derandomize=True, max_examples=200, deadline=None)
+EXAMPLES = settings(derandomize=MORE == 1, max_examples=200 * MORE, deadline=None)
 list_ids = st.lists(st.integers(1, 5), max_size=40)
 layouts = st.builds(Layout, st.integers(1, 7), st.integers(1, 4))
 
