@@ -1,9 +1,10 @@
 """The AMQP messages of one batch, on their way to the broker. No IO."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
+
+import msgspec
 
 
 class Run(NamedTuple):
@@ -14,8 +15,7 @@ class Run(NamedTuple):
     payloads: Sequence[bytes]
 
 
-@dataclass(slots=True)
-class Outgoing:
+class Outgoing(msgspec.Struct):
     """One batch of AMQP messages: columns of equal length, in the order of publishing."""
 
     ids: Sequence[str]  # the AMQP message_id of each

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 from msgspec import UNSET
 
 from gateway import errors
@@ -50,7 +51,7 @@ class Draft(NamedTuple):
         return list(set(self.list_numbers))
 
 
-class BatchIds(NamedTuple):
+class BatchIds(msgspec.Struct, frozen=True):
     """The message ids of one batch."""
 
     messages: list[str]  # one for each message of the request, by its index
@@ -65,7 +66,7 @@ class Origin(NamedTuple):
     accepted_at: str  # ISO 8601, UTC, milliseconds
 
 
-class Batch(NamedTuple):
+class Batch(msgspec.Struct, frozen=True):
     """The messages to publish with their AMQP messages, and error rows for the other messages of the request."""
 
     ids: list[str]  # one per message
@@ -191,7 +192,7 @@ def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin,
         for message, list_number, message_id, index in zip(messages, list_numbers, used, indexes, strict=True)
     ]
     if layout.is_plain:
-        outgoing = Outgoing(used, list(map(encode, contents)), None, account_id)
+        outgoing = Outgoing(used, [encode(content) for content in contents], None, account_id)
         return Batch(used, messages, indexes, rows, outgoing)
     placed = place([content.list_id for content in contents], layout)
     outgoing = _pack(contents, placed, ids.envelopes, layout)

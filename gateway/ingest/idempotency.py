@@ -128,7 +128,7 @@ class KeyedClaim(Claim):
             self.is_retry = known.first_id != self._block.first
             requests["again" if self.is_retry else "first"] += 1
             if self.is_retry:  # envelopes always get new ids: the layout may have changed
-                self.ids = self.ids._replace(messages=ids_at(known.first_id, sent.size))
+                self.ids = BatchIds(ids_at(known.first_id, sent.size), self.ids.envelopes)
         elif known is None:  # removed between two looks at it: the next try finds the key free
             requests["in_progress"] += 1
             raise IdempotencyInProgress
