@@ -98,8 +98,19 @@ def test_a_module_imports_no_package_above_its_own(module: str) -> None:
     assert not upwards, f"{module} imports {sorted(upwards)}: {package} stands below, or beside, those packages"
 
 
-def test_no_module_imports_itself_through_others() -> None:
-    TopologicalSorter({module: own_imports_of(module) for module in MODULES}).prepare()
+def test_no_module_of_the_repository_imports_itself_through_others() -> None:
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for package in ("gateway", "testbed", "benchmarks", "examples", "tests")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    graph = {}
+    for module, path in modules.items():
+        names = imports_of(path)  # of `from a import b`, a.b may be a module or a name in the module a
+        graph[module] = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
+        graph[module].discard(module)
+    assert graph["gateway.web.api"] >= {"gateway.ingest.pipeline"}
+    TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize(("library", "allowed"), libraries().items())
@@ -117,6 +128,13 @@ def test_nothing_but_tests_imports_tests_nothing_but_benchmarks_benchmarks_and_n
     for path in sorted((ROOT / package).rglob("*.py")):
         roots = {name.partition(".")[0] for name in imports_of(path)}
         assert not roots & forbidden, f"{path.relative_to(ROOT)} imports {sorted(roots & forbidden)}"
+
+
+def test_tests_import_nothing_from_scripts_and_only_their_own_import_benchmarks() -> None:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        roots = {name.partition(".")[0] for name in imports_of(path)}
+        assert "scripts" not in roots, path
+        assert "benchmarks" not in roots or path.is_relative_to(ROOT / "tests" / "benchmarks"), path
 
 
 def test_only_the_configuration_reads_the_environment() -> None:
