@@ -85,7 +85,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     amqp_connect_timeout_s: Seconds = 5.0
     # After this time a message is answered as unknown. Load balancers usually wait 30 s: this leaves time for a retry.
     confirm_timeout_s: Seconds = 10.0
-    # A connection with a batch that stays unconfirmed for longer is replaced.
+    # A connection with a batch that stays unconfirmed for longer is closed, even while a broker alarm blocks it.
     abandon_timeout_s: Seconds = 30.0
     # Bounds on unconfirmed messages, in number and in bytes. Below 1,000 a full batch would never fit.
     max_unconfirmed_messages: Annotated[int, Meta(ge=1_000)] = 100_000
