@@ -103,7 +103,7 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
         make_app(runtime),
         limits,
         refuse_unhandled,
-        on_refused=runtime.counters.refuse_unread,
+        on_refused=runtime.counters.count_unhandled,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is checked
         keepalive_timeout=settings.keepalive_timeout_s,
         shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits for it twice: for handlers, then for connections

@@ -48,6 +48,6 @@ class Counters:
         self.stages_s = tuple(Histogram(SECONDS) for _ in STAGES)
         self.loop_lag_s = Histogram(LAG_SECONDS)
 
-    def refuse_unread(self, status: int, code: str) -> None:
+    def count_unhandled(self, status: int, code: str) -> None:
         """Count an answer that no handler gave, such as the one to malformed HTTP."""
         self.requests[status, code] += 1
