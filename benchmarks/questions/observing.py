@@ -50,7 +50,7 @@ def _request(request_log: RequestLog | None, tracing: Tracing | None) -> None:
     record.mark(AUTHENTICATE)
     record.body_bytes = 100_000
     record.mark(READ)
-    record.hold(1_000)
+    record.count_in_flight(1_000)
     record.mark(VALIDATE)
     record.mark(RESOLVE_LISTS)
     record.payloads = 1_000

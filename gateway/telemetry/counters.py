@@ -7,6 +7,7 @@ Prometheus' own client costs three times as much: 12 µs a request instead of 4 
 from bisect import bisect_left
 from collections import Counter
 
+# The steps of a request, in order; metrics and logs call them stages.
 STAGES = ("authenticate", "read", "validate", "resolve_lists", "build", "publish")
 AUTHENTICATE, READ, VALIDATE, RESOLVE_LISTS, BUILD, PUBLISH = range(len(STAGES))
 

@@ -71,7 +71,7 @@ class RequestRecord:
         """Note that a step, an index into STAGES, has ended."""
         self.steps.append((step, perf_counter()))
 
-    def hold(self, messages: int) -> None:
+    def count_in_flight(self, messages: int) -> None:
         """Count the request's messages as in flight until `end`."""
         self.messages = messages
         self._counters.messages_in_flight += messages
