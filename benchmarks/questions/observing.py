@@ -56,7 +56,7 @@ def _request(request_log: RequestLog | None, tracing: Tracing | None) -> None:
     record.payloads = 1_000
     record.mark(BUILD)
     if tracing:
-        FRAMER.carrying(tracing.begin_publish(record) or {})
+        FRAMER.with_headers(tracing.begin_publish(record) or {})
     record.mark(PUBLISH)
     record.queued = 1_000
     record.end("0123456789abcdef-1f", 200, "")

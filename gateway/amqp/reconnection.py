@@ -14,10 +14,10 @@ from gateway.errors import QueueUnavailable
 
 log = logging.getLogger(__name__)
 
-RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
+RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not reconnect at the same moment
 WATCH_INTERVAL_S = 0.25
 # Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
-# gives up after three intervals, when no deadline is left to publish elsewhere.
+# would give up after three intervals, too late to publish elsewhere before the deadlines.
 HEARTBEAT_MARGIN_S = 1.0
 
 
@@ -160,8 +160,8 @@ class PublishConnections:
         node = f"{connection.node.host}:{connection.node.port}"
         while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):
             self._changed.set()  # a broker alarm may have ended
-            # Counted in turns of this loop, not by the clock: after a pause of this process, the bytes that the broker
-            # sent meanwhile are still to be read.
+            # Counted in turns of this loop, not by the clock: after a pause of this process, what the broker has sent
+            # meanwhile is still unread.
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
