@@ -56,7 +56,7 @@ def run_worker(settings: Settings, ops_socket: str) -> None:
 
 
 def _run(serving: Coroutine[None, None, None]) -> None:
-    # Requests leave few cycles, and objects made at the start stay: collect seldom, and skip those objects
+    # Requests leave few reference cycles, so collect garbage seldom. Objects made at the start stay, so skip them
     # (scripts/bench compare, batches of 1).
     gc.set_threshold(50_000, 20, 20)
     gc.freeze()
@@ -64,7 +64,7 @@ def _run(serving: Coroutine[None, None, None]) -> None:
 
 
 async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
-    """Start, serve until told to stop, and shut down. With `ops_socket`, as one of several workers.
+    """Start, serve until SIGTERM or SIGINT, and shut down. With `ops_socket`, run as one of several workers.
 
     Order of the shutdown:
 
