@@ -67,7 +67,8 @@ class PublishedRange:
 
     def settle(self, start: int, stop: int, table: bytes) -> None:
         """Settle the messages from position `start` to before `stop` that are not settled yet."""
-        if stop - start == 1:  # frequent: small batches, single acks. The slices below would copy one byte thrice
+        # Frequent for small batches and single acks. The slices below would copy one byte three times.
+        if stop - start == 1:
             state = self.states[start]
             if state <= _RETURNING:
                 self.states[start] = table[state]

@@ -18,7 +18,7 @@ from gateway import tls
 from gateway.amqp.frames import HEARTBEAT_FRAME, Event, IncomingFrames
 from gateway.config import Settings
 
-# aiormq sees no confirms. It would consider a broker that sends nothing else dead, and gets heartbeats from the tap.
+# aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
 
 

@@ -26,7 +26,7 @@ class Admission:
         self.reserved_bytes = 0
         self.requests_of: Counter[int] = Counter()
         self.bytes_of: Counter[int] = Counter()
-        self.held_s = 0.0  # smoothed time that a request holds its slot; callers may retry after it
+        self.held_s = 0.0  # smoothed time that a request holds its slot; the Retry-After of a shed request
         self.closed = False
         self.shed: Counter[str] = Counter()  # requests refused, by the resource that ran out
 

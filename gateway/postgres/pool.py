@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 PROBE_DELAYS_S = (0.05, 0.5)  # a random delay between these: several gateways do not probe at the same moment
 
-# Errors of a server that is gone, hung, starting or stopping. The loss of one connection is not among them.
+# Errors of a server that is gone, hung, starting or stopping; not asyncpg's errors for a single lost connection.
 OUTAGE_ERRORS = (
     OSError,
     TimeoutError,

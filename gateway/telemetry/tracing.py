@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = "sms-gateway"
-# W3C Trace Context asks to pass on at least 512. A caller may send 8 kB, which would go with each of 1,000 messages.
+# W3C Trace Context asks to pass on at least 512. A caller may send 8 kB, and 1,000 messages would carry them.
 MAX_TRACESTATE_BYTES = 512
 CLOSE_TIMEOUT_S = 3.0  # for the spans still to be sent when the process ends
 _METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE")
