@@ -18,7 +18,7 @@ CATCH_UP_TIMEOUT_S = 60.0
 class RabbitMQCluster(Startable):
     """Several RabbitMQ nodes that form one cluster."""
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count: int) -> None:
         self._epmd = _Epmd()
         self.nodes: list[RabbitMQ] = []
         for _ in range(count):

@@ -16,13 +16,13 @@ class Postgres(Server):
     """PostgreSQL 18 without authentication."""
 
     name = "PostgreSQL"
+    database = "gateway"
     stop_signal = signal.SIGINT  # "fast" shutdown: does not wait for clients to leave
     last_signal = signal.SIGQUIT  # "immediate" shutdown: unlike SIGKILL it frees the shared memory
 
-    def __init__(self, database: str = "gateway", *, fsync: bool = True) -> None:
+    def __init__(self, *, fsync: bool = True) -> None:
         """`fsync=False` is faster, for tests in which the machine itself does not crash."""
         super().__init__()
-        self.database = database
         self.fsync = fsync
         self._programs: Path | None = None
 
@@ -138,9 +138,9 @@ class Postgres(Server):
         """Make the database, once, after the first start."""
         self.create_database(self.database)
 
-    def create_database(self, name: str, *, template: str = "template1") -> str:
-        """Make a database as a copy of `template`, and return its URL. Nobody may be connected to the template."""
-        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    def create_database(self, name: str) -> str:
+        """Make an empty database, and return its URL."""
+        self.execute(f'CREATE DATABASE "{name}"')
         return self._url(name)
 
     def drop_database(self, name: str) -> None:

@@ -230,17 +230,17 @@ class Server(Startable):
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
-    def signal_and_wait(self, number: signal.Signals, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    def signal_and_wait(self, number: signal.Signals) -> None:
         """Send a signal to the server (SIGKILL: to all its processes) and wait for its end.
 
-        Raises subprocess.TimeoutExpired if it is still running after `timeout_s`.
+        Raises subprocess.TimeoutExpired if it is still running after STOP_TIMEOUT_S.
         """
         if self._supervisor is None or self._supervisor.stdin is None:
             return
         with suppress(BrokenPipeError):
             self._supervisor.stdin.write(bytes([number]))
             self._supervisor.stdin.flush()
-        self._supervisor.wait(timeout_s)
+        self._supervisor.wait(STOP_TIMEOUT_S)
         with suppress(BrokenPipeError):
             self._supervisor.stdin.close()
         self._supervisor = None

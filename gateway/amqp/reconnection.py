@@ -24,7 +24,7 @@ HEARTBEAT_MARGIN_S = 1.0
 class PublishConnections:
     """Keeps `amqp_connections` publish connections open, spread over the broker's nodes."""
 
-    def __init__(self, settings: Settings, *, first_node: int | None = None) -> None:
+    def __init__(self, settings: Settings, *, first_node: int | None) -> None:
         """`first_node` is the node of the first connection; None draws one, so that replicas spread over the nodes."""
         self._settings = settings
         nodes = len(settings.amqp_nodes())
