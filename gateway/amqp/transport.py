@@ -132,6 +132,11 @@ class TappedTransport(TransportFactory):
                 self._transport.abort()
 
 
+def address(node: URL) -> str:
+    """Return the host and the port of a node, as logs and `status` show them."""
+    return f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"
+
+
 def reason(error: BaseException) -> str:
     """Return a line for the log: the kind of error, its text, and what to do about it."""
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):

@@ -18,7 +18,7 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
-from gateway.amqp.transport import prepare_connection
+from gateway.amqp.transport import address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS
@@ -177,7 +177,7 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
 
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
-    state, queues = Node(f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"), []
+    state, queues = Node(address(node)), []
     try:
         async with _broker(settings, node) as connection:
             transport = connection.transport
