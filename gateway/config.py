@@ -14,7 +14,7 @@ from msgspec import Meta
 from gateway import urls
 
 PREFIX = "GATEWAY_"
-ESCAPE = ", with the special characters of the password percent-encoded"
+ESCAPE_HINT = ", with the special characters of the password percent-encoded"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: a free port
 Positive = Annotated[int, Meta(ge=1)]
@@ -23,7 +23,7 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=3600)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 
-# TLS parameters of aiormq's URLs. The gateway makes its own TLS context, and would ignore them.
+# TLS parameters of aiormq's URLs. The gateway makes its own TLS context and would ignore them, so they are refused.
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}
 
 
@@ -64,7 +64,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Prepared statements per connection; 0 behind PgBouncer before 1.21.
     database_statement_cache: Annotated[int, Meta(ge=0)] = 100
 
-    # As for the database.
+    # TLS files, as for the database.
     amqp_ca_file: str = ""
     amqp_cert_file: str = ""
     amqp_key_file: str = ""
@@ -197,7 +197,7 @@ def _check_database_url(variable: str, url: str) -> None:
     if not url:
         raise ConfigurationError(f"{variable} is not set. {hint}")
     if not urls.is_complete(url, urls.POSTGRES):
-        raise ConfigurationError(f"{variable} is not a postgres URL. {hint}{ESCAPE}")
+        raise ConfigurationError(f"{variable} is not a postgres URL. {hint}{ESCAPE_HINT}")
     mode = parse_qs(urls.split_url(url).query).get("sslmode", ["verify-full"])[-1]
     if mode not in urls.SSL_MODES:
         raise ConfigurationError(f"{variable} has sslmode={mode}. Set sslmode to one of {', '.join(urls.SSL_MODES)}")
@@ -210,7 +210,7 @@ def _check_amqp_urls(variable: str, value: str) -> None:
         raise ConfigurationError(f"{variable} is not set. {hint}")
     for url in nodes:
         if not urls.is_complete(url, urls.AMQP):
-            raise ConfigurationError(f"{variable} is not an amqp URL. {hint}{ESCAPE}")
+            raise ConfigurationError(f"{variable} is not an amqp URL. {hint}{ESCAPE_HINT}")
         if ignored := AMQP_TLS_PARAMETERS & parse_qs(urls.split_url(url).query).keys():
             raise ConfigurationError(
                 f"{variable} has {', '.join(sorted(ignored))}, which the gateway ignores. Set {PREFIX}AMQP_CA_FILE, "

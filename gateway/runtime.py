@@ -47,8 +47,8 @@ class Runtime:
     def not_ready_reasons(self) -> list[str]:
         """Return the reasons for which the process is not ready; none when it is.
 
-        A server that was reached once and is away does not count. It would take all replicas out of the load balancer
-        at once, and callers would get connection errors in place of a 503.
+        A later outage of broker or database does not count. It would take all replicas out of the load balancer at
+        once, and callers would get connection errors in place of a 503.
         """
         reasons = {
             "draining": self.draining,
@@ -63,7 +63,7 @@ RUNTIME = web.AppKey("runtime", Runtime)
 
 @asynccontextmanager
 async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
-    """Open pool, ids and publisher. Neither server has to be up: the process becomes ready when both have answered."""
+    """Open the state of a process. Broker and database may be down: it becomes ready when both have answered."""
     async with AsyncExitStack() as stack:
         tracing = Tracing(settings) if settings.traces == "on" else NoTracing()
         stack.push_async_callback(tracing.close)
@@ -121,7 +121,7 @@ async def _reach_database(runtime: Runtime) -> None:
 
 
 async def _watch_event_loop(lag_s: Histogram) -> None:
-    """Measure how late a timer fires: the delay that every request sees at least."""
+    """Measure how late a timer fires. Every request waits at least as long."""
     loop = asyncio.get_running_loop()
     while True:
         due_at = loop.time() + LAG_INTERVAL_S

@@ -140,7 +140,7 @@ def weaknesses(settings: Settings) -> list[str]:
 
 
 def advice(error: BaseException | None, party: Literal["AMQP", "DATABASE"]) -> str:
-    """Return what to do about a failed handshake, to append to the error's text; "" for errors not of TLS."""
+    """Return what to do about a failed handshake, to append to the error's text; "" for any other error."""
     url, ca_file = f"{PREFIX}{party}_URL", f"{PREFIX}{party}_CA_FILE"
     while error is not None and not isinstance(error, ssl.SSLError):
         if "rejected SSL upgrade" in str(error):  # asyncpg's text

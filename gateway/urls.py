@@ -1,4 +1,4 @@
-"""Text of URLs: hosts, passwords, and TLS parameters in libpq's words. No IO, no environment."""
+"""The parts of database and broker URLs: hosts, passwords, libpq's TLS parameters. No IO, no environment."""
 
 import ipaddress
 from urllib.parse import SplitResult, parse_qs, urlencode, urlsplit

@@ -1,8 +1,8 @@
 """Private PostgreSQL, RabbitMQ, HAProxy and gateway processes for tests, benchmarks, examples and the demo.
 
-Every server is real. Each has its own folder, ports, node name, cookie and epmd, so any number of runs can go on side
-by side, and the machine's own servers are neither used nor touched. Each runs under testbed/supervisor.py, so it ends
-with the process that started it, however that process ends. Linux only.
+Every server is real. Each has its own folder, ports, node name, cookie and epmd. So any number of runs can go on side
+by side, and the machine's own servers are not touched. Each runs under testbed/supervisor.py, so it ends with the
+process that started it, however that process ends. Linux only.
 
     with Servers() as servers:    # both at once; one that the environment names is used instead of a private one
         print(servers.environment())
@@ -16,7 +16,7 @@ with the process that started it, however that process ends. Linux only.
     with HaProxy([(gateway.port.number, gateway.ops_port.number)]) as balancer:
         print(balancer.url)
 
-processes   ports, and what every server has in common     clusters   a RabbitMQ cluster, a PostgreSQL pair
+processes   ports, and the base of every server            clusters   a RabbitMQ cluster, a PostgreSQL pair
 postgres    PostgreSQL, with and without TLS               haproxy    a load balancer in front of gateways
 rabbitmq    one RabbitMQ node                              servers    PostgreSQL and RabbitMQ, or the environment's
 gateway     the gateway as a process                       supervisor the program that runs and ends one server

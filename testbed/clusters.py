@@ -1,18 +1,15 @@
-"""A RabbitMQ cluster, and a PostgreSQL primary with its standby. Each member can be hurt by itself."""
+"""A RabbitMQ cluster, and a PostgreSQL primary with its standby. Each member can be killed or paused alone."""
 
 import shutil
 import socket
 import time
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-
-import psutil
 
 from testbed.postgres import Postgres
 from testbed.processes import POLL_S, Port, Server, ServerError, Startable, find_program, in_parallel
 from testbed.rabbitmq import RabbitMQ
 
-# A paused node is given up after 6 to 10 s. The default of 60 would make every such test a minute long.
+# The others give up a paused node after 6 to 10 s. RabbitMQ's default of 60 would make such a test a minute long.
 NET_TICK_S = 8
 JOIN_TIMEOUT_S = 60
 CATCH_UP_TIMEOUT_S = 60.0
@@ -21,7 +18,7 @@ CATCH_UP_TIMEOUT_S = 60.0
 class RabbitMQCluster(Startable):
     """Several RabbitMQ nodes that form one cluster."""
 
-    def __init__(self, count: int = 3) -> None:
+    def __init__(self, count: int) -> None:
         self._epmd = _Epmd()
         self.nodes: list[RabbitMQ] = []
         for _ in range(count):
@@ -37,8 +34,8 @@ class RabbitMQCluster(Startable):
         """Start the nodes that are down; return when all are one cluster."""
         self._epmd.start()
         if not self._formed:
-            # The first time, one node alone founds the cluster and the others join it. All at once would be no faster
-            # on two cores (16 to 27 s against 18 to 23), and they would compete for the founding with random delays.
+            # The first node forms the cluster, and the others join it. A start of all at once is no faster on two cores
+            # (16 to 27 s against 18 to 23): the nodes then compete to form the cluster, with random delays.
             self.nodes[0].start()
         in_parallel(node.start for node in self.nodes)
         self.wait_until_whole()
@@ -75,14 +72,8 @@ class RabbitMQCluster(Startable):
         return node
 
     def members_of(self, queue: str) -> list[RabbitMQ]:
-        """Return the nodes that have a copy of the quorum queue, be they up or down."""
+        """Return the nodes that have a copy of the quorum queue, whether up or down."""
         return self._ask(_MEMBERS, queue)
-
-    def nodes_of(self, processes: Iterable[int]) -> list[RabbitMQ]:
-        """Return the nodes that client processes (pids) are connected to, once per connection."""
-        by_port = {node.port.number: node for node in self.nodes}
-        connections = [each for pid in processes for each in psutil.Process(pid).net_connections("tcp") if each.raddr]
-        return [by_port[each.raddr.port] for each in connections if each.raddr.port in by_port]
 
     def _ask(self, expression: str, queue: str) -> list[RabbitMQ]:
         # `list_queues` would ask every node, and wait long for one that is paused.
@@ -117,7 +108,7 @@ _MEMBERS = 'lists:join(" ", [atom_to_list(N) || N <- maps:get(nodes, amqqueue:ge
 
 
 class _Epmd(Server):
-    """Erlang's port mapper, in which the nodes of a cluster find each other; a process that outlives each node."""
+    """Erlang's port mapper, through which the nodes of a cluster find each other. It outlives each node."""
 
     name = "epmd"
 
@@ -157,7 +148,7 @@ class _Node(RabbitMQ):
         # and bindings. With "autoheal" the side with the most clients wins, even a single node that has just been
         # resumed, and the healthy majority restarts.
         lines = [*super()._configuration(), "cluster_partition_handling = pause_minority"]
-        # The first node founds the cluster.
+        # The first node forms the cluster.
         if self is not self._peers[0]:
             lines.append("cluster_formation.peer_discovery_backend = classic_config")
             for number, peer in enumerate(self._peers, 1):
@@ -169,7 +160,7 @@ class _Node(RabbitMQ):
         return super()._environment() | {
             # Two scheduler threads are enough for each of many nodes on one machine.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"{tick} +S 2:2",
-            # rabbitmqctl must tick as fast as the nodes, or they take it for dead.
+            # rabbitmqctl must tick as fast as the nodes, or they consider it dead.
             "RABBITMQ_CTL_ERL_ARGS": tick,
         }
 
@@ -178,7 +169,7 @@ class PostgresPair(Startable):
     """A primary and its streaming standby."""
 
     def __init__(self, *, fsync: bool = True, synchronous: bool = False) -> None:
-        """Take `synchronous` to let a commit wait until the standby has it on disk: a promotion then loses nothing."""
+        """With `synchronous`, a commit waits until the standby has it on disk: a promotion then loses nothing."""
         self._synchronous = synchronous
         self.primary = _Member(fsync=fsync)
         self.standby = _Member(fsync=fsync)
@@ -202,14 +193,14 @@ class PostgresPair(Startable):
         self.standby.start()
 
     def rebuild_standby(self) -> None:
-        """Make the standby anew as a copy of the primary. A former primary comes back in this way."""
+        """Make the standby anew as a copy of the primary. This turns a former primary into a standby."""
         self.standby.copy(self.primary)
         self.primary.set(synchronous_standby_names="*" if self._synchronous else "")
 
     def promote(self) -> None:
         """Kill the primary, and promote the standby; `primary` and `standby` change places.
 
-        The kill comes first, as an operator fences a primary: one that only hangs could wake up and accept writes.
+        The kill comes first, as an operator fences a primary: a primary that only hangs could accept writes later.
         """
         self.primary.kill()
         self.standby.promote()

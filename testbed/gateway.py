@@ -28,7 +28,7 @@ class Gateway(Server):
 
     @property
     def ops_url(self) -> str:
-        """Return the URL of the operations listener: health, readiness, metrics."""
+        """Return the URL of the operations listener: probes and metrics."""
         return f"http://127.0.0.1:{self.ops_port}"
 
     def _environment(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ class HaProxy(Server):
     name = "HAProxy"
 
     def __init__(self, backends: list[tuple[int, int]]) -> None:
-        """Take two ports for each gateway: the one of its API and the one of its operations listener."""
+        """`backends`: for each gateway, the port of its API and the port of its operations listener."""
         super().__init__()
         self.stats_port = Port()
         self.backends = backends
@@ -23,11 +23,6 @@ class HaProxy(Server):
     def url(self) -> str:
         """Return the URL for callers."""
         return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def stats_url(self) -> str:
-        """Return the URL of a page for people, with the state of each gateway."""
-        return f"http://127.0.0.1:{self.stats_port}/"
 
     def up(self) -> list[int]:
         """Return the API ports of the gateways that get requests now."""

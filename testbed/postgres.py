@@ -13,16 +13,16 @@ NOBODY = 65534  # PostgreSQL refuses to run as root; every Linux has this user
 
 
 class Postgres(Server):
-    """PostgreSQL 18, which trusts every password."""
+    """PostgreSQL 18 without authentication."""
 
     name = "PostgreSQL"
+    database = "gateway"
     stop_signal = signal.SIGINT  # "fast" shutdown: does not wait for clients to leave
     last_signal = signal.SIGQUIT  # "immediate" shutdown: unlike SIGKILL it frees the shared memory
 
-    def __init__(self, database: str = "gateway", *, fsync: bool = True) -> None:
-        """Take `fsync=False` for tests in which the machine itself will not crash."""
+    def __init__(self, *, fsync: bool = True) -> None:
+        """`fsync=False` is faster, for tests in which the machine itself does not crash."""
         super().__init__()
-        self.database = database
         self.fsync = fsync
         self._programs: Path | None = None
 
@@ -99,7 +99,7 @@ class Postgres(Server):
             "listen_addresses": "127.0.0.1",
             "unix_socket_directories": "",
             "fsync": "on" if self.fsync else "off",
-            # In the data folder, and so removed with it.
+            # Shared memory lies in the data folder, and is removed with it.
             "dynamic_shared_memory_type": "mmap",
             # For several gateways and the tests' own connections.
             "max_connections": "200",
@@ -138,9 +138,9 @@ class Postgres(Server):
         """Make the database, once, after the first start."""
         self.create_database(self.database)
 
-    def create_database(self, name: str, *, template: str = "template1") -> str:
-        """Make a database as a copy of `template`, and return its URL. Nobody may be connected to the template."""
-        self.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
+    def create_database(self, name: str) -> str:
+        """Make an empty database, and return its URL."""
+        self.execute(f'CREATE DATABASE "{name}"')
         return self._url(name)
 
     def drop_database(self, name: str) -> None:
@@ -153,7 +153,7 @@ class Postgres(Server):
         return self._run(self._program("psql"), self._url("postgres"), *options, f"--command={statement}").strip()
 
     def crash(self) -> None:
-        """Stop it with PostgreSQL's immediate shutdown. Clients and data cannot tell it from a crash."""
+        """Stop it with PostgreSQL's immediate shutdown. For clients and data it is the same as a crash."""
         self.signal_and_wait(signal.SIGQUIT)
 
     def _remove_traces(self) -> None:

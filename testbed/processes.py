@@ -1,4 +1,4 @@
-"""Ports, and a supervised server process: what every server of the testbed has in common."""
+"""Ports, and the supervised process that is the base of every server of the testbed."""
 
 import os
 import random
@@ -84,7 +84,7 @@ class Footprint(NamedTuple):
 
 
 class Startable(ABC):
-    """Something that a `with` block starts and closes. A start that fails half-way is closed as well."""
+    """One or several servers that a `with` block starts and closes, even if the start fails half-way."""
 
     @abstractmethod
     def start(self) -> None:
@@ -92,7 +92,7 @@ class Startable(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop and remove whatever was started of it."""
+        """Stop what was started, and remove its files."""
 
     def __enter__(self) -> Self:
         try:
@@ -107,11 +107,11 @@ class Startable(ABC):
 
 
 class Server(Startable):
-    """A folder, a port and a supervised process, with ways to hurt it."""
+    """A server: a folder, a port and a supervised process that can be stopped, killed and paused."""
 
     name: str
     stop_signal = signal.SIGTERM
-    # The supervisor sends it when the process that started the server is gone.
+    # The signal that the supervisor sends when the process that started the server is gone.
     last_signal = signal.SIGKILL
 
     def __init__(self) -> None:
@@ -133,7 +133,7 @@ class Server(Startable):
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Return whether it serves clients at this moment."""
+        """Return True if it serves clients at this moment."""
 
     @property
     def _user_id(self) -> int:
@@ -156,12 +156,12 @@ class Server(Startable):
 
     @property
     def is_running(self) -> bool:
-        """Return whether its process exists; it may be paused."""
+        """True if its process exists; it may be paused."""
         return self._supervisor is not None and self._supervisor.poll() is None
 
     @property
     def is_serving(self) -> bool:
-        """Return whether it serves clients at this moment: it is neither down nor paused."""
+        """True if it serves clients at this moment: it is neither down nor paused."""
         if self._supervisor is None or not self.is_running:
             return False
         is_paused = "T" in supervisor.descendants(self._supervisor.pid).values()
@@ -181,7 +181,7 @@ class Server(Startable):
         return processes[0]
 
     def footprint(self) -> Footprint:
-        """Return what the server itself holds now, its child processes not included."""
+        """Return the footprint of the server itself, without its child processes."""
         pid = self.pid
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
         return Footprint(pid, pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir(f"/proc/{pid}/fd")))
@@ -192,7 +192,7 @@ class Server(Startable):
             return
         if self._directory is None:
             self._directory = Path(tempfile.mkdtemp(prefix=f"sms-gateway-{self.name.lower()}-"))
-            # PostgreSQL's user must be able to reach its own folder in it.
+            # PostgreSQL runs as another user, who must reach the data folder inside.
             self._directory.chmod(0o711)
             try:
                 self._prepare()
@@ -230,17 +230,17 @@ class Server(Startable):
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
-    def signal_and_wait(self, number: signal.Signals, timeout_s: float = STOP_TIMEOUT_S) -> None:
+    def signal_and_wait(self, number: signal.Signals) -> None:
         """Send a signal to the server (SIGKILL: to all its processes) and wait for its end.
 
-        Raises subprocess.TimeoutExpired when it goes on running.
+        Raises subprocess.TimeoutExpired if it is still running after STOP_TIMEOUT_S.
         """
         if self._supervisor is None or self._supervisor.stdin is None:
             return
         with suppress(BrokenPipeError):
             self._supervisor.stdin.write(bytes([number]))
             self._supervisor.stdin.flush()
-        self._supervisor.wait(timeout_s)
+        self._supervisor.wait(STOP_TIMEOUT_S)
         with suppress(BrokenPipeError):
             self._supervisor.stdin.close()
         self._supervisor = None
@@ -254,21 +254,21 @@ class Server(Startable):
             self.kill()
 
     def kill(self) -> None:
-        """SIGKILL all its processes at once; the data stays for the next start()."""
+        """Kill all its processes at once (SIGKILL); the data stays for the next start()."""
         self.signal_and_wait(signal.SIGKILL)
 
     def pause(self) -> None:
-        """SIGSTOP all its processes: connections stay open, nothing answers."""
+        """Pause all its processes (SIGSTOP): connections stay open, and nothing answers."""
         self._signal_all(signal.SIGSTOP, until="TZ")
 
     def resume(self) -> None:
-        """SIGCONT all its processes."""
+        """Let all its processes go on (SIGCONT)."""
         self._signal_all(signal.SIGCONT, until="RSDIZ")
 
     def _signal_all(self, number: signal.Signals, until: str) -> None:
         """Send a signal until all its processes are in one of the states `until`, letters of proc(5).
 
-        One look is not enough: a process may fork between the look and the signal.
+        Once is not enough: a process may fork between the listing and the signal.
         """
         if self._supervisor is None:
             return

@@ -81,7 +81,7 @@ class RabbitMQ(Server):
             "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
             # Erlang tries 50,000 file names while it starts, each with a hand-over between two threads. With
-            # RabbitMQ's "none" the kernel puts the threads to sleep each time, and a start took 7.5 to 30 s, not 6.
+            # RabbitMQ's default, "none", the threads sleep in between, and a start took 7.5 to 30 s instead of 6.
             "RABBITMQ_SCHEDULER_BUSY_WAIT_THRESHOLD": "very_short",
             "RABBITMQ_CONF_ENV_FILE": str(folder / "environment"),
             "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
@@ -142,7 +142,7 @@ class RabbitMQ(Server):
     def alarm(self, on: bool, resource: Literal["memory", "disk"] = "memory") -> None:
         """Raise or end a resource alarm, which blocks publishers on every node of the cluster.
 
-        The alarm is the broker's own: this moves the limit that its monitor watches. It takes a second or two.
+        The broker raises the alarm itself, because this moves the limit that it watches. It takes a second or two.
         """
         match resource:
             case "memory":

@@ -1,4 +1,4 @@
-"""PostgreSQL and RabbitMQ, both at once: private ones, or those that the environment names."""
+"""PostgreSQL and RabbitMQ together: private ones, or those that the environment names."""
 
 import os
 
@@ -20,7 +20,7 @@ class Servers(Startable):
         self.amqp_url = self.rabbitmq.url if self.rabbitmq else os.environ["GATEWAY_AMQP_URL"]
 
     def environment(self) -> dict[str, str]:
-        """Return the gateway's settings that lead to them."""
+        """Return the gateway's settings for these servers."""
         return {"GATEWAY_DATABASE_URL": self.database_url, "GATEWAY_AMQP_URL": self.amqp_url}
 
     @property

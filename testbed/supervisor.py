@@ -34,7 +34,7 @@ def descendants(ancestor: int) -> dict[int, str]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
-                # State and parent follow the name, which stands in parentheses and may contain some itself.
+                # State and parent follow the name, which is in parentheses and may contain parentheses itself.
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
             except (FileNotFoundError, ProcessLookupError):
                 continue  # it ended meanwhile
@@ -48,7 +48,7 @@ def descendants(ancestor: int) -> dict[int, str]:
 
 
 def signal_descendants(number: int) -> bool:
-    """Send a signal to every process below this one; return whether there was one."""
+    """Send a signal to every process below this one. Return False if there is none."""
     below = descendants(os.getpid())
     for pid in below:
         with suppress(ProcessLookupError):
@@ -57,7 +57,7 @@ def signal_descendants(number: int) -> bool:
 
 
 def kill_descendants() -> None:
-    """Kill until none is left: a process may fork between the look and the kill."""
+    """Kill every process below this one. Repeat until none is left: a process may fork after the listing."""
     while signal_descendants(signal.SIGKILL):
         while True:
             try:

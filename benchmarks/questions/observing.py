@@ -50,13 +50,13 @@ def _request(request_log: RequestLog | None, tracing: Tracing | None) -> None:
     record.mark(AUTHENTICATE)
     record.body_bytes = 100_000
     record.mark(READ)
-    record.hold(1_000)
+    record.count_in_flight(1_000)
     record.mark(VALIDATE)
     record.mark(RESOLVE_LISTS)
     record.payloads = 1_000
     record.mark(BUILD)
     if tracing:
-        FRAMER.carrying(tracing.begin_publish(record) or {})
+        FRAMER.with_headers(tracing.begin_publish(record) or {})
     record.mark(PUBLISH)
     record.queued = 1_000
     record.end("0123456789abcdef-1f", 200, "")

@@ -364,7 +364,7 @@ def _measure(counters: Counters, size: int, answer: Answer) -> None:
     record.mark(AUTHENTICATE)
     record.body_bytes = 100 * size
     record.mark(READ)
-    record.hold(size)
+    record.count_in_flight(size)
     record.mark(VALIDATE)
     record.mark(RESOLVE_LISTS)
     record.payloads = answer.queued_count

@@ -1,1 +1,1 @@
-"""Confirmed publishing: frames and confirms are pure, the publisher holds the connections."""
+"""Publishing with confirms: the publisher, its connections, AMQP frames, outcomes."""

@@ -1,4 +1,4 @@
-"""Delivery tags ↔ outcomes. No IO, no clock.
+"""The outcomes of published messages, from the confirms and returns of their channel. No IO, no clock.
 
 Theory. On a channel in confirm mode the broker numbers our messages 1, 2, 3, … These numbers are the delivery tags. The
 broker settles every tag once, by basic.ack or basic.nack: one at a time, or with `multiple` all tags up to the given
@@ -67,7 +67,8 @@ class PublishedRange:
 
     def settle(self, start: int, stop: int, table: bytes) -> None:
         """Settle the messages from position `start` to before `stop` that are not settled yet."""
-        if stop - start == 1:  # without three copies of one byte: frequent for small batches and single acks
+        # Frequent for small batches and single acks. The slices below would copy one byte three times.
+        if stop - start == 1:
             state = self.states[start]
             if state <= _RETURNING:
                 self.states[start] = table[state]

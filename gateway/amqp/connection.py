@@ -39,7 +39,7 @@ class PublishConnection:
     """A connection with one channel in confirm mode. It is never used again after its loss.
 
     States: open → blocked (a broker alarm) → open; open → overdue (a batch is past its deadline); any → lost.
-    half_open: one batch at a time until the first confirm, because batches of the predecessor were not confirmed.
+    half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class PublishConnection:
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
-        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, also those on disk.
+        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
         nacked = Outcome.UNKNOWN if settings.amqp_queue_type == "classic" else Outcome.NACKED
         self._tracker = ConfirmTracker(nacked=nacked)
         self._pending: dict[PublishedRange, _Pending] = {}
@@ -62,7 +62,7 @@ class PublishConnection:
         self._lost = self._loop.create_future()
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
-        self._transports = TappedTransport(self._on_event, self._on_lost)
+        self._transport = TappedTransport(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
         self._framers: list[PublishFramer] = []  # one for each shard
 
@@ -70,7 +70,7 @@ class PublishConnection:
         """Connect, declare or check the topology, and open the publish channel. Raises any error of connecting."""
         settings = self._settings
         self._connection = await prepare_connection(settings, self.node, "sms-gateway")
-        self._connection.kwargs["transport_factory"] = self._transports
+        self._connection.kwargs["transport_factory"] = self._transport
         await self._connection.connect()
         async with self._connection.channel() as channel:
             await ensure_topology(channel, settings)
@@ -83,13 +83,13 @@ class PublishConnection:
             PublishFramer(Destination(settings.amqp_exchange, queue, message_type), underlay.number, frame_max)
             for queue in settings.queues()
         ]
-        self._transports.listen_to(underlay.number)
+        self._transport.listen_to(underlay.number)
 
     async def close(self) -> None:
-        """Close, politely if the broker still answers. Pending messages become unknown in any case."""
+        """Close, with AMQP's closing handshake if the broker still answers. Unconfirmed messages become unknown."""
         # No timeout around the call: aiormq, waiting for a broker that no longer reads, absorbs the cancellation.
         # Aborting the transport does end the wait.
-        give_up = self._loop.call_later(CLOSE_TIMEOUT_S, self._transports.abort)
+        give_up = self._loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)
         try:
             if self._connection is not None:
                 async with stray_cancellation_is_loss():
@@ -102,7 +102,7 @@ class PublishConnection:
 
     def abort(self) -> None:
         """Discard the connection: nothing more is written or read, and unconfirmed messages become unknown."""
-        self._transports.abort()
+        self._transport.abort()
         self._on_lost()
 
     @property
@@ -118,14 +118,14 @@ class PublishConnection:
     @property
     def receptions(self) -> int:
         """The number of times that bytes have arrived, heartbeats included."""
-        return self._transports.receptions
+        return self._transport.receptions
 
     def is_usable(self) -> bool:
         """Return True if a new batch may be written: not lost, no broker alarm, and no batch past its deadline."""
         return not (
             self.is_lost
             or self.is_blocked
-            or self._transports.is_closing
+            or self._transport.is_closing
             or self.is_overdue()
             or (self._half_open and self._pending)
         )
@@ -133,7 +133,7 @@ class PublishConnection:
     @property
     def state(self) -> str:
         """The state that a new batch would find; one of STATES."""
-        if self.is_lost or self._transports.is_closing:
+        if self.is_lost or self._transport.is_closing:
             return "lost"
         if self.is_blocked:
             return "blocked"
@@ -170,7 +170,7 @@ class PublishConnection:
         buffer = self._pack(outgoing)
         published = self._tracker.add(outgoing.ids)
         try:
-            self._transports.write(buffer)
+            self._transport.write(buffer)
         except (OSError, RuntimeError) as error:
             self._tracker.withdraw(published)
             raise QueueUnavailable from error
@@ -191,7 +191,7 @@ class PublishConnection:
         """Return one buffer with all frames of the batch; each run of a shard goes through that shard's framer."""
         framers = self._framers
         if outgoing.headers:
-            framers = [framer.carrying(outgoing.headers) for framer in framers]
+            framers = [framer.with_headers(outgoing.headers) for framer in framers]
         if outgoing.shards is None:
             return framers[0].pack(outgoing.ids, outgoing.payloads)
         return b"".join([framers[run.shard].pack(run.ids, run.payloads) for run in outgoing.runs_by_shard()])

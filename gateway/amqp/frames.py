@@ -57,7 +57,7 @@ class PublishFramer:
         self._max_body = (frame_max or DEFAULT_FRAME_MAX) - FRAME_OVERHEAD
         self._lay_out()
 
-    def carrying(self, headers: Mapping[str, str]) -> "PublishFramer":
+    def with_headers(self, headers: Mapping[str, str]) -> "PublishFramer":
         """Return a framer that adds these AMQP headers to each message, for the trace of a single batch."""
         framer = copy(self)
         framer._headers = dict(headers)
@@ -65,6 +65,7 @@ class PublishFramer:
         return framer
 
     def _lay_out(self) -> None:
+        """Compute the bytes that all publishes share: before the body size, before the id, and after the id."""
         channel = self._channel
         # All ids have 8 characters, so all bytes of a publish before its payload have a fixed layout.
         header = pamqp.frame.marshal(self._header("00000000", 0), channel)

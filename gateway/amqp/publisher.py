@@ -17,7 +17,7 @@ from gateway.errors import Overloaded, QueueUnavailable
 
 RETRY_MARGIN_S = 0.5  # time left before the deadline below which a batch is not published again
 TOO_LATE_S = 0.1  # time left below which a batch is not published at all: it would end as unknown
-SHARED_CONNECTION_BYTES = 64 * 1024  # about 200 messages
+SHARED_CONNECTION_BYTES = 64 * 1024  # below it all batches share one connection; about 200 messages
 
 
 class Publisher:
@@ -30,8 +30,8 @@ class Publisher:
         self.window = ConfirmWindow(
             most_messages=settings.max_unconfirmed_messages,
             most_bytes=settings.max_unconfirmed_bytes,
-            # Beyond this a longer queue at the broker adds latency, not goodput (scripts/faults --scenario overload:
-            # with twice as much, the median at ten times the load was 71 % of the peak, with this 85 %).
+            # A longer queue at the broker adds latency, not goodput. At ten times the load, the median goodput was 85 %
+            # of the peak with this target, and 71 % with twice as much (scripts/faults --scenario overload).
             target_s=settings.confirm_timeout_s / 16,
         )
         self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told
@@ -46,18 +46,14 @@ class Publisher:
         """Close every connection. Unconfirmed messages become unknown."""
         await self.connections.close()
 
-    def is_usable(self) -> bool:
-        """Return True if a batch could be written now."""
-        return self.connections.is_usable()
-
     @property
     def unconfirmed_messages(self) -> int:
-        """Messages on the wire, on draining connections too."""
+        """Number of unconfirmed messages, those on draining connections included."""
         return sum(connection.unconfirmed_messages for connection in self.connections.all)
 
     @property
     def unconfirmed_bytes(self) -> int:
-        """Bytes of those messages, frames included."""
+        """Bytes of the unconfirmed messages, frames included."""
         return sum(connection.unconfirmed_bytes for connection in self.connections.all)
 
     @property
@@ -72,7 +68,7 @@ class Publisher:
             raise Overloaded(retry_after_s=self.window.confirm_s)
 
     def _load(self) -> int:
-        """Return the load on the wire; that of draining connections is left out."""
+        """Return the unconfirmed load, without that of draining connections."""
         return self.window.weigh(
             sum(connection.unconfirmed_messages for connection in self.connections.open),
             sum(connection.unconfirmed_bytes for connection in self.connections.open),
@@ -99,7 +95,7 @@ class Publisher:
         try:
             outcomes = await connection.publish(outgoing, deadline)
             if not connection.is_lost:
-                self.window.note(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
+                self.window.adapt(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
             elif not self.connections.is_closed and Outcome.UNKNOWN in outcomes:
                 outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
         finally:
@@ -110,9 +106,9 @@ class Publisher:
     async def _republish_unknown(self, outgoing: Outgoing, outcomes: bytes, deadline: float) -> bytes:
         """Publish the unknown messages once more, on another connection, with the same ids.
 
-        Only after a lost connection: a repeated message is better than a lost one. After a timeout, or under a broker
-        alarm, the first copy is likely still to come, and a second would double the load. A message that the broker
-        refuses in the second try stays unknown: the first may have been queued.
+        Called only after a lost connection: a repeated message is better than a lost one. After a timeout, or under a
+        broker alarm, the first copy is probably still on its way, and a second would double the load. A message that
+        the broker refuses in the second try stays unknown: the first copy may have been queued.
         """
         unknown = [position for position, outcome in enumerate(outcomes) if outcome == Outcome.UNKNOWN]
         try:
@@ -138,8 +134,8 @@ class Publisher:
     def _least_loaded(self) -> PublishConnection:
         """Return the best usable connection. Raises QueueUnavailable if there is none.
 
-        While little is on the wire all batches take the first: writes of one turn of the event loop then share one
-        system call, and one ack (scripts/bench compare, batches of 1). Beyond that, the one with the least unconfirmed.
+        Below SHARED_CONNECTION_BYTES, all batches take the first one: writes of one turn of the event loop then share
+        a system call and an ack (scripts/bench compare, batches of 1). Above it, the least loaded one is the best.
         """
         usable = self.connections.usable()
         if usable[0].unconfirmed_bytes < SHARED_CONNECTION_BYTES:

@@ -8,23 +8,23 @@ from collections import Counter
 from yarl import URL
 
 from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
-from gateway.amqp.transport import reason, stray_cancellation_is_loss
+from gateway.amqp.transport import address, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
 
 log = logging.getLogger(__name__)
 
-RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not come back in step
+RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not reconnect at the same moment
 WATCH_INTERVAL_S = 0.25
 # Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
-# gives up after three intervals, when no deadline is left to publish elsewhere.
+# would give up after three intervals, too late to publish elsewhere before the deadlines.
 HEARTBEAT_MARGIN_S = 1.0
 
 
 class PublishConnections:
     """Keeps `amqp_connections` publish connections open, spread over the broker's nodes."""
 
-    def __init__(self, settings: Settings, *, first_node: int | None = None) -> None:
+    def __init__(self, settings: Settings, *, first_node: int | None) -> None:
         """`first_node` is the node of the first connection; None draws one, so that replicas spread over the nodes."""
         self._settings = settings
         nodes = len(settings.amqp_nodes())
@@ -127,15 +127,15 @@ class PublishConnections:
 
     async def _open(self, connection: PublishConnection) -> bool:
         """Open the connection and offer it for batches. Return False, after a line in the log, if that fails."""
-        node = connection.node
+        node = address(connection.node)
         try:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
-            log.warning("cannot connect to the broker at %s:%s: %s", node.host, node.port, reason(error))
+            log.warning("cannot connect to the broker at %s: %s", node, reason(error))
             self.connect_failures += 1
             return False
-        log.info("connected to the broker at %s:%s", node.host, node.port)
+        log.info("connected to the broker at %s", node)
         self.connected += 1
         self.was_connected = True
         self._unusable_since = None
@@ -157,11 +157,11 @@ class PublishConnections:
     async def _serve(self, connection: PublishConnection) -> None:
         """Return when the connection is lost, or a batch is past its deadline and no broker alarm explains that."""
         receptions, silent_s = 0, 0.0
-        node = f"{connection.node.host}:{connection.node.port}"
+        node = address(connection.node)
         while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):
             self._changed.set()  # a broker alarm may have ended
-            # Counted in turns of this loop, not by the clock: after a pause of this process, the bytes that the broker
-            # sent meanwhile are still to be read.
+            # Counted in turns of this loop, not by the clock: after a pause of this process, what the broker has sent
+            # meanwhile is still unread.
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:

@@ -23,7 +23,7 @@ async def ensure_topology(channel: AbstractChannel, settings: Settings) -> None:
         if not check_only:
             await _declare_dead_letters(channel, settings)
     if settings.queue_shards > 1 and settings.amqp_queue_type != "classic":
-        arguments["x-queue-leader-locator"] = "balanced"  # the leaders do the work: spread them over the nodes
+        arguments["x-queue-leader-locator"] = "balanced"  # spread the leaders, which do the work, over the nodes
     for name in settings.queues():
         queue = await channel.declare_queue(name, durable=True, passive=check_only, arguments=arguments)
         if not check_only:

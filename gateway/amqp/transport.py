@@ -18,7 +18,7 @@ from gateway import tls
 from gateway.amqp.frames import HEARTBEAT_FRAME, Event, IncomingFrames
 from gateway.config import Settings
 
-# aiormq, which sees no confirms, takes a broker that sends nothing else for dead.
+# aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
 
 
@@ -70,7 +70,6 @@ class _Tap(asyncio.StreamReaderProtocol):
             self._on_event(event)
         now = self._now()
         if not passed_on and self.frames.channel and now - self._passed_on_at > HEARTBEAT_EVERY_S:
-            # A broker that sends confirms sends no heartbeats. aiormq gets one in their place.
             passed_on = HEARTBEAT_FRAME
         if passed_on:
             self._passed_on_at = now
@@ -82,7 +81,7 @@ class _Tap(asyncio.StreamReaderProtocol):
 
 
 class TappedTransport(TransportFactory):
-    """A transport factory for aiormq that puts the tap in between, and keeps the transport to write to."""
+    """A transport factory for aiormq that inserts the tap, and keeps the transport for the publisher's writes."""
 
     def __init__(self, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
         self._callbacks = (on_event, on_lost)
@@ -131,6 +130,11 @@ class TappedTransport(TransportFactory):
         if self._transport is not None:
             with suppress(AttributeError):  # raised by asyncio up to Python 3.11.3 where TLS has ended already
                 self._transport.abort()
+
+
+def address(node: URL) -> str:
+    """Return the host and the port of a node, as logs and `status` show them."""
+    return f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"
 
 
 def reason(error: BaseException) -> str:

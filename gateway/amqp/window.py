@@ -1,7 +1,7 @@
 """The bound on unconfirmed messages: as many as the broker confirms in good time. No IO, no clock.
 
-Without a bound, a broker above its capacity receives ever more. Every batch then comes closer to its deadline, until
-all batches pass it: written, answered as unknown, and sent again. So the window follows the time that confirms take, as
+Without a bound, a broker above its capacity receives ever more. Confirms take longer and longer, until every batch
+passes its deadline, is answered as unknown, and is sent again. So the window follows the time that confirms take, as
 TCP's congestion window follows loss (RFC 5681, additive increase, multiplicative decrease). It grows by the load that
 was confirmed in time, while the window is in use (RFC 7661). It shrinks once for all batches on the wire together.
 
@@ -13,12 +13,12 @@ bytes.
 
 from collections import Counter
 
-START_MESSAGES = 20_000  # a few tenths of a second of a broker on one machine
+START_MESSAGES = 20_000  # a broker on one machine confirms them in a few tenths of a second
 FLOOR_MESSAGES = 2_000  # two full batches: enough to notice that a broker has recovered
 SHRINK = 0.7
 SHARE = 3
-SMOOTHING = 0.1
-MOST_REFUSED = 10_000  # accounts; beyond this number all refusals are forgotten
+SMOOTHING = 0.1  # weight of the newest batch in `confirm_s`
+MOST_REFUSED = 10_000  # accounts whose last refusal is remembered; at this number all are forgotten
 
 
 def fits_fair_share(held: int, free: int) -> bool:
@@ -35,7 +35,7 @@ class ConfirmWindow:
         self._target_s = target_s
         self._shrunk_at = float("-inf")
         self._refused: dict[int, int] = {}  # account → its last refused load
-        self.of: Counter[int] = Counter()  # account → the load that its callers wait for
+        self.load_of: Counter[int] = Counter()  # account → the load that its callers wait for
         self.messages = min(START_MESSAGES, most_messages)
         self.confirm_s = 0.0  # smoothed time from write to last confirm
 
@@ -49,7 +49,7 @@ class ConfirmWindow:
         A batch may always be written when nothing is unconfirmed. Otherwise its load must be free, and the load of an
         account with several batches must stay within SHARE times the free load.
         """
-        mine, free = self.of[account_id], self.messages - unconfirmed
+        mine, free = self.load_of[account_id], self.messages - unconfirmed
         fits = not unconfirmed or (load <= free and (not mine or fits_fair_share(mine + load, free)))
         if fits:
             self._refused.pop(account_id, None)
@@ -66,15 +66,15 @@ class ConfirmWindow:
 
     def take(self, load: int, account_id: int) -> None:
         """Add the load of a batch that is about to be written."""
-        self.of[account_id] += load
+        self.load_of[account_id] += load
 
     def give_back(self, load: int, account_id: int) -> None:
         """Subtract the load of a batch for which no caller waits any more."""
-        self.of[account_id] -= load
-        if not self.of[account_id]:
-            del self.of[account_id]
+        self.load_of[account_id] -= load
+        if not self.load_of[account_id]:
+            del self.load_of[account_id]
 
-    def note(self, load: int, *, unconfirmed: int, written_at: float, now: float) -> None:
+    def adapt(self, load: int, *, unconfirmed: int, written_at: float, now: float) -> None:
         """Adapt the window to a batch that was confirmed or given up at `now`.
 
         `unconfirmed` is the load on the wire at `written_at`, the batch included.

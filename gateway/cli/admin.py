@@ -1,6 +1,6 @@
 """Administration of accounts, keys and lists, for the command line: one method per task, SQL as named constants.
 
-It runs by hand, on one connection, and shares no SQL with requests (postgres/queries.py).
+It runs on one connection, and shares no SQL with requests (postgres/queries.py).
 """
 
 import secrets

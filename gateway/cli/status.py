@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
+from gateway.amqp.transport import address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS
@@ -176,7 +177,7 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
 
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
-    state, queues = Node(f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"), []
+    state, queues = Node(address(node)), []
     try:
         async with _broker(settings, node) as connection:
             transport = connection.transport
@@ -185,7 +186,7 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
             await _time_confirm(connection, state)
-    except Exception as error:  # any error of the library is this node's problem alone
+    except Exception as error:  # the library raises many kinds; each is a problem of this node alone
         state.problem = _one_line(error, broker_reason(error))
     except asyncio.CancelledError:  # aiormq raises this for a lost connection
         if (task := asyncio.current_task()) is None or task.cancelling():
@@ -196,9 +197,7 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
 
 @asynccontextmanager
 async def _broker(settings: Settings, node: URL) -> "AsyncIterator[AbstractConnection]":
-    connection = aio_pika.Connection(node.update_query(heartbeat=settings.amqp_heartbeat_s, name="sms-gateway-status"))
-    if node.scheme == "amqps":
-        connection.kwargs["context"] = await asyncio.to_thread(tls.broker_context, settings)
+    connection = await prepare_connection(settings, node, "sms-gateway-status")
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
         await connection.connect()
     try:

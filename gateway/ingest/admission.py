@@ -1,8 +1,8 @@
 """Admission: a bounded number of requests in flight, and of bytes reserved for their bodies.
 
-No account can take everything. Each may hold up to SHARE times the free part of slots and of bytes: alone, three
-quarters of all; less, the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account, and
-no need to know which accounts are active.)
+No account can take everything. Each may hold up to SHARE (amqp/window.py) times the free part of slots and of bytes.
+An account alone gets three quarters of all, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne
+1998: no setting per account, and no need to know which accounts are active.)
 """
 
 import time
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from gateway.amqp.window import fits_fair_share
 from gateway.errors import Draining, Overloaded
 
-SMOOTHING = 0.05
+SMOOTHING = 0.05  # weight of the newest request in `held_s`
 
 
 class Admission:
@@ -26,7 +26,7 @@ class Admission:
         self.reserved_bytes = 0
         self.requests_of: Counter[int] = Counter()
         self.bytes_of: Counter[int] = Counter()
-        self.held_s = 0.0  # smoothed time that a request holds its slot: a slot may be free again after it
+        self.held_s = 0.0  # smoothed time that a request holds its slot; the Retry-After of a shed request
         self.closed = False
         self.shed: Counter[str] = Counter()  # requests refused, by the resource that ran out
 
@@ -52,15 +52,13 @@ class Admission:
         """Reserve an account's share of the slots, and `size` bytes for a body. Raises Overloaded."""
         requests, held = self.requests_of[account_id], self.bytes_of[account_id]
         free_requests, free_bytes = self._max_requests - self.requests, self._max_bytes - self.reserved_bytes
-        has_no_room = size > free_bytes
-        if has_no_room or (
-            requests  # an account's only request takes no share from others
-            and not (
-                # The request has its slot already, so one more was free.
-                fits_fair_share(requests + 1, free_requests + 1) and fits_fair_share(held + size, free_bytes)
-            )
-        ):
-            self.shed["bytes" if has_no_room else "account_share"] += 1
+        has_room = size <= free_bytes
+        # An account's only request always fits its share. The request has its slot already, so one more was free.
+        fits_share = not requests or (
+            fits_fair_share(requests + 1, free_requests + 1) and fits_fair_share(held + size, free_bytes)
+        )
+        if not (has_room and fits_share):
+            self.shed["account_share" if has_room else "bytes"] += 1
             raise Overloaded(retry_after_s=self.held_s)
         self.reserved_bytes += size
         self.requests_of[account_id] += 1

@@ -21,7 +21,7 @@ async def authenticate(keys: Sequence[str], queries: Queries) -> Account:
     """Return the account of a request from the values of its X-Api-Key headers.
 
     Raises MissingApiKey, InvalidApiKey, AccountSuspended or DatabaseUnavailable. An unknown and a revoked key cost the
-    same, a digest and a query. A malformed one costs neither: its quick refusal tells nothing, as the form is public.
+    same: a digest and a query. A malformed key costs neither. Its quick refusal reveals nothing: the form is public.
     """
     if not any(keys):
         raise MissingApiKey

@@ -14,12 +14,12 @@ from msgspec import UNSET
 
 from gateway import errors
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest.envelopes import Layout, Placed, place
+from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     Bulk,
     ErrorRow,
     Message,
-    Misfit,
+    MistypedMessage,
     Payload,
     encode,
     is_absent,
@@ -74,14 +74,14 @@ class Batch(msgspec.Struct, frozen=True):
     indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
     outgoing: Outgoing
-    placed: list[Placed] | None = None  # one per AMQP message; None: one message per AMQP message, one queue
+    placements: list[Placement] | None = None  # one per AMQP message; None: one message per AMQP message, one queue
 
     def outcomes_of_messages(self, outcomes: bytes) -> bytes:
         """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope."""
-        if self.placed is None:
+        if self.placements is None:
             return outcomes
         spread = bytearray(len(self.messages))
-        for (_, positions), outcome in zip(self.placed, outcomes, strict=True):
+        for (_, positions), outcome in zip(self.placements, outcomes, strict=True):
             for position in positions:
                 spread[position] = outcome
         return bytes(spread)
@@ -97,16 +97,17 @@ def _validate_whole(bulk: Bulk) -> Draft | None:
     messages = bulk.messages
     try:
         recipients = [message.to for message in messages]
-        joined = "\n".join(recipients)  # type: ignore[arg-type]  # a value that is no string raises TypeError
+        joined_recipients = "\n".join(recipients)  # type: ignore[arg-type]  # a value that is no string raises TypeError
         default = bulk.list_number
         list_numbers = [message.list_number or default for message in messages]
-        distinct = "\n".join(names := set(list_numbers))  # type: ignore[arg-type]
+        distinct_numbers = set(list_numbers)
+        joined_numbers = "\n".join(distinct_numbers)  # type: ignore[arg-type]
         clean = (
-            _are_numbers(joined)
+            _are_numbers(joined_recipients)
             # With a newline inside a value, one value would count as two.
-            and joined.count("\n") == len(messages) - 1
-            and _are_numbers(distinct)
-            and distinct.count("\n") == len(names) - 1
+            and joined_recipients.count("\n") == len(messages) - 1
+            and _are_numbers(joined_numbers)
+            and joined_numbers.count("\n") == len(distinct_numbers) - 1
             and all([message.body for message in messages])
             and not any([message.contact_data is not UNSET or message.metadata is not UNSET for message in messages])
         )
@@ -131,7 +132,7 @@ def _validate_each(bulk: Bulk) -> Draft:
     return draft
 
 
-def _as_sent(message: Message | Misfit) -> Message:
+def _as_sent(message: Message | MistypedMessage) -> Message:
     """Return a valid message with its null objects removed: null means absent."""
     if is_absent(message.contact_data):
         message.contact_data = UNSET
@@ -140,7 +141,7 @@ def _as_sent(message: Message | Misfit) -> Message:
     return message  # type: ignore[return-value]  # every field was checked: it has a Message's types
 
 
-def _refusal(message: Message | Misfit, list_number: object) -> errors.Refusal | None:
+def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.Refusal | None:
     """Return the first check that fails, in the contract's order; None if all pass."""
     to, body = message.to, message.body
     if to is None or to == "":
@@ -194,21 +195,22 @@ def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin,
     if layout.is_plain:
         outgoing = Outgoing(used, [encode(content) for content in contents], None, account_id)
         return Batch(used, messages, indexes, rows, outgoing)
-    placed = place([content.list_id for content in contents], layout)
-    outgoing = _pack(contents, placed, ids.envelopes, layout)
-    return Batch(used, messages, indexes, rows, outgoing, placed)
+    placements = place([content.list_id for content in contents], layout)
+    outgoing = _pack(contents, placements, ids.envelopes, account_id, layout)
+    return Batch(used, messages, indexes, rows, outgoing, placements)
 
 
-def _pack(contents: list[Payload], placed: list[Placed], envelope_ids: list[str], layout: Layout) -> Outgoing:
-    """Encode messages as `placed` says: each alone, or several of a list in one envelope."""
+def _pack(
+    contents: list[Payload], placements: list[Placement], envelope_ids: list[str], account_id: int, layout: Layout
+) -> Outgoing:
+    """Encode the messages as `placements` has them: each alone, or several of a list in one envelope."""
     if layout.messages_per_envelope == 1:
-        carried = [contents[positions[0]] for _, positions in placed]
+        carried = [contents[positions[0]] for _, positions in placements]
         ids, payloads = [content.id for content in carried], list(map(encode, carried))
     else:
-        ids = envelope_ids[: len(placed)]
-        payloads = [encode([contents[position] for position in positions]) for _, positions in placed]
-    account_id = contents[0].account_id if contents else 0
-    return Outgoing(ids, payloads, [shard for shard, _ in placed], account_id)
+        ids = envelope_ids[: len(placements)]
+        payloads = [encode([contents[position] for position in positions]) for _, positions in placements]
+    return Outgoing(ids, payloads, [shard for shard, _ in placements], account_id)
 
 
 def _drop_unresolved(draft: Draft, lists: Mapping[str, int]) -> Draft:

@@ -25,28 +25,28 @@ class Layout(NamedTuple):
         return len(list_numbers) // self.messages_per_envelope + len(set(list_numbers))
 
 
-class Placed(NamedTuple):
+class Placement(NamedTuple):
     """The shard of one AMQP message, and the positions of its SMS in the batch."""
 
     shard: int
     positions: Sequence[int]
 
 
-def place(list_ids: Sequence[int], layout: Layout) -> list[Placed]:
+def place(list_ids: Sequence[int], layout: Layout) -> list[Placement]:
     """Distribute SMS, given by their list ids, over AMQP messages. The result is ordered by shard.
 
     An envelope has SMS of one list only, in request order. All SMS of a list go to the same shard. So each list keeps
     its order.
     """
     size = layout.messages_per_envelope
-    placed = [
-        Placed(list_id % layout.shards, positions[start : start + size])
+    placements = [
+        Placement(list_id % layout.shards, positions[start : start + size])
         for list_id, positions in _positions_by_list(list_ids).items()
         for start in range(0, len(positions), size)
     ]
     if layout.shards > 1:
-        placed.sort(key=lambda one: one.shard)  # stable: the order within a list stays
-    return placed
+        placements.sort(key=lambda placement: placement.shard)  # stable: the order within a list stays
+    return placements
 
 
 def _positions_by_list(list_ids: Sequence[int]) -> dict[int, Sequence[int]]:

@@ -22,11 +22,11 @@ class IdSupply:
         return sum(len(leased) for leased in (self._current, self._next) if leased is not None)
 
     async def take(self, count: int) -> IdBlock:
-        """Return `count` new ids. Raises DatabaseUnavailable when they need a lease that cannot be had."""
+        """Return `count` new ids. Raises DatabaseUnavailable if a new lease is needed and the database gives none."""
         while self._current is None or len(self._current) < count:
             if self._next is None:
                 await asyncio.shield(self._lease())
-            if self._next is not None:  # None: another batch, which waited for the same lease, took it
+            if self._next is not None:  # otherwise another batch that waited for it has taken it
                 self._current, self._next = self._next, None
         if self._next is None:
             self._lease()

@@ -36,7 +36,7 @@ from gateway.postgres.queries import HeldKey, Queries
 log = logging.getLogger(__name__)
 
 HOLD_MARGIN_S = 2.0  # beyond the longest run
-SETTLE_WAIT_S = 0.25  # the answer waits so long for the row to be settled; the row is settled in any case
+SETTLE_WAIT_S = 0.25  # longest time that an answer waits until its row is settled; the query goes on after it
 SWEEP_INTERVAL_S = 60.0
 MAX_KEPT_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
@@ -52,7 +52,7 @@ def parse_key(values: Sequence[str]) -> str | None:
 
 
 class Submission(NamedTuple):
-    """One batch to be sent: whose it is, and what identifies a repetition of it."""
+    """One request with an Idempotency-Key. A repetition has the same account, key and body."""
 
     account_id: int
     key: str
@@ -62,7 +62,7 @@ class Submission(NamedTuple):
 
 
 class Claim:
-    """A run of a request without an Idempotency-Key. Enter it before the first effect, and end with `keep`.
+    """A run of a request without an Idempotency-Key. Enter it before the batch is published, and end with `keep`.
 
     async with claim:
         if claim.kept_answer is None:
@@ -91,7 +91,7 @@ class Claim:
         pass
 
     async def keep(self, answer: Answer) -> bytes:
-        """Return the encoded answer, after what has to be done before the caller gets it."""
+        """Return the encoded answer."""
         return encode(answer)
 
 
@@ -129,7 +129,7 @@ class KeyedClaim(Claim):
             requests["again" if self.is_retry else "first"] += 1
             if self.is_retry:  # envelopes always get new ids: the layout may have changed
                 self.ids = BatchIds(ids_at(known.first_id, sent.size), self.ids.envelopes)
-        elif known is None:  # removed between two looks at it: the next try finds the key free
+        elif known is None:  # the row was removed between the two queries: a retry finds the key free
             requests["in_progress"] += 1
             raise IdempotencyInProgress
         elif not known.is_same_body:
@@ -146,13 +146,13 @@ class KeyedClaim(Claim):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """After an error, free the key: for the same ids if messages may be queued, otherwise without a trace."""
+        """After an error, delete the row if nothing is queued; otherwise release it, for a run with the same ids."""
         if error is None:
             return
         if isinstance(error, Unavailable) and not self.is_retry:
-            await self._settle(self._queries.forget_key(*self._row))
+            await self._idempotency.settle(self._queries.forget_key(*self._row))
             return
-        await self._settle(self._queries.release_key(*self._row))
+        await self._idempotency.settle(self._queries.release_key(*self._row))
         if isinstance(error, Unavailable):  # nothing of this run is queued, but the first run may have queued it all
             raise OutcomeUnknown from error
 
@@ -160,21 +160,18 @@ class KeyedClaim(Claim):
         """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
         encoded = encode(answer)
         if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
-            await self._settle(self._queries.release_key(*self._row))
+            await self._idempotency.settle(self._queries.release_key(*self._row))
         else:
-            await self._settle(self._queries.keep_answer(*self._row, encoded))
+            await self._idempotency.settle(self._queries.keep_answer(*self._row, encoded))
         return encoded
 
     @property
     def _row(self) -> tuple[int, str, int]:
         return self._submission.account_id, self._submission.key, self._holder
 
-    async def _settle(self, settling: Coroutine[Any, Any, None]) -> None:
-        await self._idempotency.settle(settling)
-
 
 class Idempotency:
-    """Claims for requests with a key. The rows are in the database that all processes share."""
+    """The claims of requests with a key. Their rows are in the database that all processes share."""
 
     def __init__(self, queries: Queries, *, longest_run_s: float) -> None:
         self.queries = queries
@@ -183,7 +180,7 @@ class Idempotency:
         self.requests: Counter[str] = Counter()  # requests with a key, by result
 
     def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> KeyedClaim:
-        """Return the claim of a request with a key. `ids`, from `block`, are used if this is the key's first run."""
+        """Return the claim of a request with a key. Its first run uses `ids`, which come from `block`."""
         return KeyedClaim(self, submission, block, ids)
 
     async def sweep_for_ever(self) -> None:

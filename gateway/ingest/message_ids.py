@@ -8,8 +8,8 @@ A row's number is multiplied by a constant modulo 62⁶. The constant shares no 
 The product has six digits in base 62. A column's number, through a fixed shuffle, gives the last two characters.
 Through fixed tables it also gives six shifts, which are added to the six digits modulo 62. This is one round of a
 Feistel network: the last two characters give the column, so the shifts can be subtracted, and the row can be read.
-Hence no two positions share an id, and neighbouring ids look unrelated. For a whole row at once this takes eight
-`bytes.translate`, a fraction of arithmetic per id (scripts/bench stages, row "ids").
+Hence no two positions share an id, and neighbouring ids look unrelated. A whole row takes six `bytes.translate`, which
+cost a fraction of arithmetic per id (scripts/bench stages, row "ids").
 
 **Changing any constant here breaks the promise of uniqueness** for databases that have leased ids already.
 """
@@ -37,6 +37,7 @@ def _tables() -> tuple[list[bytes], list[bytes]]:
 
 
 _SHIFTS, _ENDINGS = _tables()
+# By digit: the bytes.translate table that replaces a shift by the character of digit + shift.
 _ADD = [bytes(ALPHABET[(digit + shift) % BASE] for shift in range(BASE)).ljust(256) for digit in range(BASE)]
 
 

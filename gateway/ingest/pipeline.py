@@ -28,7 +28,7 @@ class BulkRequest(NamedTuple):
     request_id: str
     body: bytes
     idempotency_key: str | None
-    deadline: float  # on the event loop's clock: the answer is due
+    deadline: float  # the time at which the answer is due, on the event loop's clock
 
 
 class Pipeline:
@@ -58,7 +58,7 @@ class Pipeline:
         decoding, of the Idempotency-Key, of the database, and Unavailable or OutcomeUnknown if nothing is confirmed.
         """
         draft = validate(decode_bulk(request.body))
-        record.hold(draft.size)
+        record.count_in_flight(draft.size)
         record.mark(VALIDATE)
         async with await self._claim(request, draft) as claim:
             if claim.kept_answer is not None:
@@ -83,7 +83,7 @@ class Pipeline:
     async def _claim(self, request: BulkRequest, draft: Draft) -> Claim:
         """Take message ids, and return the claim in which the batch runs."""
         block = await self._ids.take(draft.size + self._layout.most_envelopes(draft.list_numbers))
-        ids = BatchIds(block.ids, []) if self._layout.is_plain else _split(block.ids, draft.size)
+        ids = BatchIds(block.ids[: draft.size], block.ids[draft.size :])
         list_numbers = draft.distinct_list_numbers()
         if request.idempotency_key is None:
             return Claim(self._queries, request.account_id, list_numbers, ids)
@@ -91,16 +91,12 @@ class Pipeline:
         return self._idempotency.claim(submission, block, ids)
 
 
-def _split(ids: list[str], size: int) -> BatchIds:
-    return BatchIds(ids[:size], ids[size:])
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def answer_for(batch: Batch, outcomes: bytes) -> Answer:
-    """Count the confirmed messages, and write a row for each of the others.
+    """Return the answer: the number of confirmed messages, and an error row for each of the others.
 
     `outcomes` has one Outcome per message. Raises OutcomeUnknown or QueueUnavailable if there are messages and none is
     confirmed.

@@ -14,7 +14,7 @@ from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
-# Bodies beyond both have their elements counted first. Up to 1,000 valid messages may have as many commas; few do.
+# The elements of a body above both bounds are counted before it is decoded. Few valid bodies have so many commas.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
 
 
@@ -29,8 +29,8 @@ class Message(msgspec.Struct, gc=False):
     metadata: Raw | UnsetType = UNSET
 
 
-class Misfit(msgspec.Struct, gc=False):
-    """An element of `messages` that is no Message, because at least one value has the wrong type.
+class MistypedMessage(msgspec.Struct, gc=False):
+    """An element of `messages` in which at least one value has the wrong type.
 
     Strings and null are decoded. WRONG_TYPE replaces any other value, and fails every check.
     """
@@ -49,9 +49,9 @@ WRONG_TYPE: Final = object()
 class Bulk(msgspec.Struct):
     """A decoded request: 1 to 1,000 messages, and the list number for those that carry none."""
 
-    messages: list[Message | Misfit]
+    messages: list[Message | MistypedMessage]
     list_number: object = None
-    typed: bool = True  # False: some messages are Misfits
+    typed: bool = True  # False: there may be MistypedMessages
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
@@ -193,15 +193,15 @@ def _decode_loosely(body: bytes | bytearray) -> Bulk:
     return Bulk(messages, _string_or_none(bulk.list_number), typed=False)
 
 
-def _decode_message(element: Raw) -> Message | Misfit:
+def _decode_message(element: Raw) -> Message | MistypedMessage:
     try:
         return _message.decode(element)
     except msgspec.ValidationError:
         pass
     if _first_byte(element) != b"{":
-        return Misfit()
+        return MistypedMessage()
     loose = _loose_message.decode(element)
-    return Misfit(
+    return MistypedMessage(
         to=_string_or_none(loose.to),
         list_number=_string_or_none(loose.list_number),
         body=_string_or_none(loose.body),
@@ -231,7 +231,7 @@ def _check_count(count: int) -> None:
 
 def is_absent(value: Raw | UnsetType) -> bool:
     """Return True if an optional object was left out, or sent as null."""
-    return value is UNSET or memoryview(value).tobytes() == b"null"
+    return value is UNSET or bytes(value) == b"null"
 
 
 def is_object(value: Raw | UnsetType) -> bool:

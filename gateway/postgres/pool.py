@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROBE_DELAYS_S = (0.05, 0.5)  # a random delay between these: several gateways do not probe in step
+PROBE_DELAYS_S = (0.05, 0.5)  # a random delay between these: several gateways do not probe at the same moment
 
-# Errors of a server that is gone, hung, starting up or stopping. One lost connection alone does not show that.
+# Errors of a server that is gone, hung, starting or stopping; not asyncpg's errors for a single lost connection.
 OUTAGE_ERRORS = (
     OSError,
     TimeoutError,
@@ -87,7 +87,7 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self, slots: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
-        """Lend a connection for one query, for at most database_timeout_s, the wait for the connection included.
+        """Yield a connection for one query, for at most database_timeout_s, the wait for the connection included.
 
         `slots` bounds how many queries of one kind run at once. Raises DatabaseUnavailable from the original error.
         """
@@ -181,7 +181,7 @@ async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.
             for attempt in done:
                 if (failure := attempt.exception()) is None:
                     done.discard(attempt)
-                    pending |= done  # closed below, if one of these connected at the same moment
+                    pending |= done  # one of these may have connected at the same moment; closed below
                     return attempt.result(), urls[attempt]
     finally:
         for late in pending:
@@ -197,4 +197,4 @@ def _close_late(late: "asyncio.Task[asyncpg.Connection]") -> None:
 
 
 async def _keep_session(_connection: object) -> None:
-    """Do nothing in place of the pool's reset: it costs a round trip per query, and our queries leave no state."""
+    """Do nothing. The pool's own reset would cost a round trip per query, and our queries leave no state."""

@@ -56,7 +56,7 @@ def run_worker(settings: Settings, ops_socket: str) -> None:
 
 
 def _run(serving: Coroutine[None, None, None]) -> None:
-    # Requests leave few cycles, and objects made at the start stay: collect seldom, and skip those objects
+    # Requests leave few reference cycles, so collect garbage seldom. Objects made at the start stay, so skip them
     # (scripts/bench compare, batches of 1).
     gc.set_threshold(50_000, 20, 20)
     gc.freeze()
@@ -64,7 +64,7 @@ def _run(serving: Coroutine[None, None, None]) -> None:
 
 
 async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
-    """Start, serve until told to stop, and shut down. With `ops_socket`, as one of several workers.
+    """Start, serve until SIGTERM or SIGINT, and shut down. With `ops_socket`, run as one of several workers.
 
     Order of the shutdown:
 
@@ -103,7 +103,7 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
         make_app(runtime),
         limits,
         refuse_unhandled,
-        on_refused=runtime.counters.refuse_unread,
+        on_refused=runtime.counters.count_unhandled,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is checked
         keepalive_timeout=settings.keepalive_timeout_s,
         shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits for it twice: for handlers, then for connections

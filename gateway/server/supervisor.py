@@ -30,7 +30,7 @@ from gateway.web.answers import answer_every_request
 
 log = logging.getLogger(__name__)
 
-RESTART_DELAY_S = (0.2, 2.0)  # jittered; a worker that always dies at once must not occupy a core
+RESTART_DELAY_S = (0.2, 2.0)  # jittered; restarts of a worker that always dies at once must not occupy a core
 PROBE_TIMEOUT_S = 1.0
 DRAIN_MARGIN_S = 5.0  # beyond a worker's own drain budget, before it is killed
 

@@ -18,7 +18,8 @@ async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
     it cannot be made.
     """
     try:
-        with locked(Path(path).parent):  # a process that starts at the same time could find ours bound, not yet served
+        # Without the lock, a process that starts now could replace our socket between its bind and its listen.
+        with locked(Path(path).parent):
             if is_served(path):
                 raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
             before = os.umask(0o117)  # with a chmod instead, the socket would be open to all for a moment
@@ -27,7 +28,7 @@ async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
             finally:
                 os.umask(before)
     except OSError as error:
-        raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be had: {error.strerror or error}") from None
+        raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be used: {error.strerror or error}") from None
 
 
 def is_served(path: str) -> bool:

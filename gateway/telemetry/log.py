@@ -1,7 +1,7 @@
 """Logs: one JSON object per line on standard error, with ids and counts, without texts, keys, passwords or numbers.
 
-Our own code logs none of these. Two nets catch what a bug or a library may log. A traceback shows frames and the kind
-of the error, but not its text, which may quote a request (`KeyError: '+14155551234'`). And `redact` masks whatever has
+Our own code logs none of these. Two safeguards cover what a bug or a library may log. A traceback shows frames and the
+kind of the error, but not its text, which may quote a request (`KeyError: '+14155551234'`). `redact` masks all text in
 the form of a key, a whole number, or a password in a URL.
 
 The caller formats a line, and a thread writes it. A slow or stuck reader costs lines, which are counted, and never
@@ -23,7 +23,7 @@ from types import TracebackType
 import msgspec
 
 STANDARD_ERROR = 2
-GATHER_S = 0.02  # lines of this time share one wake-up and one write
+GATHER_S = 0.02  # lines that arrive within this time share one wake-up and one write
 MAX_PENDING_BYTES = 4 * 1024 * 1024  # about 10,000 lines
 FLUSH_TIMEOUT_S = 2.0  # when the process ends
 FIELDS = "fields"  # attribute of a record: the line's fields beside its message

@@ -59,7 +59,7 @@ class RequestRecord:
         self.account_id: int | None = None
         self.body_bytes: int | None = None
         self.messages: int | None = None  # in the request, good and bad
-        self.payloads = 0
+        self.payloads = 0  # AMQP messages to publish
         self.queued: int | None = None
         self.errors: Counter[str] = NO_ERRORS  # error rows by code
         self.is_replayed = False  # the answer is that of an earlier request with the same Idempotency-Key
@@ -71,7 +71,7 @@ class RequestRecord:
         """Note that a step, an index into STAGES, has ended."""
         self.steps.append((step, perf_counter()))
 
-    def hold(self, messages: int) -> None:
+    def count_in_flight(self, messages: int) -> None:
         """Count the request's messages as in flight until `end`."""
         self.messages = messages
         self._counters.messages_in_flight += messages
@@ -107,7 +107,7 @@ class RequestRecord:
 
     @property
     def outcome(self) -> str:
-        """The request in one word.
+        """The outcome of the request, in one word.
 
         read: a document, no messages · queued: all messages · partial: some · refused: none · unknown: some may be
         queued · replayed: the stored answer of an earlier request · failed: internal error · cancelled: not answered.
@@ -138,16 +138,16 @@ class RequestRecord:
 
 
 class RequestLog:
-    """The log of requests: decides which get a line, and writes it."""
+    """The request log: chooses the requests that get a line, and writes it."""
 
     def __init__(self, sample: float) -> None:
-        """`sample` is the share, 0 to 1, of the requests with everything queued that is logged."""
+        """`sample` is the share, from 0 to 1, of fully queued requests that are logged."""
         self._sample = sample
         self._seconds: dict[str, tuple[float, int]] = {}  # by kind: start of its second, and lines since
         self._unlogged: Counter[str] = Counter()
 
     def write(self, record: RequestRecord, trace_id: str = "") -> None:
-        """Log the request, unless it is left out."""
+        """Log the request, unless the sample or the limit of its kind leaves it out."""
         outcome = record.outcome
         level = {"unknown": logging.WARNING, "failed": logging.ERROR}.get(outcome, logging.INFO)
         if not log.isEnabledFor(level):
@@ -165,6 +165,7 @@ class RequestLog:
         log.log(level, "request", extra={FIELDS: _fields(record, outcome, trace_id, unlogged)})
 
     def _has_room(self, kind: str) -> bool:
+        """Count a line of this kind. Return True up to MAX_LINES_A_SECOND."""
         now = monotonic()
         began, lines = self._seconds.get(kind, (now, 0))
         if now - began >= 1:

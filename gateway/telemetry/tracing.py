@@ -5,7 +5,7 @@
     └── publish sms.outbound          its `traceparent` travels in the headers of every AMQP message of the batch
 
 The SDK reads the OTEL_* variables: collector, sampling, service name. The packages are an extra, imported only where
-GATEWAY_TRACES=on. NoTracing stands in where traces are off.
+GATEWAY_TRACES=on.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SERVICE = "sms-gateway"
-# W3C asks for 512 to be passed on. A caller may send 8 kB, which would go with each of 1,000 messages.
+# W3C Trace Context asks to pass on at least 512. A caller may send 8 kB, and 1,000 messages would carry them.
 MAX_TRACESTATE_BYTES = 512
 CLOSE_TIMEOUT_S = 3.0  # for the spans still to be sent when the process ends
 _METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE")
@@ -48,7 +48,7 @@ def check(settings: Settings) -> None:
 
 
 class NoTracing:
-    """Stands in for Tracing where traces are off."""
+    """A tracing that does nothing, used where traces are off."""
 
     def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
         """Do nothing."""
@@ -70,7 +70,7 @@ class Tracing:
     def __init__(
         self, settings: Settings, exporter: "SpanExporter | None" = None, sampler: "Sampler | None" = None
     ) -> None:
-        """Read the OTEL_* variables; `exporter` and `sampler` replace those that they describe."""
+        """Read the OTEL_* variables. `exporter` and `sampler` replace the ones that these variables describe."""
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, Resource
@@ -90,7 +90,7 @@ class Tracing:
         self._destination = settings.amqp_exchange
 
     def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
-        """Start the request's span, below the caller's if it names one.
+        """Start the request's span, as a child of the caller's span if the headers name one.
 
         `route` is empty for an unknown path: the path itself could hold anything, even a key.
         """
@@ -98,7 +98,7 @@ class Tracing:
         attributes = {"http.request.method": known, "url.scheme": "http"}
         if route:
             attributes |= {"http.route": route, "url.path": route}
-        # One reading of the wall clock for all spans of a request: a change of the clock does not tear them.
+        # The wall clock is read once per request: a change of the clock then does not distort its spans.
         record.origin_ns = time.time_ns() - int((time.perf_counter() - record.began) * 1e9)
         record.span = self._tracer.start_span(
             f"{'HTTP' if known == '_OTHER' else known} {route}".strip(),
@@ -168,7 +168,7 @@ class Tracing:
 
         def shut_down() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop is closed: it has not waited
+            with suppress(RuntimeError):  # the loop is closed: the wait below has timed out
                 loop.call_soon_threadsafe(closed.set)
 
         threading.Thread(target=shut_down, name="close traces", daemon=True).start()
@@ -183,8 +183,8 @@ def _at_ns(record: RequestRecord, moment: float) -> int:
     return record.origin_ns + int((moment - record.began) * 1e9)
 
 
-def _span(held: object) -> "Span":
-    return cast("Span", held)
+def _span(span: object) -> "Span":
+    return cast("Span", span)
 
 
 def _facts(record: RequestRecord) -> dict[str, Any]:

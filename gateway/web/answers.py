@@ -5,7 +5,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from itertools import count
-from types import MappingProxyType
 
 import msgspec
 from aiohttp import hdrs, web
@@ -33,7 +32,7 @@ class Refused(msgspec.Struct):
     code: str
 
 
-def json_answer(status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> web.Response:
+def json_answer(status: int, body: bytes, headers: Mapping[str, str]) -> web.Response:
     """Return an answer with encoded JSON as its body."""
     return web.Response(
         status=status,

@@ -42,7 +42,7 @@ async def send_bulk(request: web.Request) -> web.Response:
         record.account_id = account.id
         record.mark(AUTHENTICATE)
         runtime.publisher.refuse_if_full(account.id)
-        slot.reserve(account.id, size_to_reserve(request))  # only now: without a key nobody takes room from others
+        slot.reserve(account.id, size_to_reserve(request))  # only now: without a valid key, no bytes are reserved
         key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
         body = await read_body(request, runtime.settings.body_timeout_s)
         record.body_bytes = len(body)
@@ -53,7 +53,7 @@ async def send_bulk(request: web.Request) -> web.Response:
 
 
 async def refuse_route(request: web.Request) -> web.Response:
-    """Refuse every other path and method. A route of ours, because aiohttp's own would answer its `Expect`."""
+    """Refuse every other path and method. aiohttp's own refusals would first answer an `Expect` header."""
     allowed = ALLOWED.get(request.path)
     raise MethodNotAllowed(allowed) if allowed else NotFound
 

@@ -38,8 +38,8 @@ async def read_body(request: web.Request, timeout_s: float) -> bytes:
         raise PayloadTooLarge from None
     except TimeoutError:
         raise RequestTimeout from None
-    except (web.RequestPayloadError, ConnectionError) as error:
-        raise MalformedHttp from error  # a broken chunk, or the caller hung up in the middle
+    except (web.RequestPayloadError, ConnectionError) as error:  # a broken chunk, or the caller hung up
+        raise MalformedHttp from error
     except RuntimeError as error:  # aiohttp's error when the caller hung up before the first read
         if request.transport is not None:
             raise

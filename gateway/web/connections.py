@@ -37,12 +37,13 @@ from gateway.web.sockets import Limits, RepeatLog, fit_descriptors, open_tcp, op
 log = logging.getLogger(__name__)
 
 SWEEP_S = 1.0
-# An unread body is read and discarded for so long: a TCP reset would take the answer from its caller (as nginx does).
+# Before a close, unread data is read and discarded for this time, as nginx does. A close with unread data makes the
+# kernel send a TCP reset, which can take the answer from the caller.
 LINGER_S = 5.0
-QUIET_S = 0.2  # or until nothing has arrived for so long
+QUIET_S = 0.2  # the reading ends earlier if nothing arrives for this time
 MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers of 8 kB
-MAX_BYTES_AHEAD = 64 * 1024
-EVICTION_SHARE = 8  # a search through all connections queues an eighth of the waiting ones for eviction
+MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
+EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
 
@@ -52,9 +53,9 @@ OnRefused = Callable[[int, str], None]
 
 
 def accept_version(request: web.BaseRequest) -> bool:
-    """Return True for HTTP/1.0 and 1.1; the parser accepts 0.9 and 2.0 as well.
+    """Return True for HTTP/1.0 and 1.1. The parser accepts 0.9 and 2.0 as well.
 
-    A request in another version becomes 1.1: aiohttp answers in the version of the request.
+    Sets any other version to 1.1, because aiohttp answers in the version of the request.
     """
     if request._version in (HttpVersion11, HttpVersion10):
         return True
@@ -68,7 +69,7 @@ def is_chunked(request: web.BaseRequest) -> bool:
 
 
 class BoundedRunner(web.AppRunner):
-    """An AppRunner with its listening sockets, whose connections are bounded and answer malformed HTTP in JSON."""
+    """An AppRunner and its listening sockets. Its connections are bounded, and answer malformed HTTP in JSON."""
 
     def __init__(
         self,
@@ -140,7 +141,9 @@ class BoundedRunner(web.AppRunner):
 
 
 class _Server(web.Server):
-    _connections: "dict[_Connection, asyncio.Transport]"  # type: ignore[assignment]  # __call__ makes all of them
+    """A factory of connections, with the sweep and the evictions that concern all of them."""
+
+    _connections: "dict[_Connection, asyncio.Transport]"  # type: ignore[assignment]  # made by __call__
 
     def __init__(self, limits: Limits, refuse: Refuse, on_refused: OnRefused, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -189,6 +192,8 @@ class _Server(web.Server):
 
 
 class _Connection(RequestHandler):
+    """One HTTP connection, with the bounds of the module's docstring."""
+
     __slots__ = ("_answer_timer", "_bytes_ahead", "_head_bytes", "_server", "head_due")
 
     def __init__(self, server: _Server, **options: Any) -> None:
@@ -223,7 +228,7 @@ class _Connection(RequestHandler):
                 self._head_bytes += len(data)
         elif is_ahead:
             self._bound_bytes_ahead(len(data))
-        elif self._head_bytes:
+        elif self._head_bytes:  # the head began behind the previous request, and is complete now
             self._head_bytes = 0
 
     def _bound_head(self, size: int) -> None:
@@ -280,7 +285,7 @@ class _Connection(RequestHandler):
     def _refuse_head(self, refusal: GatewayError) -> None:
         """Close the connection, with an answer to an incomplete head.
 
-        A caller that has sent no byte gets no answer: it would take the answer for that to its next request.
+        A caller that has sent no byte gets no answer: it would take this one for the answer to its next request.
         """
         if self._head_bytes and self.transport is not None:
             self.transport.write(_encode(self._server.refuse(refusal)))
@@ -288,7 +293,7 @@ class _Connection(RequestHandler):
         self.force_close()
 
     def pause_writing(self) -> None:
-        """Start the timeout of a caller that does not read its answer; aiohttp would wait for ever."""
+        """Start the timeout of a caller that does not read its answer. aiohttp has none."""
         super().pause_writing()
         if self.transport is not None:
             self._answer_timer = self._server.loop.call_later(
@@ -332,7 +337,7 @@ class _Connection(RequestHandler):
         return response, is_lost
 
     async def _linger(self) -> None:
-        """Discard what arrives before closing: a close with unread bytes makes the kernel reset the answer away."""
+        """Discard what arrives before the close (LINGER_S)."""
         rest = self._payload_parser = _DiscardingParser()
         if self._buffer_paused:
             self._resume_reading_for_buffer()

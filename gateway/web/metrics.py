@@ -29,13 +29,14 @@ WORKER = "worker"  # the label that tells the processes of `serve --workers` apa
 
 # Series that exist from the start, at 0: `rate()` misses the first event of a series that begins with a 1.
 _REQUESTS = [(200, OK), CANCELLED, *((kind.status, kind.code) for kind in errors.kinds())]
+# Error rows, and the refusals that can follow the decoding: 409, 422, 5xx.
 _MESSAGES = sorted(
     {QUEUED, REPLAYED, *(refusal.code for refusal in errors.refusals())}
     | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422)}
 )
-_SHED = ("account_share", "bytes", "slots")
+_SHED_REASONS = ("account_share", "bytes", "slots")
 _PROCESS = ProcessCollector(registry=None)  # CPU, memory, descriptors, under the usual names
-_KEYED = ("first", "again", "replayed", "in_progress", "conflict")
+_IDEMPOTENT_RESULTS = ("first", "again", "replayed", "in_progress", "conflict")
 
 
 class ProcessMetrics(Collector):
@@ -47,11 +48,11 @@ class ProcessMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics with their current values."""
         yield build_info()
-        yield from _of_requests(self._runtime)
-        yield from _of_load(self._runtime)
-        yield from _of_connections(self._runtime.publisher.connections)
-        yield from _of_messages(self._runtime.publisher)
-        yield from _of_database(self._runtime)
+        yield from _request_metrics(self._runtime)
+        yield from _load_metrics(self._runtime)
+        yield from _connection_metrics(self._runtime.publisher.connections)
+        yield from _message_metrics(self._runtime.publisher)
+        yield from _database_metrics(self._runtime)
         yield from _PROCESS.collect()
 
 
@@ -60,29 +61,29 @@ def build_info() -> Metric:
     return InfoMetricFamily(BUILD, "Version; always 1.", {"version": __version__, "python": platform.python_version()})
 
 
-def _of_requests(runtime: Runtime) -> Iterator[Metric]:
-    seen = runtime.counters
+def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
+    counters = runtime.counters
     yield _counter(
         "gateway_requests",
         "Requests answered, by HTTP status and refusal code. ok: not refused as a whole; its rows may have errors. "
         "499 cancelled: the drain ended before the request.",
         ("status", "code"),
-        {(str(status), code): seen.requests[status, code] for status, code in [*_REQUESTS, *seen.requests]},
+        {(str(status), code): counters.requests[status, code] for status, code in [*_REQUESTS, *counters.requests]},
     )
     yield _counter(
         "gateway_messages",
         "SMS of decoded requests, by the answer to their caller: queued (confirmed by the broker), replayed (the "
         "answer to an earlier request with the same Idempotency-Key), or the code of the error row or of the refusal.",
         ("outcome",),
-        {(code,): seen.messages[code] for code in [*_MESSAGES, *seen.messages]},
+        {(code,): counters.messages[code] for code in [*_MESSAGES, *counters.messages]},
     )
-    yield _total("gateway_request_body_bytes", "Bytes of request bodies read completely.", seen.body_bytes)
-    yield _histogram("gateway_request_messages", "SMS in a decoded request.", (), {(): seen.request_messages})
+    yield _total("gateway_request_body_bytes", "Bytes of request bodies read completely.", counters.body_bytes)
+    yield _histogram("gateway_request_messages", "SMS in a decoded request.", (), {(): counters.request_messages})
     yield _histogram(
         "gateway_request_duration_seconds",
         "Time from a request's head to its answer. refused: the whole request was refused.",
         ("result",),
-        {("answered",): seen.answered_s, ("refused",): seen.refused_s},
+        {("answered",): counters.answered_s, ("refused",): counters.refused_s},
     )
     yield _histogram(
         "gateway_stage_duration_seconds",
@@ -90,18 +91,18 @@ def _of_requests(runtime: Runtime) -> Iterator[Metric]:
         "resolve_lists (message ids, the lists' query, the Idempotency-Key), build (payloads), publish (until all "
         "confirms or the deadline). A stage that refuses the request is not counted.",
         ("stage",),
-        {(stage,): seconds for stage, seconds in zip(STAGES, seen.stages_s, strict=True)},
+        {(stage,): seconds for stage, seconds in zip(STAGES, counters.stages_s, strict=True)},
     )
     yield _counter(
         "gateway_idempotent_requests",
         "Requests with an Idempotency-Key: first, again (a second run with the same message ids), replayed (the stored "
         "answer), in_progress (409), conflict (422: another body).",
         ("result",),
-        {(result,): runtime.idempotency.requests[result] for result in _KEYED},
+        {(result,): runtime.idempotency.requests[result] for result in _IDEMPOTENT_RESULTS},
     )
 
 
-def _of_load(runtime: Runtime) -> Iterator[Metric]:
+def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     admission, settings, ids = runtime.admission, runtime.settings, runtime.ids
     yield _gauge("gateway_requests_in_flight", "Requests that hold a slot.", admission.requests)
     yield _gauge("gateway_requests_in_flight_limit", "Requests beyond it are shed.", settings.max_requests_in_flight)
@@ -110,7 +111,7 @@ def _of_load(runtime: Runtime) -> Iterator[Metric]:
     )
     yield _gauge("gateway_body_bytes_in_flight", "Bytes reserved for request bodies.", admission.reserved_bytes)
     yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it are shed.", settings.max_bytes_in_flight)
-    shed: dict[tuple[str, ...], float] = {(reason,): admission.shed[reason] for reason in _SHED}
+    shed: dict[tuple[str, ...], float] = {(reason,): admission.shed[reason] for reason in _SHED_REASONS}
     yield _counter(
         "gateway_shed",
         "Requests answered 503 overloaded, by the exhausted resource: slots, bytes (of bodies), account_share (the "
@@ -130,7 +131,7 @@ def _of_load(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge("gateway_draining", "1 after SIGTERM.", runtime.draining)
 
 
-def _of_connections(connections: PublishConnections) -> Iterator[Metric]:
+def _connection_metrics(connections: PublishConnections) -> Iterator[Metric]:
     states = connections.states()
     yield _labelled_gauge(
         "gateway_broker_connections",
@@ -153,7 +154,7 @@ def _of_connections(connections: PublishConnections) -> Iterator[Metric]:
     )
 
 
-def _of_messages(publisher: Publisher) -> Iterator[Metric]:
+def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
     yield _counter(
         "gateway_published",
         "AMQP messages by the broker's response within the deadline: acked, nacked, returned (unroutable), unknown (no "
@@ -184,7 +185,7 @@ def _of_messages(publisher: Publisher) -> Iterator[Metric]:
     yield _gauge("gateway_confirm_wait_seconds", "Time to confirm a batch, smoothed.", publisher.window.confirm_s)
 
 
-def _of_database(runtime: Runtime) -> Iterator[Metric]:
+def _database_metrics(runtime: Runtime) -> Iterator[Metric]:
     pool = runtime.pool
     idle = pool.idle_connections
     yield _labelled_gauge(
@@ -254,32 +255,32 @@ def _exposition(request: web.Request, collector: Collector) -> web.Response:
     return web.Response(body=encode(registry), headers={hdrs.CONTENT_TYPE: content_type})
 
 
-def _counter(name: str, says: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
-    family = CounterMetricFamily(name, says, labels=labels)
+def _counter(name: str, help_text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], float]) -> Metric:
+    family = CounterMetricFamily(name, help_text, labels=labels)
     for label_values, value in values.items():
         family.add_metric(label_values, value)
     return family
 
 
-def _total(name: str, says: str, value: float) -> Metric:
-    return _counter(name, says, (), {(): value})
+def _total(name: str, help_text: str, value: float) -> Metric:
+    return _counter(name, help_text, (), {(): value})
 
 
-def _gauge(name: str, says: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, says, value)
+def _gauge(name: str, help_text: str, value: float) -> Metric:
+    return GaugeMetricFamily(name, help_text, value)
 
 
-def _labelled_gauge(name: str, says: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(name, says, labels=[label])
+def _labelled_gauge(name: str, help_text: str, label: str, values: Mapping[str, float]) -> Metric:
+    family = GaugeMetricFamily(name, help_text, labels=[label])
     for label_value, value in values.items():
         family.add_metric([label_value], value)
     return family
 
 
-def _histogram(name: str, says: str, labels: Sequence[str], values: Mapping[tuple[str, ...], Histogram]) -> Metric:
-    family = HistogramMetricFamily(name, says, labels=labels)
-    for label_values, one in values.items():
-        bounds = [*map(str, map(float, one.bounds)), "+Inf"]
-        buckets = list(zip(bounds, accumulate(one.counts), strict=True))
-        family.add_metric(label_values, buckets, one.total)
+def _histogram(name: str, help_text: str, labels: Sequence[str], values: Mapping[tuple[str, ...], Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, help_text, labels=labels)
+    for label_values, histogram in values.items():
+        bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        family.add_metric(label_values, buckets, histogram.total)
     return family

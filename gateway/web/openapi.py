@@ -45,7 +45,7 @@ async def show(_request: web.Request) -> web.Response:
 
 
 def add_page(app: web.Application) -> None:
-    """Add the routes of the page, of its files, and of the document."""
+    """Add the routes of the page, its files and the document."""
     app.router.add_get(PATH, show)
     app.router.add_get(PAGE, _page)
     app.router.add_get(f"{PAGE}/show.js", _script)

@@ -1,8 +1,4 @@
-"""The operations listener: liveness and readiness, the document's page, metrics.
-
-Readiness does not follow the broker or the database. Their outage would take all replicas out of the load balancer at
-once, and callers would get connection errors in place of a 503.
-"""
+"""The operations listener: liveness and readiness, metrics, and the page of the OpenAPI document."""
 
 from aiohttp import web
 
@@ -23,7 +19,7 @@ def make_ops_app(runtime: Runtime) -> web.Application:
 
 
 async def live(_request: web.Request) -> web.Response:
-    """Answer 200; only a process whose event loop is stuck does not."""
+    """Answer 200. A process whose event loop is stuck does not answer."""
     return web.json_response({"status": "alive"})
 
 

@@ -1,4 +1,4 @@
-"""Listening sockets, and the bounds on what a listener's connections may cost. Uses no private name of aiohttp."""
+"""Listening sockets, the limits of their connections, and a log of repeated events."""
 
 import asyncio
 import logging
@@ -29,7 +29,7 @@ class Limits(NamedTuple):
 def fit_descriptors(limits: Limits) -> Limits:
     """Raise this process's descriptor limit, and return the limits with as many connections as it then allows.
 
-    Without a free descriptor no connection could be accepted, and none to broker or database be opened again.
+    Without a free descriptor, the process could neither accept a connection nor reconnect to broker and database.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = limits.max_connections + SPARE_DESCRIPTORS
@@ -81,9 +81,9 @@ async def open_tcp(
     host: str,
     port: int,
     *,
-    shared: bool = False,
-    context: ssl.SSLContext | None = None,
-    handshake_timeout_s: float = 10.0,
+    shared: bool,
+    context: ssl.SSLContext | None,
+    handshake_timeout_s: float,
 ) -> asyncio.Server:
     """Accept connections on a TCP port, with TLS if there is a context.
 

@@ -129,7 +129,7 @@ async def test_a_broker_alarm_shows(start_gateway: StartGateway, make_settings: 
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1))
         assert await counted(gateway, "gateway_broker_connections") == {"open": 1}
         broker.sessions[-1].blocked("low on memory")
-        await eventually(lambda: not gateway.runtime.publisher.is_usable())
+        await eventually(lambda: not gateway.runtime.publisher.connections.is_usable())
         assert await counted(gateway, "gateway_broker_connections") == {"blocked": 1}
         first = await read(gateway, "gateway_broker_blocked_seconds_total")
         assert await read(gateway, "gateway_broker_blocked_seconds_total") > first  # it goes on

@@ -160,7 +160,7 @@ async def internal_error(stage: Stage) -> RawAnswer:
 
 async def queue_unavailable(stage: Stage) -> RawAnswer:
     stage.broker.sessions[-1].blocked("low on memory")
-    await eventually(lambda: not stage.gateway.runtime.publisher.is_usable())
+    await eventually(lambda: not stage.gateway.runtime.publisher.connections.is_usable())
     return await stage.post()
 
 

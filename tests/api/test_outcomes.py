@@ -68,7 +68,7 @@ async def test_a_blocked_broker_means_503_before_anything_is_written(
     async with ScriptedBroker() as broker:
         gateway = await start_gateway(make_settings(amqp_url=broker.url, amqp_connections=1))
         broker.sessions[-1].blocked("low on memory")
-        await eventually(lambda: not gateway.runtime.publisher.is_usable())
+        await eventually(lambda: not gateway.runtime.publisher.connections.is_usable())
         status, answer, _ = await gateway.post(gateway.caller.body())
         assert (status, answer["code"]) == (503, "queue_unavailable")
         assert broker.published == []

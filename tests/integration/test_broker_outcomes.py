@@ -120,8 +120,8 @@ async def test_after_a_lost_connection_the_gateway_serves_on(
 ) -> None:
     for connection in list(gateway.runtime.publisher.connections.open):
         connection.abort()
-    await eventually(lambda: not gateway.runtime.publisher.is_usable())
-    await eventually(gateway.runtime.publisher.is_usable)
+    await eventually(lambda: not gateway.runtime.publisher.connections.is_usable())
+    await eventually(gateway.runtime.publisher.connections.is_usable)
     _, answer = await gateway.send([gateway.message()] * 10)
     assert answer["queued_count"] == await queue.depth() == 10
 

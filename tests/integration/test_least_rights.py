@@ -208,7 +208,7 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
     gateway = await start_gateway(restricted, wait_until_ready=False)
     await eventually(lambda: "no exchange 'sms.least'" in caplog.text)  # and `declare`, below, is what to do
     await declare_topology(make_settings(**names))
-    await eventually(gateway.runtime.publisher.is_usable)
+    await eventually(gateway.runtime.publisher.connections.is_usable)
     async with open_admin(servers.database_url) as admin:
         gateway.caller = await make_caller(admin)
     async with OutboundQueue(servers.amqp_url, "sms.least") as queue:

@@ -68,7 +68,7 @@ async def test_a_killed_broker_means_503_and_its_return_ends_it(
     # just before the kill would come back empty and without a leader, which is not what this test is about.
     await asyncio.to_thread(rabbitmq.ctl, "eval", "[dets:sync(Table) || Table <- dets:all()].")
     await asyncio.to_thread(rabbitmq.kill)
-    await eventually(lambda: not gateway.runtime.publisher.is_usable())
+    await eventually(lambda: not gateway.runtime.publisher.connections.is_usable())
     status, answer, took = await post(gateway)
     assert (status, answer["code"]) == (503, "queue_unavailable")
     assert took < ROOM_S

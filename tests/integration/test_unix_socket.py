@@ -43,9 +43,9 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, gateway: G
     path.write_text("mine")
     _, runner = server.make_runners(gateway.runtime)
     try:
-        with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.*cannot be had: .*already in use"):
+        with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.*cannot be used: .*already in use"):
             await listen_on_own_socket(runner, str(path))
-        with pytest.raises(ConfigurationError, match="cannot be had: No such file or directory"):
+        with pytest.raises(ConfigurationError, match="cannot be used: No such file or directory"):
             await listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
     finally:
         await runner.cleanup()

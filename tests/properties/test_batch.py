@@ -108,9 +108,9 @@ def test_the_fast_path_and_the_slow_path_agree(sent: list[Any], top_level: dict[
     assert comparable(whole) == comparable(slow)
     untyped = decode_bulk(body)
     assert comparable(batch.validate(Bulk(untyped.messages, untyped.list_number, typed=False))) == comparable(slow)
-    # A misfit beside it sends the whole batch through the slow decoder too.
-    beside_a_misfit = batch.validate(decode_bulk(request_of([*sent, {"to": 5}], **top_level)))
-    assert comparable(beside_a_misfit._replace(rows=beside_a_misfit.rows[:-1])) == comparable(slow)
+    # A mistyped message beside it sends the whole batch through the slow decoder too.
+    beside_mistyped = batch.validate(decode_bulk(request_of([*sent, {"to": 5}], **top_level)))
+    assert comparable(beside_mistyped._replace(rows=beside_mistyped.rows[:-1])) == comparable(slow)
     alone = [batch.validate(decode_bulk(request_of([message], **top_level))) for message in sent]
     assert [index for index, draft in enumerate(alone) if draft.messages] == list(whole.indexes)
     assert [draft.rows[0].code for draft in alone if draft.rows] == [row.code for row in whole.rows]

@@ -43,7 +43,7 @@ class GatewayUnderTest(Client):
     async def wait_until_ready(self) -> None:
         """Return when the database was reached and the broker takes batches."""
         runtime = self.runtime
-        await eventually(lambda: runtime.database_was_reached and runtime.publisher.is_usable())
+        await eventually(lambda: runtime.database_was_reached and runtime.publisher.connections.is_usable())
 
 
 @asynccontextmanager

@@ -68,7 +68,7 @@ def usable_connections(publisher: Publisher) -> int:
 
 def transport_of(connection: PublishConnection) -> asyncio.Transport:
     """Return the transport that a connection writes to, for tests that count its writes."""
-    transport = connection._transports._transport
+    transport = connection._transport._transport
     assert transport is not None
     return transport
 

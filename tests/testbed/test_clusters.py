@@ -1,7 +1,6 @@
 """RabbitMQ clusters and PostgreSQL pairs form, survive the loss of a member, and become whole again."""
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -59,12 +58,6 @@ async def test_a_quorum_queue_has_a_copy_on_every_node(cluster: RabbitMQCluster)
     assert set(await asyncio.to_thread(cluster.members_of, "copies")) == set(cluster.nodes)
     assert await asyncio.to_thread(cluster.leader_of, "copies") in cluster.nodes
     assert cluster.url == ",".join(node.url for node in cluster.nodes)
-
-
-async def test_the_node_of_a_connection_is_found(cluster: RabbitMQCluster) -> None:
-    assert cluster.nodes_of([os.getpid()]) == []
-    async with channel_to(cluster.nodes[2]):
-        assert cluster.nodes_of([os.getpid()]) == [cluster.nodes[2]]
 
 
 async def test_a_killed_leader_is_followed_by_another_and_comes_back(cluster: RabbitMQCluster) -> None:

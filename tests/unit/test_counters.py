@@ -10,7 +10,7 @@ def test_a_request_that_ends_in_the_middle_leaves_nothing_in_flight() -> None:
     counters = Counters()
     record = RequestRecord(counters)
     record.body_bytes = 10
-    record.hold(3)
+    record.count_in_flight(3)
     assert counters.messages_in_flight == 3
     record.end("id", 0, "")
     assert counters.messages_in_flight == 0
@@ -23,7 +23,7 @@ def test_a_request_that_ends_in_the_middle_leaves_nothing_in_flight() -> None:
 def test_every_message_is_counted_once() -> None:
     counters = Counters()
     record = RequestRecord(counters)
-    record.hold(5)
+    record.count_in_flight(5)
     record.queued, record.errors = 2, Counter(("a", "b", "a"))
     record.end("id", 200, "")
     assert counters.messages == {"queued": 2, "a": 2, "b": 1}
@@ -33,7 +33,7 @@ def test_every_message_is_counted_once() -> None:
 def test_messages_that_are_refused_together_are_counted_together() -> None:
     counters = Counters()
     record = RequestRecord(counters)
-    record.hold(4)
+    record.count_in_flight(4)
     record.end("id", 503, "queue_unavailable")
     assert counters.messages == {"queue_unavailable": 4}
     assert counters.requests == {(503, "queue_unavailable"): 1}
@@ -42,7 +42,7 @@ def test_messages_that_are_refused_together_are_counted_together() -> None:
 def test_a_replayed_answer_counts_its_messages_as_replayed() -> None:
     counters = Counters()
     record = RequestRecord(counters)
-    record.hold(6)
+    record.count_in_flight(6)
     record.is_replayed = True
     record.end("id", 200, "")
     assert counters.messages == {"replayed": 6}

@@ -116,7 +116,7 @@ def test_the_headers_of_a_trace_go_with_each_message_of_their_batch_and_no_other
     plain = PublishFramer(Destination("x", "q", "sms.v1"), 1, 131_072)
     before = plain.pack(["AbC12345"], [payload])
     headers = {"traceparent": "00-00000000000000000000000000000001-0000000000000002-01"}
-    buffer, found = plain.carrying(headers).pack(["AbC12345", "AbC12346"], [payload, payload]), []
+    buffer, found = plain.with_headers(headers).pack(["AbC12345", "AbC12346"], [payload, payload]), []
     while buffer:
         size, _, frame = unmarshal(buffer)
         buffer = buffer[size:]

@@ -17,7 +17,7 @@ def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queue
     record.mark(AUTHENTICATE)
     record.body_bytes = 100
     record.mark(READ)
-    record.hold(queued + len(errors))
+    record.count_in_flight(queued + len(errors))
     record.mark(VALIDATE)
     if status == 200:
         record.queued, record.errors = queued, Counter(errors)

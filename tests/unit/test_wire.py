@@ -8,7 +8,7 @@ from msgspec import UNSET, Raw
 
 from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import wire
-from gateway.ingest.wire import Answer, ErrorRow, Message, Misfit, decode_bulk, encode
+from gateway.ingest.wire import Answer, ErrorRow, Message, MistypedMessage, decode_bulk, encode
 
 GOOD = b'{"to":"+14155551234","list_number":"+18005551000","body":"Hi"}'
 
@@ -49,7 +49,7 @@ NOT_JSON = {
     "Latin-1 in an unknown field": request_of(b'{"unknown":"\xfc"}'),
     "Latin-1 in metadata": request_of(GOOD[:-1] + b',"metadata":{"a":"\xfc"}}'),
     "Latin-1 beside messages": request_of(GOOD, more=b',"x":"\xfc"'),
-    "Latin-1 in a misfit": request_of(b'{"to":5,"unknown":{"a":["\xfc"]}}'),
+    "Latin-1 in a mistyped": request_of(b'{"to":5,"unknown":{"a":["\xfc"]}}'),
     "Latin-1 between": request_of(GOOD + b"\xfc"),
     "overlong UTF-8": request_of(b'{"body":"\xc0\xaf"}'),
     "surrogate in UTF-8": request_of(b'{"body":"\xed\xa0\x80"}'),
@@ -68,8 +68,8 @@ NOT_JSON = {
     "deep metadata": request_of(GOOD[:-1] + b',"metadata":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
     "deep contact_data": request_of(GOOD[:-1] + b',"contact_data":' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}"),
     "deep unknown": request_of(GOOD, more=b',"x":' + b"[" * 50_000 + b"]" * 50_000),
-    "deep misfit": request_of(b'{"to":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
-    "deep beside a misfit": request_of(b"5", b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "deep mistyped": request_of(b'{"to":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
+    "deep beside a mistyped": request_of(b"5", b'{"x":' + b"[" * 50_000 + b"]" * 50_000 + b"}"),
 }
 
 LONE_SURROGATES = {
@@ -77,7 +77,7 @@ LONE_SURROGATES = {
     "low first": request_of(b'{"body":"\\udc00\\ud800"}'),
     "to": request_of(b'{"to":"\\udfff"}'),
     "key": request_of(b'{"\\ud800":1}'),
-    "misfit": request_of(b'{"to":5,"body":"\\ud800"}'),
+    "mistyped": request_of(b'{"to":5,"body":"\\ud800"}'),
     "default": request_of(GOOD, more=b',"list_number":"\\ud800"'),
     "metadata": request_of(GOOD[:-1] + b',"metadata":{"a":"\\ud83d"}}'),
     "contact_data": request_of(GOOD[:-1] + b',"contact_data":{"first_name":"\\ud83d"}}'),
@@ -191,11 +191,11 @@ def test_null_and_absent_are_the_same() -> None:
 def test_a_value_of_the_wrong_type_costs_only_its_message(field: str, value: bytes) -> None:
     bulk = decode_bulk(request_of(GOOD, b'{"to":"+1","body":"x", "%s" : %s }' % (field.encode(), value), GOOD))
     assert not bulk.typed
-    first, misfit, last = bulk.messages
+    first, mistyped, last = bulk.messages
     assert first == last == Message(to="+14155551234", list_number="+18005551000", body="Hi")
-    assert isinstance(misfit, Misfit)
+    assert isinstance(mistyped, MistypedMessage)
     rest = {"to": "+1", "list_number": None, "body": "x"} | {field: wire.WRONG_TYPE}
-    assert {name: getattr(misfit, name) for name in rest} == rest
+    assert {name: getattr(mistyped, name) for name in rest} == rest
 
 
 @pytest.mark.parametrize("value", [b"0", b"1", b'"true"', b"[]", b"{}"])
@@ -209,9 +209,9 @@ def test_only_true_false_and_null_are_wrap_links(value: bytes) -> None:
 
 @pytest.mark.parametrize("element", [b"null", b"1", b'"x"', b"true", b"[]", b'["to"]', b"[[]]"])
 def test_an_element_that_is_no_object_is_a_message_without_anything(element: bytes) -> None:
-    _, misfit, _ = decode_bulk(request_of(GOOD, element, GOOD)).messages
-    assert (misfit.to, misfit.list_number, misfit.body, misfit.wrap_links) == (None, None, None, None)
-    assert (misfit.contact_data, misfit.metadata) == (UNSET, UNSET)
+    _, mistyped, _ = decode_bulk(request_of(GOOD, element, GOOD)).messages
+    assert (mistyped.to, mistyped.list_number, mistyped.body, mistyped.wrap_links) == (None, None, None, None)
+    assert (mistyped.contact_data, mistyped.metadata) == (UNSET, UNSET)
 
 
 def test_the_last_of_several_equal_keys_counts() -> None:
@@ -228,7 +228,7 @@ def test_strings_are_the_same_in_both_decoders() -> None:
         for more in (b"", b',"wrap_links":0')
     )
     assert isinstance(fast, Message)
-    assert isinstance(slow, Misfit)
+    assert isinstance(slow, MistypedMessage)
     assert fast.to == fast.body == slow.to == slow.body == json.loads(text)
 
 

@@ -44,7 +44,7 @@ async def test_closing_settles_what_is_pending_as_unknown_at_once(broker: Script
     finally:
         batch.cancel()
     assert is_idle(publisher)
-    assert not publisher.is_usable()
+    assert not publisher.connections.is_usable()
     with pytest.raises(QueueUnavailable):
         await publish_batch(publisher, 1)
     assert len(broker.published) == 3

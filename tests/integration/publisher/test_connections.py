@@ -73,7 +73,7 @@ async def test_after_a_loss_the_next_node_comes_first() -> None:
     async with two_brokers() as (one, other), connected(one.url, other.url) as publisher:
         one.sessions[0].drop()
         await other.wait_opened(1)
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert len(one.sessions) == 1
 
 
@@ -133,7 +133,7 @@ async def test_a_handshake_that_comes_byte_by_byte_succeeds(broker: ScriptedBrok
     """TCP guarantees no more: the first frame has some 500 bytes, and may arrive in two reads."""
     broker.write_size = 1
     async with started(broker.url) as publisher:
-        await eventually(publisher.is_usable, timeout=5.0)
+        await eventually(publisher.connections.is_usable, timeout=5.0)
         assert list(await publish(publisher, 2)) == [ACKED] * 2
     assert len(broker.sessions) == 1
 
@@ -150,7 +150,7 @@ async def test_a_broker_that_sends_acks_but_no_heartbeats_is_alive(broker: Scrip
         while loop.time() < until:
             assert list(await publish(publisher, 1)) == [ACKED]
             await asyncio.sleep(0.2)
-        assert publisher.is_usable()
+        assert publisher.connections.is_usable()
         assert len(broker.sessions) == 1
 
 
@@ -173,7 +173,7 @@ async def test_a_silent_peer_is_dead_soon_enough_to_publish_again_elsewhere(brok
 async def test_a_quiet_peer_that_sends_heartbeats_is_not_dead(broker: ScriptedBroker) -> None:
     async with connected(broker.url, amqp_heartbeat_s=1) as publisher:
         await asyncio.sleep(1 + reconnection.HEARTBEAT_MARGIN_S + 1.0)
-        assert publisher.is_usable()
+        assert publisher.connections.is_usable()
         assert len(broker.sessions) == 1
 
 

@@ -61,7 +61,7 @@ async def test_a_lost_connection_is_made_anew_and_serves(broker: ScriptedBroker,
     async with connected(broker.url) as publisher:
         lose(broker.sessions[0])
         await broker.wait_opened(2)
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 2)) == [ACKED] * 2
         assert {message.connection for message in broker.published} == {1}
 

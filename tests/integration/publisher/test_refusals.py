@@ -80,7 +80,7 @@ async def test_retry_after_grows_with_the_length_of_an_outage(
     async with connected(broker.url) as publisher:
         await broker.stop_listening()
         broker.sessions[0].drop()
-        await eventually(lambda: not publisher.is_usable())
+        await eventually(lambda: not publisher.connections.is_usable())
         loop = asyncio.get_running_loop()
         waits = []
         now = loop.time()
@@ -95,7 +95,7 @@ async def test_retry_after_grows_with_the_length_of_an_outage(
 
 async def test_not_connected_is_unavailable(broker: ScriptedBroker) -> None:
     publisher = Publisher(settings_for(broker.url))
-    assert not publisher.is_usable()
+    assert not publisher.connections.is_usable()
     with pytest.raises(QueueUnavailable):
         await publish_batch(publisher, 1)
     assert not publisher.connections.was_connected
@@ -105,24 +105,24 @@ async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: Scr
     async with connected(broker.url) as publisher:
         await broker.stop_listening()
         broker.sessions[0].drop()
-        await eventually(lambda: not publisher.is_usable())
+        await eventually(lambda: not publisher.connections.is_usable())
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         assert publisher.connections.was_connected
         await broker.start_listening()
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
 
 
 async def test_under_an_alarm_nothing_is_written_and_afterwards_batches_are(broker: ScriptedBroker) -> None:
     async with connected(broker.url) as publisher:
         broker.sessions[0].blocked()
-        await eventually(lambda: not publisher.is_usable())
+        await eventually(lambda: not publisher.connections.is_usable())
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         assert broker.published == []
         broker.sessions[0].unblocked()
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
         assert len(broker.sessions) == 1, "an alarm costs no connection"
 

@@ -66,7 +66,7 @@ async def test_with_every_connection_overdue_nothing_is_written(broker: Scripted
     broker.mode = "silent"
     async with connected(broker.url, confirm_timeout_s=0.3) as publisher:
         await publish(publisher, 1, "A")
-        assert not publisher.is_usable()
+        assert not publisher.connections.is_usable()
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1, "B")
         assert len(broker.published) == 1
@@ -80,7 +80,7 @@ async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
         assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
         await broker.wait_opened(2)
         await broker.sessions[0].closed.wait()
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert is_idle(publisher)
         assert publisher.connections.late_confirms == 0, "what was given up has not been confirmed"
         broker.mode = "ack"
@@ -94,7 +94,7 @@ async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_con
     async with connected(broker.url, confirm_timeout_s=0.2, abandon_timeout_s=60) as publisher:
         assert list(await publish(publisher, 2)) == [UNKNOWN] * 2
         await broker.wait_opened(2)
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
         assert not broker.sessions[0].closed.is_set()
         broker.sessions[0].ack(2, multiple=True)
@@ -115,10 +115,10 @@ async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are
     async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
         await publish(publisher, 1, "A")
         await broker.wait_opened(2)
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         probe = publish(publisher, 1, "B")
         await broker.wait_published(2)
-        assert not publisher.is_usable()
+        assert not publisher.connections.is_usable()
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1, "C")
         broker.sessions[1].ack(1)
@@ -143,7 +143,7 @@ async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: Scri
         with broker.sessions[0].together():
             broker.sessions[0].ack(1)
             broker.sessions[0].unblocked()
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1, "B")) == [ACKED]
         assert len(broker.sessions) == 1
 
@@ -187,7 +187,7 @@ async def test_a_caller_who_goes_away_stops_no_tracking(broker: ScriptedBroker) 
         with pytest.raises(asyncio.CancelledError):
             await batch
         assert publisher.unconfirmed_messages == 2
-        assert publisher.is_usable()
+        assert publisher.connections.is_usable()
         broker.sessions[0].ack(2, multiple=True)
         await eventually(lambda: is_idle(publisher))
         broker.mode = "ack"

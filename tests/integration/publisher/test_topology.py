@@ -76,12 +76,12 @@ async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
     broker.on_declare = refuse
     async with started(broker.url) as publisher:
         await broker.wait_opened(3)
-        assert not publisher.is_usable()
+        assert not publisher.connections.is_usable()
         assert not publisher.connections.was_connected
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         broker.on_declare = None  # the operator has removed the old queue
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
     assert "inequivalent arg 'x-queue-type'" in caplog.text
     assert "GATEWAY_AMQP_TOPOLOGY=check" in caplog.text
@@ -93,7 +93,7 @@ async def test_a_missing_queue_is_logged_and_tried_again(
     broker.on_declare = lambda declare: (404, "NOT_FOUND - no exchange 'sms.outbound' in vhost '/'")
     async with started(broker.url, amqp_topology="check") as publisher:
         await broker.wait_opened(2)
-        assert not publisher.is_usable()
+        assert not publisher.connections.is_usable()
         broker.on_declare = None
-        await eventually(publisher.is_usable)
+        await eventually(publisher.connections.is_usable)
     assert "no exchange 'sms.outbound'" in caplog.text
