@@ -178,7 +178,7 @@ def show(once: bool) -> None:
             step("1 queued, 1 refused: a bad message does not affect the others")
             queued = answer["queued_count"]
 
-            title("A full batch: 1,000 messages to both lists, some of them bad, with every error code")
+            title("A full batch: 1,000 messages to both lists, some of them bad, with every code of the validation")
             messages, flaws = mixed_batch(lists)
             answer = send(gateway, key, messages, '{"messages": [… 1,000 of them …]}')
             print(f'"queued_count": {answer["queued_count"]}, "error_count": {answer["error_count"]}, "errors":')

@@ -5,7 +5,7 @@ A setting's variable is `GATEWAY_` and the field's name in upper case. The error
 
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from urllib.parse import parse_qs
 
 import msgspec
@@ -168,7 +168,8 @@ def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any
         try:
             values[name] = msgspec.convert(raw, kind, strict=False)
         except msgspec.ValidationError as error:
-            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
+            values_allowed = f". Use one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}{values_allowed}") from None
     return values
 
 

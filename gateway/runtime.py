@@ -53,7 +53,7 @@ class Runtime:
         reasons = {
             "draining": self.draining,
             "the broker has not been reached yet": not self.publisher.connections.was_connected,
-            "the database has not been reached yet": not self.database_was_reached,
+            "the database has not been reached yet, or is not migrated": not self.database_was_reached,
         }
         return [reason for reason, holds in reasons.items() if holds]
 

@@ -21,7 +21,7 @@ def main() -> None:
             os.environ["GATEWAY_AMQP_URL"] = stack.enter_context(RabbitMQCluster(nodes)).url
         for name, value in stack.enter_context(Servers()).environment().items():
             print(f"export {name}='{value}'", flush=True)
-        print("# Running until Ctrl-C", flush=True)
+        print("# Running until Ctrl-C or SIGTERM", flush=True)
         signal.pause()
 
 

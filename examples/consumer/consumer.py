@@ -78,7 +78,7 @@ class Consumer:
                         if group := await self._next_group(subscription):
                             await self._settle(group, inbox, subscription)
             except BrokerLost as error:
-                log.warning("the broker cannot be reached: %s", error)
+                log.warning("cannot consume from the broker: %s", error)
             if not self._stopping.is_set():
                 failures += 1
                 await _wait(self._stopping, timeout=_retry_delay_s(failures))

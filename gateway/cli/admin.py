@@ -171,7 +171,7 @@ class Admin:
 
 def unreachable(error: BaseException) -> AdminError:
     """Return the AdminError for a failed connection to the database."""
-    return AdminError(f"cannot reach the database: {reason(error)}")
+    return AdminError(f"cannot reach the database of GATEWAY_DATABASE_URL: {reason(error)}")
 
 
 @asynccontextmanager

@@ -71,6 +71,7 @@ def migrate(
 ) -> None:
     """Apply all pending migrations with dbmate. Create the database if it is missing."""
     if failed := migrations.apply(config.load_database_url()):
+        typer.echo("error: dbmate cannot migrate the database of GATEWAY_DATABASE_URL; its message is above", err=True)
         raise typer.Exit(failed)
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)

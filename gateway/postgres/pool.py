@@ -139,12 +139,14 @@ class Pool:
 
 
 def reason(error: BaseException) -> str:
-    """Return one line for the log: the error's type, its text if that quotes no data and no URL, and TLS advice."""
+    """Return one line for the log: the error's type, its text if that quotes no data and no URL, and advice."""
     # SSLCertVerificationError is both a ValueError and an OSError; its text says what to do, and quotes no data.
     if isinstance(error, (asyncpg.DataError, ValueError)) and not isinstance(error, OSError):
         return type(error).__name__
     # str() of a PostgresError would include its details, which quote rows and keys.
     text = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
+    if isinstance(error, asyncpg.UndefinedTableError):
+        text = f"{text}. Run `python -m gateway migrate`"
     return f"{type(error).__name__} {text}{tls.advice(error, 'DATABASE')}".strip()
 
 

@@ -146,7 +146,9 @@ def _held_port(host: str, port: int) -> Iterator[int]:
         try:
             holder.bind((host, port))
         except OSError as error:
-            raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+            raise ConfigurationError(
+                f"cannot listen on {host} port {port}: {error.strerror}. Set GATEWAY_API_PORT to another port"
+            ) from None
         yield holder.getsockname()[1]
 
 

@@ -102,7 +102,10 @@ async def open_tcp(
             reuse_port=shared or None,
         )
     except OSError as error:
-        raise ConfigurationError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port}: {error.strerror}. "
+            "Ports are set by GATEWAY_API_PORT and GATEWAY_OPS_PORT"
+        ) from None
 
 
 async def open_unix(factory: ProtocolFactory, path: str) -> asyncio.Server:

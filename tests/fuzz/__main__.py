@@ -66,7 +66,13 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=1.0, metavar="N", help="for each target; default 1")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="for each target; default 1, and on a slow machine at least 0.5",
+    )
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="repeat this draw")
     parser.add_argument("--target", action="append", choices=TARGETS, help="this one only; may be given several times")
     parser.add_argument("--findings", type=Path, default=Path("findings"), metavar="FOLDER", help="default: findings")

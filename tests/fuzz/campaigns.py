@@ -104,6 +104,8 @@ async def document(
         report.write_text(output)
         failures = re.findall(r"^- (.+)$", output, re.MULTILINE)
         result.findings = [f"schemathesis: {line}" for line in failures] or [output]
+        if not cases:
+            result.findings.append(f"no case was generated in {seconds:.0f} s: nothing was tested. Give more --minutes")
         result.findings.append(f"see {report}")
     return result
 

@@ -142,7 +142,10 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
     assert (await probe("/livez"))[0] == 200
     status, body = await probe("/readyz")
     assert status == 503
-    assert body["reasons"] == ["the broker has not been reached yet", "the database has not been reached yet"]
+    assert body["reasons"] == [
+        "the broker has not been reached yet",
+        "the database has not been reached yet, or is not migrated",
+    ]
     gateway.caller = Caller(key="trk_" + "a" * 32)
     assert (await post(gateway))[0] == 503
     await restart(postgres)

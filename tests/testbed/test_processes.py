@@ -292,7 +292,7 @@ def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
             lines = [command.stdout.readline() for _ in range(3)]
             assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
             assert lines[1].startswith("export GATEWAY_AMQP_URL='amqp://guest:")
-            assert lines[2] == "# Running until Ctrl-C\n"
+            assert lines[2] == "# Running until Ctrl-C or SIGTERM\n"
             children = psutil.Process(command.pid).children(recursive=True)
             command.send_signal(signal.SIGINT)
             assert command.wait(30) == 0

@@ -98,7 +98,7 @@ BAD: list[tuple[str, str, str]] = [
     ("drain_delay_s", "-0.1", ">= 0"),
     ("drain_timeout_s", "0", "> 0"),
     ("log_level", "verbose", "Invalid enum value"),
-    ("log_format", "text", "Invalid enum value"),
+    ("log_format", "text", "Use one of json, console"),
     ("request_log_sample", "1.01", "<= 1"),
     ("request_log_sample", "-0.1", ">= 0"),
     ("request_log_sample", "1%", "float"),

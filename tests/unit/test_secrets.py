@@ -145,6 +145,7 @@ def detailed(error: Exception) -> Exception:
         (asyncpg.ClientConfigurationError(f"invalid DSN: {TEXT}"), "ClientConfigurationError"),
         (ConnectionRefusedError(111, "Connect call failed ('10.0.0.1', 5432)"), "[Errno 111] Connect call failed"),
         (TimeoutError(), "TimeoutError"),
+        (asyncpg.UndefinedTableError('relation "accounts" does not exist'), "Run `python -m gateway migrate`"),
         (asyncpg.InvalidPasswordError('password authentication failed for user "u"'), 'failed for user "u"'),
     ],
 )
