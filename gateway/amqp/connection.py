@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import aio_pika
 from yarl import URL
@@ -189,12 +189,16 @@ class PublishConnection:
 
     def _pack(self, outgoing: Outgoing) -> bytes:
         """Return one buffer with all frames of the batch; each run of a shard goes through that shard's framer."""
-        framers = self._framers
-        if outgoing.headers:
-            framers = [framer.with_headers(outgoing.headers) for framer in framers]
         if outgoing.shards is None:
-            return framers[0].pack(outgoing.ids, outgoing.payloads)
-        return b"".join([framers[run.shard].pack(run.ids, run.payloads) for run in outgoing.runs_by_shard()])
+            return self._framer(0, outgoing.headers).pack(outgoing.ids, outgoing.payloads)
+        return b"".join(
+            [self._framer(run.shard, outgoing.headers).pack(run.ids, run.payloads) for run in outgoing.runs_by_shard()]
+        )
+
+    def _framer(self, shard: int, headers: Mapping[str, str] | None) -> PublishFramer:
+        # A layout with headers takes about 15 µs: it is made only for the shards of the batch, not for all of up to 256.
+        framer = self._framers[shard]
+        return framer.with_headers(headers) if headers else framer
 
     def _on_event(self, event: Event) -> None:
         match event:

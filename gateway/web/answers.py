@@ -49,9 +49,9 @@ def refuse(error: GatewayError) -> web.Response:
 
 
 def refuse_unhandled(error: GatewayError, cause: BaseException | None) -> web.Response:
-    """Return the answer to a request that no handler sees, and log the exception that caused it, if there is one."""
+    """Return the answer to a request that no handler sees. Log an InternalError, with its cause if that is known."""
     request_id = request_id_for([])
-    if cause is not None:
+    if isinstance(error, InternalError):
         log.error("request %s failed outside its handler", request_id, exc_info=cause)
     response = refuse(error)
     response.headers[REQUEST_ID_HEADER] = request_id

@@ -1,10 +1,13 @@
 """The publisher writes a batch whole, in order, persistent and mandatory, in one write."""
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 
+from gateway.amqp.frames import PublishFramer
+from gateway.amqp.outgoing import Outgoing
 from tests.support.publishing import (
     ACKED,
     connected,
@@ -70,3 +73,24 @@ async def test_a_batch_of_a_thousand_is_one_write_and_one_future(
         assert len(futures) == 1
         assert asyncio.all_tasks() <= tasks, "no task was made for it"
     assert ids_of(broker.published) == ids(1_000)
+
+
+async def test_a_batch_lays_out_the_headers_of_a_trace_for_its_own_shards_only(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 256 shards, a layout for each of them would hold up the event loop for 4 ms a request."""
+    laid_out: list[PublishFramer] = []
+    carrying = PublishFramer.carrying
+
+    def counting_carrying(framer: PublishFramer, headers: Mapping[str, str]) -> PublishFramer:
+        laid_out.append(framer)
+        return carrying(framer, headers)
+
+    monkeypatch.setattr(PublishFramer, "carrying", counting_carrying)
+    headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    async with connected(broker.url, amqp_queue="q", queue_shards=8) as publisher:
+        outgoing = Outgoing(ids(3), payloads(3), [2, 2, 5], 0, headers)
+        assert list(await publisher.publish(outgoing)) == [ACKED] * 3
+    assert len(laid_out) == 2
+    assert [message.routing_key for message in broker.published] == ["q.2", "q.2", "q.5"]
+    assert [message.properties.headers for message in broker.published] == [headers] * 3
