@@ -196,7 +196,7 @@ class PublishConnection:
         )
 
     def _framer(self, shard: int, headers: Mapping[str, str] | None) -> PublishFramer:
-        # A layout with headers takes about 15 µs: it is made only for the shards of the batch, not for all of up to 256.
+        # A layout with headers takes about 15 µs: it is made only for the shards of the batch, of up to 256.
         framer = self._framers[shard]
         return framer.with_headers(headers) if headers else framer
 

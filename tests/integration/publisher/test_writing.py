@@ -80,13 +80,13 @@ async def test_a_batch_lays_out_the_headers_of_a_trace_for_its_own_shards_only(
 ) -> None:
     """With 256 shards, a layout for each of them would hold up the event loop for 4 ms a request."""
     laid_out: list[PublishFramer] = []
-    carrying = PublishFramer.carrying
+    with_headers = PublishFramer.with_headers
 
-    def counting_carrying(framer: PublishFramer, headers: Mapping[str, str]) -> PublishFramer:
+    def counting_with_headers(framer: PublishFramer, headers: Mapping[str, str]) -> PublishFramer:
         laid_out.append(framer)
-        return carrying(framer, headers)
+        return with_headers(framer, headers)
 
-    monkeypatch.setattr(PublishFramer, "carrying", counting_carrying)
+    monkeypatch.setattr(PublishFramer, "with_headers", counting_with_headers)
     headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     async with connected(broker.url, amqp_queue="q", queue_shards=8) as publisher:
         outgoing = Outgoing(ids(3), payloads(3), [2, 2, 5], 0, headers)
