@@ -6,6 +6,7 @@ next. Under load a request therefore costs fewer queries (scripts/bench compare,
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from copy import copy
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
@@ -21,7 +22,11 @@ class Coalescer(Generic[K, V]):
     def __init__(
         self, fetch_all: Callable[[Sequence[K]], Awaitable[Sequence[V]]], *, weigh: Callable[[K], int] = lambda _: 1
     ) -> None:
-        """`fetch_all` returns one value per key, in order. Every lookup of a query raises what `fetch_all` raises."""
+        """`fetch_all` returns one value per key, in order.
+
+        What it raises, every lookup of its query raises as a copy of its own, without the cause. A traceback holds all
+        frames up to the request's body: one exception for all lookups would hold the bodies of all.
+        """
         self._fetch_all = fetch_all
         self._weigh = weigh
         self._waiting: list[tuple[K, asyncio.Future[V]]] = []
@@ -33,7 +38,11 @@ class Coalescer(Generic[K, V]):
         self._waiting.append((key, value))
         if len(self._queries) < MAX_QUERIES:
             self._queries.add(asyncio.create_task(self._run()))
-        return await value
+        try:
+            return await value
+        finally:
+            # The future holds the exception, whose traceback holds this frame: without this, a cycle.
+            del value
 
     async def _run(self) -> None:
         try:
@@ -55,7 +64,7 @@ class Coalescer(Generic[K, V]):
             for _, value in group:
                 if not value.done():
                     if isinstance(error, Exception):
-                        value.set_exception(error)
+                        value.set_exception(copy(error))
                     else:
                         value.cancel()
             if not isinstance(error, Exception):

@@ -1,6 +1,8 @@
 """Coalescing: lookups in flight share queries; each gets its own answer, from a query that began after the lookup."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -105,6 +107,39 @@ async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again()
     gate.set_result(None)
     assert [type(answer) for answer in await asyncio.gather(*answers, return_exceptions=True)] == [LookupError] * 5
     assert len(queries) <= MAX_QUERIES
+
+
+async def test_each_failed_lookup_raises_an_exception_of_its_own_and_leaves_no_cycle() -> None:
+    """A traceback holds the frames of its request: one exception for all lookups would hold the bodies of all."""
+
+    class Body:
+        pass
+
+    async def fetch_all(_: Sequence[int]) -> list[int]:
+        await turns()
+        raise LookupError("gone") from OSError()
+
+    coalescer = Coalescer(fetch_all)
+    bodies: list[weakref.ref[Body]] = []
+
+    async def look_up(key: int) -> BaseException:
+        body = Body()
+        bodies.append(weakref.ref(body))
+        try:
+            return LookupError(await coalescer.get(key))
+        except LookupError as error:
+            return error
+
+    gc.disable()
+    try:
+        errors = await asyncio.gather(*(look_up(key) for key in range(5)))
+        assert [(str(error), error.__cause__) for error in errors] == [("gone", None)] * 5
+        assert len(set(map(id, errors))) == 5
+        del errors
+        await turns()
+        assert [body() for body in bodies] == [None] * 5
+    finally:
+        gc.enable()
 
 
 async def test_a_cancelled_lookup_does_not_disturb_the_others() -> None:
