@@ -16,6 +16,7 @@ from gateway import errors
 from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
+    MAX_ECHO,
     Bulk,
     ErrorRow,
     Message,
@@ -41,6 +42,7 @@ class Draft(NamedTuple):
     """The valid messages of a request, and error rows for the others."""
 
     messages: list[Message]
+    recipients: list[str]  # one per message
     list_numbers: list[str]  # one per message, with the request's default
     indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
@@ -67,10 +69,13 @@ class Origin(NamedTuple):
 
 
 class Batch(msgspec.Struct, frozen=True):
-    """The messages to publish with their AMQP messages, and error rows for the other messages of the request."""
+    """The AMQP messages to publish, and error rows for the messages of the request that are not published.
+
+    The request's texts are in the payloads alone: decoded, they may take four times the memory.
+    """
 
     ids: list[str]  # one per message
-    messages: list[Message]
+    recipients: list[str]  # one per message
     indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
     outgoing: Outgoing
@@ -80,7 +85,7 @@ class Batch(msgspec.Struct, frozen=True):
         """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope."""
         if self.placements is None:
             return outcomes
-        spread = bytearray(len(self.messages))
+        spread = bytearray(len(self.ids))
         for (_, positions), outcome in zip(self.placements, outcomes, strict=True):
             for position in positions:
                 spread[position] = outcome
@@ -115,16 +120,17 @@ def _validate_whole(bulk: Bulk) -> Draft | None:
         return None
     if not clean:
         return None
-    return Draft(messages, list_numbers, range(len(messages)), [], len(messages))  # type: ignore[arg-type]  # all strings
+    return Draft(messages, recipients, list_numbers, range(len(messages)), [], len(messages))  # type: ignore[arg-type]  # all strings
 
 
 def _validate_each(bulk: Bulk) -> Draft:
-    draft = Draft([], [], indexes := [], [], len(bulk.messages))
+    draft = Draft([], [], [], indexes := [], [], len(bulk.messages))
     for index, message in enumerate(bulk.messages):
         list_number = message.list_number or bulk.list_number
         refusal = _refusal(message, list_number)
         if refusal is None:
             draft.messages.append(_as_sent(message))
+            draft.recipients.append(message.to)  # type: ignore[arg-type]  # checked above
             draft.list_numbers.append(list_number)  # type: ignore[arg-type]  # checked above
             indexes.append(index)
         else:
@@ -170,9 +176,9 @@ def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin,
     A message's id depends only on its index. So it stays the same when the batch runs again under an Idempotency-Key,
     even if another version refuses other messages, or a list has become inactive.
     """
-    messages, list_numbers, indexes, rows, _ = draft
-    if not lists.keys() >= set(list_numbers):
-        messages, list_numbers, indexes, rows, _ = _drop_unresolved(draft, lists)
+    if not lists.keys() >= set(draft.list_numbers):
+        draft = _drop_unresolved(draft, lists)
+    messages, recipients, list_numbers, indexes, rows, _ = draft
     used = ids.messages if len(indexes) == draft.size else [ids.messages[index] for index in indexes]
     account_id, request_id, accepted_at = origin
     contents = [
@@ -181,7 +187,7 @@ def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin,
             account_id,
             lists[list_number],
             list_number,
-            message.to,  # type: ignore[arg-type]  # validated: a string
+            recipient,
             message.body.replace(MACRO, message_id),  # type: ignore[union-attr]  # validated: a string
             message.wrap_links is True,
             message.contact_data,
@@ -190,14 +196,16 @@ def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin,
             request_id,
             index,
         )
-        for message, list_number, message_id, index in zip(messages, list_numbers, used, indexes, strict=True)
+        for message, recipient, list_number, message_id, index in zip(
+            messages, recipients, list_numbers, used, indexes, strict=True
+        )
     ]
     if layout.is_plain:
         outgoing = Outgoing(used, [encode(content) for content in contents], None, account_id)
-        return Batch(used, messages, indexes, rows, outgoing)
+        return Batch(used, recipients, indexes, rows, outgoing)
     placements = place([content.list_id for content in contents], layout)
     outgoing = _pack(contents, placements, ids.envelopes, account_id, layout)
-    return Batch(used, messages, indexes, rows, outgoing, placements)
+    return Batch(used, recipients, indexes, rows, outgoing, placements)
 
 
 def _pack(
@@ -215,16 +223,19 @@ def _pack(
 
 def _drop_unresolved(draft: Draft, lists: Mapping[str, int]) -> Draft:
     """Return the draft without the messages whose list number is not in `lists`, and an error row for each."""
-    kept = Draft([], [], indexes := [], list(draft.rows), draft.size)
-    for message, list_number, index in zip(draft.messages, draft.list_numbers, draft.indexes, strict=True):
+    kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size)
+    for message, recipient, list_number, index in zip(
+        draft.messages, draft.recipients, draft.list_numbers, draft.indexes, strict=True
+    ):
         if list_number in lists:
             kept.messages.append(message)
+            kept.recipients.append(recipient)
             kept.list_numbers.append(list_number)
             indexes.append(index)
         else:
-            kept.rows.append(_row(index, message.to, errors.LIST_NOT_FOUND))
+            kept.rows.append(_row(index, recipient, errors.LIST_NOT_FOUND))
     return kept
 
 
 def _row(index: int, to: object, refusal: errors.Refusal) -> ErrorRow:
-    return ErrorRow(index, to if isinstance(to, str) else None, refusal.code, refusal.sentence)
+    return ErrorRow(index, to[:MAX_ECHO] if isinstance(to, str) else None, refusal.code, refusal.sentence)

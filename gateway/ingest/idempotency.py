@@ -10,7 +10,6 @@ Stripe.)
 """
 
 import asyncio
-import hashlib
 import logging
 import random
 import re
@@ -56,7 +55,7 @@ class Submission(NamedTuple):
 
     account_id: int
     key: str
-    body: bytes
+    body_sha256: bytes
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
 
@@ -116,7 +115,7 @@ class KeyedClaim(Claim):
         known = await self._queries.hold_key(
             sent.account_id,
             sent.key,
-            hashlib.sha256(sent.body).digest(),
+            sent.body_sha256,
             first_id=self._block.first,
             holder=self._holder,
             hold_s=self._idempotency.hold_s,

@@ -14,6 +14,7 @@ from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
+MAX_ECHO = 64  # contract: characters of `to` in an error row
 # The elements of a body above both bounds are counted before it is decoded. Few valid bodies have so many commas.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
 

@@ -76,7 +76,7 @@ async def test_one_bad_message_costs_only_itself(
     assert answer["queued_count"] == 2
     (row,) = answer["errors"]
     to = bad.get("to")
-    assert row == {"index": 1, "to": to if isinstance(to, str) else None, "code": code, "error": row["error"]}
+    assert row == {"index": 1, "to": to[:64] if isinstance(to, str) else None, "code": code, "error": row["error"]}
     assert row["error"]
     assert [payload["body"] for payload in await queue.take_payloads()] == ["before", "after"]
 

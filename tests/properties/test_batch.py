@@ -3,12 +3,13 @@
 import json
 import re
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.ingest import batch
+from gateway.ingest import batch, wire
 from gateway.ingest.batch import Draft
 from gateway.ingest.wire import Bulk, decode_bulk
 from tests.properties import MORE
@@ -17,6 +18,7 @@ from tests.support.batch_model import (
     OWNED,
     assert_as_the_model_says,
     build,
+    is_e164,
     only_payload,
     request_of,
 )
@@ -116,6 +118,16 @@ def test_the_fast_path_and_the_slow_path_agree(sent: list[Any], top_level: dict[
     assert [draft.rows[0].code for draft in alone if draft.rows] == [row.code for row in whole.rows]
 
 
+@EXAMPLES
+@given(sent=batches, top_level=defaults)
+@example(sent=[[1], {"to": 5}, {}], top_level={})
+def test_a_body_with_very_many_values_is_decoded_as_any_other(sent: list[Any], top_level: dict[str, Any]) -> None:
+    body = request_of(sent, **top_level)
+    with patch.multiple(wire, LARGE_BODY_BYTES=-1, MANY_COMMAS=-1):
+        large = batch.validate(decode_bulk(body))
+    assert comparable(large) == comparable(batch.validate(decode_bulk(body)))
+
+
 def comparable(draft: Draft) -> tuple[Any, ...]:
     """Return all that shows of a draft from outside: its payloads and its rows."""
     lists = {number: n for n, number in enumerate(sorted(set(draft.list_numbers)))}
@@ -125,6 +137,19 @@ def comparable(draft: Draft) -> tuple[Any, ...]:
         draft.list_numbers,
         msgspec.to_builtins(draft.rows),
     )
+
+
+@EXAMPLES
+@given(to=st.text(min_size=1, max_size=200), beside=st.sampled_from([{}, {"wrap_links": 0}]), is_owned=st.booleans())
+@example(to="\N{PILE OF POO}" * 200, beside={}, is_owned=True)
+@example(to="+" + "1" * 15, beside={}, is_owned=False)
+def test_a_row_repeats_the_first_64_characters_of_its_recipient(
+    to: str, beside: dict[str, Any], is_owned: bool
+) -> None:
+    draft = batch.validate(decode_bulk(request_of([GOOD | {"to": to} | beside])))
+    rows = build(draft, lists=OWNED if is_owned else {}).rows
+    assert [row.to for row in rows] == [to[:64]] * len(rows)
+    assert len(rows) == 1 or is_e164(to)
 
 
 @EXAMPLES

@@ -93,7 +93,7 @@ def model(body: bytes) -> Answer:
         code = model_code(message, request.get("list_number"))
         if code:
             to = message.get("to") if isinstance(message, dict) else None
-            rows.append((index, to if isinstance(to, str) else None, code))
+            rows.append((index, to[:64] if isinstance(to, str) else None, code))
         else:
             told = model_payload(message, request.get("list_number"), index, ids(len(messages))[index])
             payloads.append(list(told.items()))

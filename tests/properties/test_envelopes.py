@@ -45,7 +45,7 @@ def test_the_outcome_of_an_envelope_is_the_outcome_of_each_sms_in_it(
 ) -> None:
     placed = place(lists, layout)
     outcomes = bytes(data.draw(st.lists(st.integers(2, 5), min_size=len(placed), max_size=len(placed))))
-    batch = Batch([], [None] * len(lists), [], [], Outgoing([], []), placed)  # type: ignore[list-item]
+    batch = Batch([""] * len(lists), [], [], [], Outgoing([], []), placed)
     spread = batch.outcomes_of_messages(outcomes)
     assert len(spread) == len(lists)
     for (_, positions), outcome in zip(placed, outcomes, strict=True):

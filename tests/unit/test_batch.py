@@ -120,7 +120,7 @@ def test_a_foreign_list_costs_a_row_and_its_id_and_nothing_else() -> None:
 def test_a_batch_none_of_which_is_ours_gives_rows_only() -> None:
     draft = batch.validate(decode_bulk(request_of([GOOD, GOOD])))
     prepared = build(draft, {})
-    assert (prepared.ids, prepared.outgoing.payloads, prepared.messages, list(prepared.indexes)) == ([], [], [], [])
+    assert (prepared.ids, prepared.outgoing.payloads, prepared.recipients, list(prepared.indexes)) == ([], [], [], [])
     assert [(row.index, row.code) for row in prepared.rows] == [(0, "list_not_found"), (1, "list_not_found")]
 
 
