@@ -4,8 +4,9 @@ A well-formed request is decoded in one pass into typed messages. If a value has
 message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
 """
 
-from contextlib import suppress
-from typing import Final
+import codecs
+import re
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -15,8 +16,10 @@ from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# The elements of a body above both bounds are counted before it is decoded. Few valid bodies have so many commas.
-LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
+# A body beyond both may have too many values to build. 1,000 valid messages may have as many commas; few do.
+LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 10_000
+MAX_ARRAYS = 100  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
+UTF8_PIECE_BYTES = 64 * 1024
 
 
 class Message(msgspec.Struct, gc=False):
@@ -45,6 +48,9 @@ class MistypedMessage(msgspec.Struct, gc=False):
 
 
 WRONG_TYPE: Final = object()
+_NULL: Final = memoryview(b"null")
+_is_object = re.compile(rb"[ \t\r\n]*+\{").match
+_WORDS = {b"true": True, b"false": False, b"null": None}
 
 
 class Bulk(msgspec.Struct):
@@ -56,7 +62,7 @@ class Bulk(msgspec.Struct):
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
-    """One message that was not queued. `to` is the caller's value if that is a string, otherwise null."""
+    """One message that was not queued. `to` is the start of the caller's value if that is a string, otherwise null."""
 
     index: int
     to: str | None
@@ -91,128 +97,159 @@ class Payload(msgspec.Struct, gc=False):
     index: int
 
 
-class ContactData(msgspec.Struct):
-    """The fields of `contact_data` whose types the contract defines. Other fields are not checked."""
-
-    first_name: str | None = None
-    last_name: str | None = None
-    timezone: str | None = None
-    custom_fields: dict[str, Raw] | None = None
-
-
 class _TypedBulk(msgspec.Struct):
     messages: list[Message]
     list_number: str | None = None
 
 
-class _Element:
-    """A stand-in for any element of `messages` during counting."""
-
-
-_ELEMENT = _Element()
-
-
-class _CountedBulk(msgspec.Struct):
-    messages: list[_Element] = []
-
-
-class _LooseBulk(msgspec.Struct):
-    messages: Raw = Raw(b"null")
-    list_number: Raw = Raw(b"null")
-
-
-class _LooseMessage(msgspec.Struct):
-    to: Raw = Raw(b"null")
-    list_number: Raw = Raw(b"null")
-    body: Raw = Raw(b"null")
-    wrap_links: Raw = Raw(b"null")
+class _LooseMessage(msgspec.Struct, gc=False):
+    to: Raw | UnsetType = UNSET
+    list_number: Raw | UnsetType = UNSET
+    body: Raw | UnsetType = UNSET
+    wrap_links: Raw | UnsetType = UNSET
     contact_data: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
 
 
-class _LooseContactData(msgspec.Struct):
+class ContactData(msgspec.Struct, gc=False):
+    """The fields of `contact_data` whose types the contract defines, each the last of its name, not decoded."""
+
     first_name: Raw = Raw(b"null")
     last_name: Raw = Raw(b"null")
     timezone: Raw = Raw(b"null")
     custom_fields: Raw = Raw(b"null")
 
 
+class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
+    """An array of up to MAX_MESSAGES elements: decoding fails at the next element, and at the MAX_ARRAYS-th array.
+
+    msgspec checks the length of a list only after it has built all elements, perhaps a million.
+    """
+
+    built: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _Array.built += 1
+        if _Array.built > MAX_ARRAYS:
+            raise ValueError("too many arrays")
+
+    @classmethod
+    def of(cls, element: Any) -> "type[_Array]":
+        """Return the type of arrays of such elements."""
+        fields = [(f"element_{index}", element | UnsetType, UNSET) for index in range(MAX_MESSAGES)]
+        return cast("type[_Array]", msgspec.defstruct("Array", fields, bases=(cls,)))
+
+    def elements(self) -> list[Any]:
+        """Return the elements that the array has."""
+        return [element for element in msgspec.structs.astuple(self) if element is not UNSET]
+
+
+def _bulk_of(messages: Any) -> type[msgspec.Struct]:
+    """Return a type of requests in which any value of `list_number` is decoded."""
+    fields = [("messages", messages | UnsetType, UNSET), ("list_number", Raw | UnsetType, UNSET)]
+    return msgspec.defstruct("Bulk", fields)
+
+
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
-_loose_bulk = msgspec.json.Decoder(_LooseBulk)
-_raw_list = msgspec.json.Decoder(list[Raw])
+_listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
+_loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    _bulk_of(_Array.of(_LooseMessage | str | float | bool | None) | str)
+)
+_raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
+_raw_elements = msgspec.json.Decoder(_Array.of(Raw))
 _message = msgspec.json.Decoder(Message)
 _loose_message = msgspec.json.Decoder(_LooseMessage)
+_loose_contact_data = msgspec.json.Decoder(ContactData)
 _string = msgspec.json.Decoder(str)
-_contact_data = msgspec.json.Decoder(ContactData)
-_loose_contact_data = msgspec.json.Decoder(_LooseContactData)
 
 encode = _encoder.encode
 
 
 def decode_bulk(body: bytes | bytearray) -> Bulk:
-    """Decode a request body. Raises InvalidJson, MissingMessages or TooManyMessages."""
+    """Decode a request body. Raises InvalidJson, MissingMessages or TooManyMessages.
+
+    To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
+    built that is not needed, and bytes are parsed once or twice (tests/properties/test_work_of_bodies.py).
+    """
     try:
         if not body.isascii():
-            # msgspec does not check the bytes of raw and unknown fields.
-            body.decode("utf-8")
-        if len(body) > LARGE_BODY_BYTES and body.count(b",") > MANY_COMMAS:
-            _count_before_building(body)
+            _check_utf8(body)
+        if len(body) > LARGE_BODY_BYTES:
+            if not _is_object(body):
+                raise InvalidJson
+            if body.count(b",") > MANY_COMMAS:
+                return _decode_loosely(body, _loose_bulk)
         try:
             typed = _typed_bulk.decode(body)
         except msgspec.ValidationError:
-            return _decode_loosely(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidJson from error
+            return _decode_loosely(body, _listed_bulk)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidJson from None
     _check_count(len(typed.messages))
     return Bulk(typed.messages, typed.list_number)  # type: ignore[arg-type]  # list is invariant; read only
 
 
-def _count_before_building(body: bytes | bytearray) -> None:
-    """Raise TooManyMessages at the 1,001st element, before a list of perhaps a million objects is built."""
-    seen = 0
+def _check_utf8(body: bytes | bytearray) -> None:
+    """Raise UnicodeDecodeError for invalid UTF-8: msgspec does not check the bytes of raw and unknown fields.
 
-    def count(_kind: type, _element: object) -> _Element:
-        nonlocal seen
-        seen += 1
-        if seen > MAX_MESSAGES:
-            raise TooManyMessages
-        return _ELEMENT
-
-    with suppress(msgspec.ValidationError):  # decode_bulk reports these
-        msgspec.json.decode(body, type=_CountedBulk, dec_hook=count)
+    In pieces, because a character may take four times its bytes in Python.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for start in range(0, len(body), UTF8_PIECE_BYTES):
+        decoder.decode(body[start : start + UTF8_PIECE_BYTES])
+    decoder.decode(b"", True)
 
 
-def _decode_loosely(body: bytes | bytearray) -> Bulk:
-    """Decode a body in which some value has the wrong type, message by message."""
-    bulk = _loose_bulk.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
-    if _first_byte(bulk.messages) != b"[":
-        raise MissingMessages
-    elements = _raw_list.decode(bulk.messages)
-    _check_count(len(elements))
-    messages = [_decode_message(element) for element in elements]
-    return Bulk(messages, _string_or_none(bulk.list_number), typed=False)
-
-
-def _decode_message(element: Raw) -> Message | MistypedMessage:
+def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> Bulk:
+    """Decode a body in which some value has the wrong type, or that has very many values."""
+    _Array.built = 0
     try:
-        return _message.decode(element)
+        bulk = decoder.decode(body)
+        elements = _elements(bulk.messages)
+    except msgspec.ValidationError:  # no such array, or too long; or that is true of a `messages` before the last
+        bulk = _raw_bulk.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+        elements = _split(bulk.messages)
+    _check_count(len(elements))
+    return Bulk([_message_of(element) for element in elements], _string_or_none(bulk.list_number), typed=False)
+
+
+def _elements(messages: object) -> list[Any]:
+    if isinstance(messages, _Array):
+        return messages.elements()
+    return messages if isinstance(messages, list) else []
+
+
+def _split(messages: Raw | UnsetType) -> list[Any]:
+    """Return the elements of an array, whatever it contains."""
+    if messages is UNSET or _first_byte(messages) != b"[":
+        return []
+    _Array.built = 0
+    try:
+        return _raw_elements.decode(messages).elements()
     except msgspec.ValidationError:
-        pass
-    if _first_byte(element) != b"{":
+        raise TooManyMessages from None
+
+
+def _message_of(element: object) -> Message | MistypedMessage:
+    if isinstance(element, Raw):
+        try:
+            return _message.decode(element)
+        except msgspec.ValidationError:
+            element = _loose_message.decode(element) if _first_byte(element) == b"{" else None
+    if not isinstance(element, _LooseMessage):
         return MistypedMessage()
-    loose = _loose_message.decode(element)
-    return MistypedMessage(
-        to=_string_or_none(loose.to),
-        list_number=_string_or_none(loose.list_number),
-        body=_string_or_none(loose.body),
-        wrap_links={b"true": True, b"false": False, b"null": None}.get(bytes(loose.wrap_links), WRONG_TYPE),
-        contact_data=loose.contact_data,
-        metadata=loose.metadata,
-    )
+    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
+    word = b"null" if element.wrap_links is UNSET else bytes(memoryview(element.wrap_links)[:6])
+    wrap_links = _WORDS.get(word, WRONG_TYPE)
+    kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
+    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
+    return message
 
 
-def _string_or_none(value: Raw) -> object:
+def _string_or_none(value: Raw | UnsetType) -> object:
+    if value is UNSET:
+        return None
     start = _first_byte(value)
     if start == b'"':
         return _string.decode(value)
@@ -232,7 +269,7 @@ def _check_count(count: int) -> None:
 
 def is_absent(value: Raw | UnsetType) -> bool:
     """Return True if an optional object was left out, or sent as null."""
-    return value is UNSET or bytes(value) == b"null"
+    return value is UNSET or memoryview(value) == _NULL  # no copy: the value may have megabytes
 
 
 def is_object(value: Raw | UnsetType) -> bool:
@@ -241,20 +278,12 @@ def is_object(value: Raw | UnsetType) -> bool:
 
 
 def is_contact_data(value: Raw | UnsetType) -> bool:
-    """Return True if a raw value is an object whose known fields have the contract's types."""
+    """Return True if a raw value is an object whose known fields, each time the last of its name, have their types."""
     if value is UNSET:
         return False
     try:
-        _contact_data.decode(value)
-    except msgspec.ValidationError:
-        return is_object(value) and _is_valid_by_last_values(value)
-    except RecursionError:
+        last = _loose_contact_data.decode(value)
+    except (msgspec.ValidationError, RecursionError):
         return False
-    return True
-
-
-def _is_valid_by_last_values(value: Raw) -> bool:
-    """Return True if the last value of each known field has its type: msgspec checks every repetition of a field."""
-    last = _loose_contact_data.decode(value)
     texts = last.first_name, last.last_name, last.timezone
-    return {_first_byte(text) for text in texts} <= {b'"', b"n"} and _first_byte(last.custom_fields) in (b"{", b"n")
+    return all([_first_byte(text) in b'"n' for text in texts]) and _first_byte(last.custom_fields) in b"{n"

@@ -260,6 +260,27 @@ def test_a_body_full_of_tiny_elements_is_refused_before_a_list_of_them_is_built(
     assert peak < 1_000_000
 
 
+MANY, SIX_HUNDRED = (b"[" + b"{}," * (count - 1) + b"{}]" for count in (200_000, 600))
+REPEATED = {
+    "200,000 before one": (b'{"messages":%s,"messages":[%s]}' % (MANY, GOOD), 1),
+    "of any type": (b'{"messages":1,"messages":%s,"messages":[1e400,[],"x",{},%s]}' % (MANY, GOOD), 5),
+    "600 and 600": (b'{"messages":%s,"messages":%s,"x":%s}' % (SIX_HUNDRED, SIX_HUNDRED, MANY), 600),
+    "one after the other": (b"{" + b'"messages":[{}],' * 100_000 + b'"messages":[{},{}]}', 2),
+    "with an escaped name": (b"{" + rb'"m\u0065ssages":[{}],' * 100_000 + rb'"messag\u0065s":[{},{}]}', 2),
+}
+
+
+@pytest.mark.parametrize(("body", "count"), REPEATED.values(), ids=REPEATED)
+def test_the_last_messages_count_also_where_a_body_has_very_many_values(body: bytes, count: int) -> None:
+    assert len(decode_bulk(body).messages) == count
+
+
+@pytest.mark.parametrize("last", [b"null", b"1", b'"x"', b"{}", b"[]"])
+def test_a_large_body_without_messages_says_so(last: bytes) -> None:
+    with pytest.raises(MissingMessages):
+        decode_bulk(b'{"messages":%s,"messages":%s}' % (MANY, last))
+
+
 def test_commas_in_texts_are_not_elements() -> None:
     messages = [{"to": "+1", "body": "," * 5_000, "metadata": {"a": [1, 2, {}]}}] * 1000
     assert len(decode_bulk(json.dumps({"messages": messages}).encode()).messages) == 1000

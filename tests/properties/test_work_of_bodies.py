@@ -1,0 +1,83 @@
+"""No body of 5 MB, valid or not, costs much more to process than a clean one of its size. Promises 10 and 13.
+
+The event loop serves nobody else meanwhile. A ratio of CPU times within one run, with a wide margin, shows the work.
+Resident memory shows the allocations. docs/evidence/performance.md has the figures.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gateway.errors import GatewayError
+from gateway.ingest import batch
+from gateway.ingest.wire import MAX_BODY_BYTES, Answer, decode_bulk, encode
+from tests.support.bodies import PLACES, SHAPES, clean_body
+
+# Of decoding, validating, building and answering alone. Reading a body costs half as much again, whatever is in it.
+MAX_RATIO = 4.0
+MAX_PEAK_MB = 60.0
+ROUNDS = 2
+IDS = [f"{number:08}" for number in range(1_000)]
+LISTS = {"+18005551000": 7}
+
+
+def process(body: bytes) -> None:
+    """Do what the pipeline does with a body, without servers."""
+    try:
+        draft = batch.validate(decode_bulk(body))
+    except GatewayError:
+        return
+    built = batch.build(draft, LISTS, batch.BatchIds(IDS[: draft.size], []), batch.Origin(1, "r", "2026-11-23"))
+    encode(Answer(len(built.ids), len(built.rows), built.rows))
+
+
+def cpu_s(body: bytes) -> float:
+    began = time.thread_time()
+    process(body)
+    return time.thread_time() - began
+
+
+@pytest.mark.parametrize("place", [*PLACES, "all bodies"])
+def test_work_is_that_of_a_clean_body(place: str) -> None:
+    clean = min([cpu_s(clean_body()) for _ in range(2 * ROUNDS)])
+    ratios = {}
+    for shape, make in SHAPES.items():
+        if shape.endswith(f" as {place}"):
+            body = make()
+            assert 0.98 * MAX_BODY_BYTES < len(body) <= MAX_BODY_BYTES
+            ratios[shape] = min([cpu_s(body) for _ in range(ROUNDS)]) / clean
+    print(*(f"{ratio:.2f} of a clean body: {shape}" for shape, ratio in ratios.items()), sep="\n")
+    assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
+
+
+def test_no_body_takes_much_memory() -> None:
+    """In a process of its own, whose memory no other test has grown."""
+    completed = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", __name__], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    peaks = {name: float(mb) for name, mb in (line.rsplit(" ", 1) for line in completed.stdout.splitlines())}
+    print(completed.stdout)
+    assert peaks.keys() == SHAPES.keys()
+    assert {name: mb for name, mb in peaks.items() if mb > MAX_PEAK_MB} == {}
+
+
+def measure_peaks() -> Iterator[str]:
+    """Yield each shape with the highest resident memory during its processing, above that before, in MB."""
+    for name, make in SHAPES.items():
+        body = make()
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts at the present
+        before = _resident_kb("VmRSS")
+        process(body)
+        yield f"{name} {(_resident_kb('VmHWM') - before) / 1024:.1f}"
+
+
+def _resident_kb(field: str) -> int:
+    return int(Path("/proc/self/status").read_text(encoding="ascii").partition(f"{field}:")[2].split()[0])
+
+
+if __name__ == "__main__":
+    print("\n".join(measure_peaks()))

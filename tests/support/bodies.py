@@ -1,0 +1,87 @@
+"""Bodies of 5 MB in every shape that might cost more than a clean one: deep, wide, doubled, huge, escaped, mistyped."""
+
+import functools
+from collections.abc import Callable, Iterator
+from itertools import product
+
+from gateway.ingest.wire import MAX_BODY_BYTES
+
+FIELDS = b'"to":"+14155551234","list_number":"+18005551000","body":"Hi {{messageId}}"'
+GOOD = b"{" + FIELDS + b"}"
+HEAD, TAIL = b'{"messages":[', b"]}"
+
+
+def clean_body(text: bytes = b"a") -> bytes:
+    """Return 1,000 good messages with long texts, just below 5 MB."""
+    empty = b'{"to":"+14155551234","list_number":"+18005551000","body":"{{messageId}}%s"}'
+    room = MAX_BODY_BYTES // 1_000 - len(empty) - 10
+    return HEAD + b",".join([empty % (text * (room // len(text)))] * 1_000) + TAIL
+
+
+def filled(before: bytes, unit: bytes, after: bytes) -> bytes:
+    """Repeat `unit` between two parts, up to 5 MB."""
+    return before + unit * ((MAX_BODY_BYTES - len(before) - len(after)) // len(unit)) + after
+
+
+def numbered(before: bytes, unit: bytes, after: bytes) -> bytes:
+    """Repeat `unit`, which is formatted with a number of seven digits, between two parts, up to 5 MB."""
+    count = (MAX_BODY_BYTES - len(before) - len(after)) // len(unit % 0)
+    return before + b"".join([unit % number for number in range(count)]) + after
+
+
+# Where the shape stands: the bytes before and after it, which is one value.
+PLACES = {
+    "the whole body": (b"", b""),
+    "messages": (b'{"messages":', b"}"),
+    "messages after a bad one": (b'{"messages":1,"messages":', b"}"),
+    "an element": (HEAD, TAIL),
+    "the last element of a thousand": (HEAD + (GOOD + b",") * 999, TAIL),
+    "the default list": (HEAD + GOOD + b'],"list_number":', b"}"),
+    "an unknown field": (HEAD + GOOD + b'],"unknown":', b"}"),
+    "an unknown field of a message": (HEAD + b"{" + FIELDS + b',"unknown":', b"}" + TAIL),
+    "an unknown field before a bad one": (HEAD + b'{"unknown":', b',"to":1}' + TAIL),
+    "to": (HEAD + b'{"to":', b"}" + TAIL),
+    "body": (HEAD + b'{"to":"+14155551234","list_number":"+18005551000","body":', b"}" + TAIL),
+    "metadata": (HEAD + b"{" + FIELDS + b',"metadata":', b"}" + TAIL),
+    "contact_data": (HEAD + b"{" + FIELDS + b',"contact_data":', b"}" + TAIL),
+    "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
+    "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
+}
+
+Fill = Callable[[bytes, bytes, bytes], bytes]
+# How it is filled: the value's first bytes, what is repeated, its last bytes.
+VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
+    "numbers": (filled, b"[", b"1,", b"1]"),
+    "objects": (filled, b"[", b"{},", b"1]"),
+    "good messages": (filled, b"[", GOOD + b",", GOOD + b"]"),
+    "deep": (filled, b"[", b"[" * 300 + b"]" * 300 + b",", b"1]"),
+    "keys": (numbered, b"{", b'"%07d":1,', b'"last":1}'),
+    "one key": (filled, b"{", b'"a":1,', b'"a":1}'),
+    "known keys": (filled, b"{", b'"to":"a",', b'"to":"a"}'),
+    "known keys of the wrong type": (filled, b"{", b'"first_name":1,"body":1,', b'"to":1}'),
+    "arrays of messages": (filled, b"{", b'"messages":[{}],', b'"messages":[1]}'),
+    "ASCII": (filled, b'"', b"a", b'"'),
+    "emoji": (filled, b'"', "\N{PILE OF POO}".encode(), b'"'),
+    "newlines": (filled, b'"', b"\\n", b'"'),
+    "escapes": (filled, b'"', b"\\u20ac", b'"'),
+    "macros": (filled, b'"', b"{{messageId}}", b'"'),
+    "digits": (filled, b"", b"1", b"1"),
+    "fraction": (filled, b"0.", b"1", b"e5"),
+    "space": (filled, b"", b" ", b"{}"),
+}
+
+
+def _make(place: str, value: str) -> bytes:
+    before, after = PLACES[place]
+    fill, first, unit, last = VALUES[value]
+    return fill(before + first, unit, last + after)
+
+
+def _shapes() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for value, place in product(VALUES, PLACES):
+        yield f"{value} as {place}", functools.partial(_make, place, value)
+    for name, text in {"emoji": "\N{PILE OF POO}".encode(), "euros": "€".encode(), "newlines": b"\\n"}.items():
+        yield f"{name} as all bodies", functools.partial(clean_body, text)
+
+
+SHAPES: dict[str, Callable[[], bytes]] = dict(_shapes())
