@@ -12,7 +12,7 @@ from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import QUEUE_TYPES
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
 from benchmarks.drivers.workers import WorkerError
-from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, stages
+from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, stages, sweep
 from benchmarks.questions.run_report import show_run
 from benchmarks.report import page, terminal
 from benchmarks.report.document import Report
@@ -176,6 +176,39 @@ def compare_command(
     if plot is not None:
         plot.write_text(compare.rates_picture(comparison), encoding="utf-8")
     if comparison.void:
+        raise typer.Exit(EXIT_VOID)
+
+
+@app.command("sweep")
+def sweep_command(
+    *,
+    backlog: Annotated[
+        str, typer.Option(help="Messages in the queue at the start, separated by commas.")
+    ] = "0,1000000",
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = ",".join(map(str, sweep.SERIES)),
+    connections: Annotated[
+        str, typer.Option(help="Connections, separated by commas. Default: 4 to 64, and 16 to 256 for batches of 100.")
+    ] = "",
+    backoff: Annotated[bool, typer.Option(help="Also with callers that wait for Retry-After after a 503.")] = False,
+    baseline: Baseline = None,
+    rounds: Rounds = 3,
+    seconds: Seconds = 4.0,
+    json_file: JsonFile = None,
+    report_file: ReportFile = None,
+) -> None:
+    """Rate by number of connections, on an empty queue and on a backlog of messages."""
+    given = numbers(connections) if connections else ()
+    options = sweep.Options(
+        series={size: given or sweep.SERIES.get(size, sweep.SERIES[1_000]) for size in numbers(batch)},
+        backlogs=tuple(int(one) for one in backlog.split(",")),
+        backoff=(False, True) if backoff else (False,),
+        rounds=rounds,
+        seconds=seconds,
+        baseline=str(checkout_of(baseline) or ""),
+    )
+    measured = sweep.measure(options, lambda reading: typer.echo(sweep.show(reading)))
+    publish(measured, sweep.report(measured), json_file, report_file)
+    if any(reading.void for reading in measured.readings):
         raise typer.Exit(EXIT_VOID)
 
 

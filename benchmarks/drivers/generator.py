@@ -10,6 +10,7 @@ server is. Latency counts from the moment a request was due, the wait for a free
 
 import asyncio
 import math
+import random
 import ssl
 import time
 from collections import deque
@@ -47,6 +48,7 @@ class Plan(msgspec.Struct):
     share: int = 0  # the number of this worker among `shares`, which take the arrivals of an open loop in turn
     shares: int = 1
     all_bad: str = ""  # one flaw in every message: "format" or "type"
+    honours_retry_after: bool = False  # closed loop: after a 503 wait as long as it says, otherwise send at once
 
 
 def arrivals(plan: Plan) -> Iterator[float]:
@@ -145,6 +147,11 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         self._body: list[bytes] = []
+        self._retry_after_s = 0
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if name.lower() == b"retry-after":
+            self._retry_after_s = int(value)
 
     def on_body(self, body: bytes) -> None:
         self._body.append(body)
@@ -162,7 +169,7 @@ class _Connection(asyncio.Protocol):
             self._load.failed(status, body)
         self._load.completed(self._since, str(status), queued, failed=failed)
         if stays_open:
-            self._load.idle(self)
+            self._load.idle_after(self._retry_after_s, self)
         else:
             self.abort()
 
@@ -243,6 +250,13 @@ class Load:
             connection.send(next(self._requests), self._due.popleft())
         else:
             self._idle.append(connection)
+
+    def idle_after(self, retry_after_s: int, connection: _Connection) -> None:
+        """Use a connection again, after the Retry-After of its last answer if the plan says so."""
+        if retry_after_s and self._plan.honours_retry_after:
+            asyncio.get_running_loop().call_later(retry_after_s * random.uniform(1, 1.5), self.idle, connection)  # noqa: S311
+        else:
+            self.idle(connection)
 
     def lost(self, connection: _Connection) -> None:
         """Replace a connection that has ended."""

@@ -8,6 +8,7 @@ from benchmarks.drivers import runs
 from benchmarks.drivers.backends import QUEUE_TYPES, Backends, Names, with_account
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
 from benchmarks.drivers.workers import REPOSITORY
+from benchmarks.questions import sweep
 from testbed import Servers
 
 
@@ -37,6 +38,16 @@ def test_envelopes_and_shards_are_counted_to_the_last_one(backends: Backends, sy
 def test_every_type_of_queue_can_be_counted(backends: Backends, queue_type: str) -> None:
     setup = Setup(batch=100, in_flight=2, queue_type=queue_type, sms_per_message=10, warm_up_s=0.1, duration_s=0.5)
     assert runs.run(BARE_PUBLISHER, backends, setup).void == ""
+
+
+def test_a_sweep_counts_on_an_empty_queue_and_on_a_backlog(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "FILL_S", 0.5)
+    options = sweep.Options(series={10: (2,)}, rounds=1, seconds=0.5, warm_up_s=0.1)
+    for backlog in (0, 1_000):
+        (reading,) = sweep.readings_on(backends, options, backlog)
+        assert reading.void == ""
+        assert reading.messages_per_s > 0
+        assert reading.refused_per_s == 0
 
 
 def test_a_message_from_elsewhere_makes_a_run_void(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:

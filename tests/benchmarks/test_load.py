@@ -16,7 +16,7 @@ from aiohttp import web
 from benchmarks.drivers import generator
 from benchmarks.drivers.generator import Plan
 from benchmarks.drivers.latency import Recorder
-from benchmarks.drivers.workers import REPOSITORY, Result, Tick
+from benchmarks.drivers.workers import REPOSITORY, Result, Tick, start_workers
 from benchmarks.questions import load
 from benchmarks.questions.load import ExitCode, Options, Outcome, Thresholds
 from benchmarks.report import machine
@@ -258,3 +258,20 @@ def test_an_address_where_nobody_listens_is_one_line_and_exit_code_2() -> None:
     assert done.returncode == ExitCode.UNUSABLE
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+async def refuse(_request: web.Request) -> web.Response:
+    return web.json_response({"error": "", "code": "overloaded"}, status=503, headers={"Retry-After": "1"})
+
+
+@pytest.mark.parametrize(("honours_retry_after", "fewest", "most"), [(True, 4, 8), (False, 40, 10**9)])
+async def test_a_refused_caller_sends_again_at_once_or_after_retry_after(
+    honours_retry_after: bool, fewest: int, most: int
+) -> None:
+    async with served(refuse) as (url, _):
+        plan = Plan(url, "key", ["+18005551000"], batch=1, connections=4, honours_retry_after=honours_retry_after)
+        with start_workers(generator.__name__, [plan]) as workers:
+            await asyncio.to_thread(workers.wait_until_ready)
+            await asyncio.to_thread(workers.start, 0.0, 1.0)
+            (result,) = await asyncio.to_thread(workers.watch)
+    assert fewest <= result.statuses["503"] <= most
