@@ -21,13 +21,10 @@ from gateway.telemetry import log, tracing
 from gateway.web.answers import refuse_unhandled
 from gateway.web.api import make_app
 from gateway.web.connections import BoundedRunner
-from gateway.web.ops import make_ops_app
+from gateway.web.ops import make_ops_app, make_ops_runner
 from gateway.web.sockets import Limits
 
 logger = logging.getLogger(__name__)
-
-OPS_CONNECTIONS = 64  # for probes and a few operators
-OPS_SHUTDOWN_TIMEOUT_S = 1.0  # for probes and scrapes; the API has been drained by then
 
 
 def run(settings: Settings, *, workers: int = 1) -> None:
@@ -93,12 +90,6 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
     """Return the runners of operations and of the API; they listen nowhere yet."""
     settings = runtime.settings
     limits = Limits(settings.header_timeout_s, settings.answer_timeout_s, settings.max_connections)
-    ops = BoundedRunner(
-        make_ops_app(runtime),
-        limits._replace(max_connections=OPS_CONNECTIONS),
-        refuse_unhandled,
-        shutdown_timeout=OPS_SHUTDOWN_TIMEOUT_S,
-    )
     callers = BoundedRunner(
         make_app(runtime),
         limits,
@@ -108,7 +99,7 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
         keepalive_timeout=settings.keepalive_timeout_s,
         shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits for it twice: for handlers, then for connections
     )
-    return ops, callers
+    return make_ops_runner(make_ops_app(runtime), settings), callers
 
 
 async def _start(

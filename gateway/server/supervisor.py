@@ -123,10 +123,9 @@ async def supervise(settings: Settings, count: int) -> None:
         _held_port(settings.api_host, settings.api_port) as port,
     ):
         workers += [Worker(number, settings, Path(directory)) for number in range(count)]
-        runner = web.AppRunner(make_probes_app(workers), access_log=None, shutdown_timeout=PROBE_TIMEOUT_S)
-        await runner.setup()
+        runner = ops.make_ops_runner(make_probes_app(workers), settings)
         try:
-            await web.TCPSite(runner, settings.ops_host, settings.ops_port).start()
+            await runner.listen(settings.ops_host, settings.ops_port)
             environment = os.environ | {"GATEWAY_API_PORT": str(port)}
             await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
         finally:

@@ -1,0 +1,52 @@
+"""The operations listeners have the bounds of the API's, in a single process and in the supervisor of workers."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+
+import pytest
+
+from gateway.web.ops import CONNECTIONS
+from testbed import Servers
+from testbed.processes import http_get
+from tests.support.gateways import GatewayProcess, process_environment, running
+from tests.support.raw_http import exchange
+
+DESCRIPTORS = 256
+
+
+class Cramped(GatewayProcess):
+    """A gateway that may have few descriptors."""
+
+    def _command(self) -> list[str]:
+        return ["sh", "-c", f'ulimit -n {DESCRIPTORS} && exec "$@"', "sh", *super()._command()]
+
+
+@pytest.fixture(params=[1, 2], ids=["one process", "workers"])
+async def process(servers: Servers, request: pytest.FixtureRequest) -> AsyncIterator[GatewayProcess]:
+    """Run a gateway with few descriptors, alone or as a supervisor with workers."""
+    async with running(Cramped(process_environment(servers), workers=request.param)) as started:
+        yield started
+
+
+async def test_idle_connections_do_not_stop_the_probes(process: GatewayProcess) -> None:
+    """The supervisor used to run out of descriptors, and Kubernetes would then kill all workers."""
+    with ExitStack() as stack:
+        for _ in range(400):
+            idle = stack.enter_context(socket.socket())
+            idle.connect(("127.0.0.1", process.ops_port.number))
+        for path in ("/livez", "/readyz"):
+            answer = await asyncio.to_thread(http_get, process.ops_port, path)
+            assert answer is not None, path
+            assert answer[0] == 200
+        assert process.footprint().descriptors < CONNECTIONS + 100
+
+
+async def test_malformed_http_is_answered_in_json_without_a_traceback(process: GatewayProcess) -> None:
+    for request in (b"NONSENSE\r\n\r\n", b"GET /livez HTTP/1.1\r\nX-A: a\x00b\r\n\r\n"):
+        answer = await exchange(process.ops_url, request=request)
+        assert (answer.status, answer.json()["code"]) == (400, "malformed_http")
+        assert b"\r\nContent-Type: application/json\r\n" in answer.raw
+    assert "Traceback" not in process.log.read_text()
+    assert '"level":"error"' not in process.log.read_text()
