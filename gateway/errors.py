@@ -250,6 +250,17 @@ OUTCOME_UNKNOWN = Refusal(
 )
 
 
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Remove the tracebacks of an exception and of its causes, once nobody will show them.
+
+    A traceback holds its frames, and the frames hold the request's body. Where a future or a stream keeps the
+    exception, that is a cycle: the body would stay in memory until the garbage collector's next run.
+    """
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
 def kinds() -> list[type[GatewayError]]:
     """Return all refusals of a whole request that have a code, in the order of the tree above."""
     return [kind for kind in _below(GatewayError) if hasattr(kind, "code")]

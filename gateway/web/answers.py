@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound
+from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound, drop_tracebacks
 from gateway.runtime import RUNTIME
 from gateway.web.connections import accept_version, is_chunked
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID_HEADER = "X-Request-Id"
 REQUEST_ID = web.RequestKey("request_id", str)
 REFUSED_WITH = web.ResponseKey("refused_with", str)
+UNKNOWN_CODING = "The only Transfer-Encoding this service takes is chunked"
 # Characters that a log line, a header and a JSON string can carry unescaped.
 _is_safe_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 # Our own ids are a random prefix of the process and a counter: unique, without a call for randomness per request.
@@ -73,17 +74,22 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
     try:
         if not accept_version(request):
             raise MalformedHttp
+        if is_chunked(request) and ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING)).lower() != "chunked":
+            # Another coding, such as `gzip, chunked`, would reach the JSON decoder still encoded.
+            raise MalformedHttp(UNKNOWN_CODING)
         response = await handler(request)
     except GatewayError as error:
         response = refuse(error)
         if isinstance(error, MalformedHttp):
             response.force_close()  # the start of the connection's next request is unknown
+        drop_tracebacks(error)
     except web.HTTPMethodNotAllowed as error:
         response = refuse(MethodNotAllowed(", ".join(sorted(error.allowed_methods))))
     except web.HTTPNotFound:
         response = refuse(NotFound())
-    except Exception:
+    except Exception as error:
         log.exception("request %s failed", request_id)
+        drop_tracebacks(error)
         response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
     response.headers[REQUEST_ID_HEADER] = request_id
     runtime = request.app.get(RUNTIME)

@@ -7,6 +7,7 @@ from aiohttp.typedefs import Handler
 
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
+from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import BulkRequest
 from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
@@ -14,7 +15,8 @@ from gateway.telemetry.counters import AUTHENTICATE, READ
 from gateway.telemetry.requests import RequestRecord
 from gateway.web import openapi
 from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
-from gateway.web.bodies import expect_later, read_body, size_to_reserve
+from gateway.web.bodies import expect_later, read_body, size_to_reserve, weigh
+from gateway.web.connections import SLOT
 
 SEND_BULK = "/api/v2/send/bulk"
 ALLOWED = {SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
@@ -37,19 +39,28 @@ def make_app(runtime: Runtime) -> web.Application:
 async def send_bulk(request: web.Request) -> web.Response:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
     runtime, record = request.app[RUNTIME], request[RECORD]
-    with runtime.admission.admit() as slot:
-        account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.queries)
-        record.account_id = account.id
-        record.mark(AUTHENTICATE)
-        runtime.publisher.refuse_if_full(account.id)
-        slot.reserve(account.id, size_to_reserve(request))  # only now: without a valid key, no bytes are reserved
-        key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
-        body = await read_body(request, runtime.settings.body_timeout_s)
-        record.body_bytes = len(body)
-        record.mark(READ)
-        deadline = asyncio.get_running_loop().time() + runtime.settings.confirm_timeout_s
-        answer = await runtime.pipeline.run(BulkRequest(account.id, request[REQUEST_ID], body, key, deadline), record)
-        return json_answer(200, answer, REPLAYED if record.is_replayed else {})
+    slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
+    account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.queries)
+    record.account_id = account.id
+    record.mark(AUTHENTICATE)
+    runtime.publisher.refuse_if_full(account.id)
+    slot.reserve(account.id, size_to_reserve(request))  # only now: without a valid key, no bytes are reserved
+    # The pipeline alone holds the body: it can let go of it.
+    answer = await runtime.pipeline.run(await _receive(request, slot, account.id), record)
+    slot.hold_answer(len(answer))
+    return json_answer(200, answer, REPLAYED if record.is_replayed else {})
+
+
+async def _receive(request: web.Request, slot: Slot, account_id: int) -> BulkRequest:
+    """Read the body of an authenticated request, and reserve what it costs."""
+    settings, record = request.app[RUNTIME].settings, request[RECORD]
+    key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
+    body = await read_body(request, settings.body_timeout_s)
+    record.body_bytes = len(body)
+    slot.weigh(weigh(body))
+    record.mark(READ)
+    deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s
+    return BulkRequest(account_id, request[REQUEST_ID], body, key, deadline)
 
 
 async def refuse_route(request: web.Request) -> web.Response:

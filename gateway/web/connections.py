@@ -3,9 +3,12 @@
     waiting for a head ──→ in a request ──→ idle, kept alive ──first byte of the next head──→ waiting for a head
 
 - Waiting for a head: `header_timeout_s`, then 408, or a close without an answer if no byte has arrived.
-- In a request: `body_timeout_s` (bodies.py), then 408. A caller that does not read its answer is cut after
-  `answer_timeout_s`.
+- In a request: `body_timeout_s` (bodies.py), then 408. The request holds its slot until its answer is written. A
+  caller that does not read its answer is cut after `answer_timeout_s`.
 - Idle: closed by aiohttp after `keepalive_timeout_s`.
+
+All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the largest are closed. Of the requests sent
+behind one in progress, MAX_BYTES_AHEAD are read.
 
 One sweep per second looks at the heads of all connections, so that a request needs no timer for its head.
 
@@ -23,7 +26,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from email.utils import formatdate
-from heapq import nsmallest
+from heapq import nlargest, nsmallest
 from math import inf
 from typing import Any
 
@@ -31,7 +34,8 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from gateway.errors import GatewayError, InternalError, MalformedHttp, Overloaded, RequestTimeout
+from gateway.errors import GatewayError, InternalError, MalformedHttp, Overloaded, RequestTimeout, drop_tracebacks
+from gateway.ingest.admission import Slot
 from gateway.web.sockets import Limits, RepeatLog, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
@@ -42,10 +46,16 @@ SWEEP_S = 1.0
 LINGER_S = 5.0
 QUIET_S = 0.2  # the reading ends earlier if nothing arrives for this time
 MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers of 8 kB
+# Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
+MAX_COST_OF_HEADS = 64 * 1024 * 1024
+COST_OF_BYTE, COST_OF_LINE = 3, 350
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
 EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
+
+# A handler that takes a slot leaves it here. It is given back when the answer is written or the connection lost.
+SLOT = web.RequestKey("slot", Slot)
 
 # Returns the complete answer to a request that no handler sees; logs the exception, if there is one.
 Refuse = Callable[[GatewayError, BaseException | None], web.Response]
@@ -154,6 +164,7 @@ class _Server(web.Server):
         self._on_refused = on_refused
         self._evictable: deque[_Connection] = deque()
         self._is_full = False
+        self.cost_of_heads = 0  # of the incomplete ones
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
 
     def __call__(self) -> RequestHandler:
@@ -190,11 +201,28 @@ class _Server(web.Server):
             self._is_full = not waiting  # until the next sweep: the search through all connections is expensive
         return False
 
+    def bound_heads(self) -> None:
+        """Evict the connections with the most expensive incomplete heads, if all heads together are too expensive."""
+        if self.cost_of_heads > MAX_COST_OF_HEADS:
+            waiting = [connection for connection in self._connections if connection.is_waiting]
+            for connection in nlargest(1 + len(waiting) // EVICTION_SHARE, waiting, key=_Connection.cost_of_head):
+                connection.evict()
+
 
 class _Connection(RequestHandler):
     """One HTTP connection, with the bounds of the module's docstring."""
 
-    __slots__ = ("_answer_timer", "_bytes_ahead", "_head_bytes", "_server", "head_due")
+    __slots__ = (
+        "_answer_timer",
+        "_body",
+        "_bytes_ahead",
+        "_head_bytes",
+        "_head_cost",
+        "_is_half_closed",
+        "_server",
+        "_unread",
+        "head_due",
+    )
 
     def __init__(self, server: _Server, **options: Any) -> None:
         super().__init__(server, **options)
@@ -202,7 +230,11 @@ class _Connection(RequestHandler):
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self._head_bytes = 0  # of an incomplete head
+        self._head_cost = 0  # in bytes of memory
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
+        self._body = EMPTY_PAYLOAD  # of the last request that has arrived
+        self._unread = EMPTY_PAYLOAD  # of an answered request: aiohttp reads it and discards it
+        self._is_half_closed = False  # the caller sends no more, and waits for its answers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if not self._server.make_room():
@@ -212,58 +244,107 @@ class _Connection(RequestHandler):
             transport.close()
             return
         self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
+        # An answer counts as written once the kernel has all of it.
+        transport.set_write_buffer_limits(high=0)  # type: ignore[attr-defined]
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
         request = self._current_request
-        is_ahead = request is not None and request.content.is_eof()  # otherwise the data is the request's own body
+        # Otherwise the data is the request's own body, at least at first.
+        is_ahead = request is not None and request.content.is_eof()
+        queued = len(self._messages)
         super().data_received(data)
+        if len(self._messages) > queued:
+            self._note_arrival()
         waiter = self._waiter
         if waiter is not None and not waiter.done():
-            self._bound_head(len(data))
+            self._bound_head(data)
         elif self.head_due != NEVER:
             if self._request_count:  # the head is complete
-                self.head_due, self._head_bytes = NEVER, 0
+                self.head_due = NEVER
+                self._forget_head()
             else:  # the data arrived before aiohttp's task began to wait for it
-                self._head_bytes += len(data)
-        elif is_ahead:
-            self._bound_bytes_ahead(len(data))
+                self._count_head(data)
+        elif is_ahead or self._messages:
+            self._bound_bytes_ahead(data)
         elif self._head_bytes:  # the head began behind the previous request, and is complete now
-            self._head_bytes = 0
+            self._forget_head()
 
-    def _bound_head(self, size: int) -> None:
+    def _note_arrival(self) -> None:
+        """Keep the body that the next data belongs to. After an error of the parser, end the body that it was in."""
+        message, body = self._messages[-1]
+        if not isinstance(message, _ErrInfo):
+            self._body = body
+            return
+        drop_tracebacks(message.exc)  # its frames hold the data, and the message itself
+        # Without this, aiohttp would wait for the rest.
+        if self._body is self._unread:
+            self._end_unread()
+        elif not self._body.is_eof():
+            self._body.set_exception(web.RequestPayloadError())
+
+    def _end_unread(self) -> None:
+        """Let aiohttp wait no longer for the rest of a body; an error there would be logged with a traceback."""
+        if not self._unread.is_eof():
+            self._unread.feed_eof()
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols return bool | None
+        """Keep the connection open for the answers to complete requests (RFC 9112, 9.6). With TLS that cannot be."""
+        has_request = bool(self._messages) or (self._request_count > 0 and not self.is_waiting)
+        self._is_half_closed = (
+            has_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None
+        )
+        return self._is_half_closed
+
+    def _count_head(self, data: bytes) -> None:
+        cost = COST_OF_BYTE * len(data) + COST_OF_LINE * data.count(b"\n")
+        self._head_bytes += len(data)
+        self._head_cost += cost
+        self._server.cost_of_heads += cost
+        self._server.bound_heads()
+
+    def _forget_head(self) -> None:
+        self._server.cost_of_heads -= self._head_cost
+        self._head_bytes = self._head_cost = 0
+
+    def _bound_head(self, data: bytes) -> None:
         """Start the timeout of a head at its first byte, and refuse a head that is too large."""
         if self.head_due == NEVER:
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
-        self._head_bytes += size
+        self._count_head(data)
         if self._head_bytes > MAX_HEAD_BYTES:
             self._server.refusals.note("request head refused: too large")
             refusal = MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes")
             self._messages.append((_ErrInfo(refusal.status, refusal, ""), EMPTY_PAYLOAD))
-            if self._waiter is not None:
+            if self._waiter is not None and not self._waiter.done():
                 self._waiter.set_result(None)
 
-    def _bound_bytes_ahead(self, size: int) -> None:
+    def _bound_bytes_ahead(self, data: bytes) -> None:
         """Bound pipelined requests: aiohttp would read 32 of them ahead, each with up to 512 kB of body."""
         if self._messages:
-            self._head_bytes = 0
-            self._bytes_ahead += size
+            self._forget_head()
+            self._bytes_ahead += len(data)
             if self._bytes_ahead > MAX_BYTES_AHEAD and not self._buffer_paused:
-                self._pause_reading_for_buffer()  # until the next request's turn
+                self._pause_reading_for_buffer()  # until the last of them has its turn
         else:
-            self._head_bytes += size
+            self._count_head(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._server.refusals.note("request head refused: too large")
                 self.close()  # after the answer in progress
 
     def _resume_reading_if_drained(self) -> None:
-        self._bytes_ahead = 0
-        super()._resume_reading_if_drained()
+        if not self._messages:  # aiohttp would read on while there are few: each may have a large body
+            self._bytes_ahead = 0
+            super()._resume_reading_if_drained()
 
     @property
     def is_waiting(self) -> bool:
         """True without a request in progress: the connection waits for a head or for its rest."""
         return self._waiter is not None and not self._waiter.done()
+
+    def cost_of_head(self) -> int:
+        """Return the memory of an incomplete head."""
+        return self._head_cost
 
     def eviction_key(self) -> tuple[float, float]:
         """Return a key that sorts connections in eviction order."""
@@ -290,6 +371,7 @@ class _Connection(RequestHandler):
         if self._head_bytes and self.transport is not None:
             self.transport.write(_encode(self._server.refuse(refusal)))
         self.head_due = NEVER
+        self._forget_head()
         self.force_close()
 
     def pause_writing(self) -> None:
@@ -307,7 +389,12 @@ class _Connection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_answer_timer()
         self.head_due = NEVER
-        super().connection_lost(exc)
+        self._forget_head()
+        self._end_unread()
+        self._body = self._unread = EMPTY_PAYLOAD
+        # With an error, aiohttp would leave it in the future that the writing frame awaits: a cycle that holds the
+        # answer.
+        super().connection_lost(None)
 
     def _cancel_answer_timer(self) -> None:
         if self._answer_timer is not None:
@@ -326,12 +413,23 @@ class _Connection(RequestHandler):
         return answer_and_linger
 
     async def _handle_request(self, request: web.BaseRequest, *rest: Any) -> tuple[web.StreamResponse, bool]:
-        response, is_lost = await super()._handle_request(request, *rest)
+        try:
+            response, is_lost = await super()._handle_request(request, *rest)
+        finally:
+            if SLOT in request:
+                request[SLOT].give_back()
+        if isinstance(response, web.Response):
+            response.body = None  # aiohttp keeps the response until the connection's next request
+        self._unread = request.content
+        if request.content.exception() is not None:
+            self._end_unread()
+        if self._is_half_closed and not self._messages:
+            self.close()
         if (
             request.keep_alive
             and not response.keep_alive  # the caller learns only now that we close, and may have sent more
             and request.content.is_eof()  # otherwise aiohttp reads the rest of the body
-            and not (is_lost or self._force_close or self._payload_parser)
+            and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
         ):
             await self._linger()
         return response, is_lost

@@ -109,7 +109,7 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge(
         "gateway_messages_in_flight", "SMS in decoded, unanswered requests.", runtime.counters.messages_in_flight
     )
-    yield _gauge("gateway_body_bytes_in_flight", "Bytes reserved for request bodies.", admission.reserved_bytes)
+    yield _gauge("gateway_body_bytes_in_flight", "Bytes reserved for bodies and answers.", admission.reserved_bytes)
     yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it are shed.", settings.max_bytes_in_flight)
     shed: dict[tuple[str, ...], float] = {(reason,): admission.shed[reason] for reason in _SHED_REASONS}
     yield _counter(

@@ -124,3 +124,59 @@ def test_draining_is_said_before_overloaded() -> None:
         admission.closed = True
         with pytest.raises(Draining), held(admission, 10):
             pytest.fail("admitted")
+
+
+def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused() -> None:
+    admission = Admission(max_requests=10, max_bytes=1_000)
+    with admission.admit() as first, admission.admit() as second:
+        first.reserve(1, 400)
+        first.weigh(800)
+        second.reserve(2, 150)
+        with pytest.raises(Overloaded):
+            second.weigh(300)
+        assert admission.reserved_bytes == 950, "a refused body keeps what it had until its slot is given back"
+        first.weigh(400)
+        second.weigh(300)
+        assert dict(admission.bytes_of) == {1: 400, 2: 300}
+    assert (admission.reserved_bytes, admission.requests) == (0, 0)
+
+
+def test_an_account_may_not_take_more_than_its_share_by_costly_bodies() -> None:
+    admission = Admission(max_requests=100, max_bytes=1_000)
+    with admission.admit() as first, admission.admit() as second:
+        first.reserve(1, 300)
+        second.reserve(1, 300)
+        first.weigh(400)
+        with pytest.raises(Overloaded):
+            second.weigh(600)
+    assert admission.shed["account_share"] == 1
+
+
+def test_a_single_body_always_fits() -> None:
+    admission = Admission(max_requests=10, max_bytes=1_000)
+    with admission.admit() as slot:
+        slot.reserve(1, 900)
+        slot.weigh(1_800)
+        assert admission.reserved_bytes == 1_000
+
+
+def test_a_large_answer_is_counted_and_never_refused() -> None:
+    admission = Admission(max_requests=10, max_bytes=1_000)
+    with admission.admit() as slot:
+        slot.reserve(1, 900)
+        slot.hold_answer(100)
+        assert admission.reserved_bytes == 900
+        slot.hold_answer(1_500)
+        assert admission.reserved_bytes == 1_500
+        with pytest.raises(Overloaded), held(admission, 1):
+            pytest.fail("admitted beside a large answer")
+    assert admission.reserved_bytes == 0
+
+
+def test_a_slot_is_given_back_once() -> None:
+    admission = Admission(max_requests=10, max_bytes=1_000)
+    slot = admission.admit()
+    slot.reserve(1, 10)
+    for _ in range(2):
+        slot.give_back()
+        assert (admission.requests, admission.reserved_bytes, dict(admission.requests_of)) == (0, 0, {})

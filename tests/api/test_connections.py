@@ -1,0 +1,152 @@
+"""A caller's connection: broken bodies, transfer codings, half-closed connections, unread answers."""
+
+import asyncio
+import logging
+import socket
+from contextlib import ExitStack
+from urllib.parse import urlsplit
+
+import asyncpg
+import msgspec
+import pytest
+
+from gateway.web.connections import LINGER_S
+from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.raw_http import connect, exchange
+
+
+def post(gateway: GatewayUnderTest, body: bytes) -> bytes:
+    """Return a request of the gateway's caller."""
+    head = b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nX-Api-Key: %b\r\nContent-Length: %d\r\n\r\n"
+    return head % (gateway.caller.key.encode(), len(body)) + body
+
+
+async def test_a_broken_chunk_is_answered_at_once_and_gives_its_reservation_back(gateway: GatewayUnderTest) -> None:
+    key = b"X-Api-Key: " + gateway.caller.key.encode()
+    beginning = b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n" + key + b"\r\n\r\n"
+    async with connect(gateway.url) as conversation:
+        await conversation.send(beginning + b"1\r\n{\r\n")
+        await eventually(lambda: gateway.runtime.admission.reserved_bytes > 0)
+        await conversation.send(b"zz\r\n")
+        async with asyncio.timeout(gateway.runtime.settings.body_timeout_s / 2):
+            answer = await conversation.read_answer()
+        assert (answer.status, answer.json()["code"]) == (400, "malformed_http")
+        assert await conversation.is_closed()
+    await eventually(lambda: gateway.runtime.admission.requests == 0)
+    assert gateway.runtime.admission.reserved_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        b"Transfer-Encoding: gzip, chunked",
+        b"Transfer-Encoding: identity, chunked",
+        b"Transfer-Encoding: chunked, chunked",
+        b"Transfer-Encoding: chunked, gzip",
+        b"Transfer-Encoding: gzip",
+        b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked",
+    ],
+)
+async def test_a_transfer_coding_other_than_chunked_is_refused(gateway: GatewayUnderTest, lines: bytes) -> None:
+    body = gateway.caller.body()
+    answer = await exchange(
+        gateway.url,
+        headers=[b"X-Api-Key: " + gateway.caller.key.encode(), lines],
+        body=b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
+    )
+    assert (answer.status, answer.json()["code"]) == (400, "malformed_http")
+
+
+@pytest.mark.parametrize("requests", [1, 3])
+async def test_a_caller_that_half_closes_after_its_requests_gets_its_answers(
+    gateway: GatewayUnderTest, requests: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    body = gateway.caller.body()
+    writer.write(post(gateway, body) * requests)
+    writer.write_eof()
+    async with asyncio.timeout(10):
+        answers = await reader.read()
+    writer.close()
+    assert answers.count(b"HTTP/1.1 200 OK") == answers.count(b'"queued_count":1') == requests
+    assert "malformed" not in caplog.text
+
+
+async def test_a_half_closed_body_is_no_complete_request(gateway: GatewayUnderTest) -> None:
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(post(gateway, gateway.caller.body())[:-1])
+    writer.write_eof()
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    writer.close()
+    await eventually(lambda: gateway.runtime.admission.requests == 0)
+
+
+async def test_a_request_is_in_flight_until_its_answer_is_written(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(max_requests_in_flight=4, answer_timeout_s=2.0))
+    admission, account_id = gateway.runtime.admission, gateway.caller.account_id
+    request = post(gateway, msgspec.json.encode({"messages": [{"to": "\1" * 64}] * 1_000}))
+    with ExitStack() as stack:
+        for _ in range(3):  # an account alone may hold three of four slots
+            unread = stack.enter_context(socket.socket())
+            unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            unread.connect((urlsplit(gateway.url).hostname, urlsplit(gateway.url).port))
+            unread.setblocking(False)
+            await fill_with_unread_answers(unread, request)
+        assert admission.requests == admission.requests_of[account_id] == 3
+        assert admission.reserved_bytes > 3 * 256 * 1024, "the answers, which are larger than the bodies"
+        assert (await gateway.send([gateway.message()]))[0] == 503
+        await eventually(lambda: admission.requests == 0, timeout=20)  # answer_timeout_s has passed
+        assert (admission.reserved_bytes, dict(admission.bytes_of)) == (0, {})
+        assert (await gateway.send([gateway.message()]))[0] == 200
+
+
+async def fill_with_unread_answers(sender: socket.socket, request: bytes) -> None:
+    """Send requests over a socket until it has taken nothing for half a second."""
+    requests, at, moved = request * 40, 0, asyncio.get_running_loop().time()
+    while asyncio.get_running_loop().time() < moved + 0.5:
+        try:
+            at += sender.send(requests[at : at + 65536])
+            moved = asyncio.get_running_loop().time()
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_body_with_wide_characters_reserves_what_it_costs(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings())
+    admission = gateway.runtime.admission
+    database = await asyncpg.connect(gateway.runtime.settings.database_url)
+    try:
+        for text, factor in (("plain", 1), ("\N{PILE OF POO}", 2), ("\\ud83d\\udca9", 2)):
+            body = gateway.caller.body(body="TEXT").replace(b"TEXT", text.encode())
+            async with database.transaction():
+                await database.execute("LOCK TABLE sending_lists")
+                request = asyncio.create_task(gateway.post(body))
+                weight = factor * len(body)
+                await eventually(lambda weight=weight: admission.reserved_bytes == weight)  # type: ignore[misc]
+            assert (await request)[0] == 200
+    finally:
+        await database.close()
+
+
+@pytest.mark.parametrize("end", [b"zz\r\n", None], ids=["a broken chunk", "a hang-up"])
+async def test_a_body_that_breaks_after_its_refusal_is_no_error(
+    gateway: GatewayUnderTest, end: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connect(gateway.url) as conversation:
+        await conversation.send(b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n{\r\n")
+        assert (await conversation.read_answer()).status == 404
+        if end is not None:
+            await conversation.send(end)
+            async with asyncio.timeout(LINGER_S / 2):
+                assert await conversation.is_closed()
+    await asyncio.sleep(0.1)
+    assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
