@@ -1,9 +1,12 @@
 """A caller's connection: broken bodies, transfer codings, half-closed connections, unread answers."""
 
 import asyncio
+import gc
 import logging
 import socket
-from contextlib import ExitStack
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -150,3 +153,76 @@ async def test_a_body_that_breaks_after_its_refusal_is_no_error(
                 assert await conversation.is_closed()
     await asyncio.sleep(0.1)
     assert [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")] == []
+
+
+PIECE = bytes(64 * 1024)
+CHUNKS = b"".join(b"%x\r\n%b\r\n" % (len(PIECE), PIECE) for _ in range(79))
+UNFINISHED = {
+    "too slow": (b"Content-Length: 5000000", PIECE * 70, 408),
+    "too large": (b"Transfer-Encoding: chunked", CHUNKS + CHUNKS[:200_000], 413),
+    "a broken chunk": (b"Transfer-Encoding: chunked", CHUNKS + b"zz\r\n", 400),
+    "a hang-up": (b"Content-Length: 5000000", PIECE * 70, None),
+}
+
+
+@pytest.mark.parametrize(("line", "body", "status"), UNFINISHED.values(), ids=UNFINISHED)
+async def test_what_was_read_of_a_failed_body_does_not_wait_for_the_garbage_collector(
+    start_gateway: StartGateway, make_settings: MakeSettings, line: bytes, body: bytes, status: int | None
+) -> None:
+    gateway = await start_gateway(make_settings(body_timeout_s=0.5))
+    admission, key = gateway.runtime.admission, b"X-Api-Key: " + gateway.caller.key.encode()
+    with traced_without_collector() as kept_mb:
+        for _ in range(4):
+            async with connect(gateway.url) as conversation:
+                head = b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\n%b\r\n%b\r\n\r\n" % (key, line)
+                await conversation.send(head + body)
+                if status is None:
+                    await eventually(lambda: admission.reserved_bytes > 0)
+                    await asyncio.sleep(0.1)
+                else:
+                    assert (await conversation.read_answer()).status == status
+            await eventually(lambda: admission.requests == 0)
+        await asyncio.sleep(0.1)
+        assert kept_mb() < 4, "less than one body"
+
+
+LARGE_ANSWER = msgspec.json.encode({"messages": [{"to": "\1" * 64}] * 1_000})
+
+
+async def test_an_answer_does_not_stay_with_an_idle_connection(gateway: GatewayUnderTest) -> None:
+    request = post(gateway, LARGE_ANSWER)
+    with traced_without_collector() as kept_mb:
+        async with AsyncExitStack() as stack:
+            for _ in range(8):
+                idle = await stack.enter_async_context(connect(gateway.url))
+                await idle.send(request)
+                assert (await idle.read_answer()).status == 200
+            assert kept_mb() < 1, "less than two answers"
+
+
+async def test_an_unread_answer_does_not_outlive_its_connection(gateway: GatewayUnderTest) -> None:
+    request = post(gateway, LARGE_ANSWER)
+    with traced_without_collector() as kept_mb:
+        for _ in range(3):
+            with socket.socket() as unread:
+                unread.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                unread.connect((urlsplit(gateway.url).hostname, urlsplit(gateway.url).port))
+                unread.setblocking(False)
+                await fill_with_unread_answers(unread, request)
+                assert gateway.runtime.admission.requests == 1
+            await eventually(lambda: gateway.runtime.admission.requests == 0)
+        await asyncio.sleep(0.1)
+        assert kept_mb() < 1, "less than two answers"
+
+
+@contextmanager
+def traced_without_collector() -> Iterator[Callable[[], float]]:
+    """Switch the garbage collector off; yield a function that returns the memory allocated since and kept, in MB."""
+    gc.collect()
+    gc.disable()
+    tracemalloc.start()
+    try:
+        yield lambda: tracemalloc.get_traced_memory()[0] / 1e6
+    finally:
+        tracemalloc.stop()
+        gc.enable()

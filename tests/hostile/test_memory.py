@@ -150,15 +150,6 @@ def halves_of_large_heads(attack: Attack) -> None:
     half = b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\n" + b"".join(
         b"X-%d: %b\r\n" % (number, b"a" * 7_200) for number in range(4)
     )
-    _halves(attack, half)
-
-
-def halves_of_heads_with_many_fields(attack: Attack) -> None:
-    """Open 8,000 connections, each with half a head of 120 short fields."""
-    _halves(attack, b"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\n" + b"".join(b"a%d:b\r\n" % n for n in range(120)))
-
-
-def _halves(attack: Attack, half: bytes) -> None:
     for _ in range(8_000):
         attack.connect().sendall(half)
 
@@ -190,7 +181,6 @@ ROWS = [
     Row(answers_that_nobody_reads, 512, is_flood=True),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
-    Row(halves_of_heads_with_many_fields, 384),
     Row(a_mix_of_all, 512, is_flood=True),
 ]
 
