@@ -214,6 +214,7 @@ class _Connection(RequestHandler):
 
     __slots__ = (
         "_answer_timer",
+        "_answered",
         "_body",
         "_bytes_ahead",
         "_head_bytes",
@@ -232,6 +233,7 @@ class _Connection(RequestHandler):
         self._head_bytes = 0  # of an incomplete head
         self._head_cost = 0  # in bytes of memory
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
+        self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
         self._unread = EMPTY_PAYLOAD  # of an answered request: aiohttp reads it and discards it
         self._is_half_closed = False  # the caller sends no more, and waits for its answers
@@ -290,9 +292,11 @@ class _Connection(RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols return bool | None
         """Keep the connection open for the answers to complete requests (RFC 9112, 9.6). With TLS that cannot be."""
-        has_request = bool(self._messages) or (self._request_count > 0 and not self.is_waiting)
         self._is_half_closed = (
-            has_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None
+            self._request_count > self._answered
+            and self._body.is_eof()
+            and self._payload_parser is None
+            and self.ssl_context is None
         )
         return self._is_half_closed
 
@@ -416,6 +420,7 @@ class _Connection(RequestHandler):
         try:
             response, is_lost = await super()._handle_request(request, *rest)
         finally:
+            self._answered += 1
             if SLOT in request:
                 request[SLOT].give_back()
         if isinstance(response, web.Response):

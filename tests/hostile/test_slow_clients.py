@@ -302,3 +302,19 @@ async def test_an_account_with_slow_bodies_and_too_many_requests_does_not_starve
             assert answered > 0
             assert disturbed_p99_ms < max(BOUND_MS, 2 * undisturbed_p99_ms)
         assert gateway.alarms() == []
+
+
+async def test_connections_whose_callers_hang_up_after_the_answer_are_closed(servers: Servers) -> None:
+    """The end of the stream may arrive before aiohttp waits for the next request. It is no half-closed request then."""
+    async with open_gateway(servers) as gateway:
+        request, parts = table.post(b"{}", key=None), urlsplit(gateway.url)
+        before = gateway.descriptors()
+
+        def call() -> None:
+            for _ in range(500):
+                with socket.create_connection((parts.hostname, parts.port)) as calling:
+                    calling.sendall(request)
+                    calling.recv(65536)
+
+        await asyncio.gather(*(asyncio.to_thread(call) for _ in range(4)))
+        await eventually(lambda: gateway.descriptors() <= before + 2, timeout=10)
