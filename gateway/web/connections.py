@@ -251,6 +251,8 @@ class _Connection(RequestHandler):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
+            return  # the parser has failed, and each further error of it would quote the data
         request = self._current_request
         # Otherwise the data is the request's own body, at least at first.
         is_ahead = request is not None and request.content.is_eof()

@@ -177,7 +177,7 @@ ROWS = [
     Row(uploads_that_break_off, 512, 150),
     Row(bodies_with_broken_chunks, 512, 150),
     Row(chunked_bodies_that_are_too_large, 512, 150),
-    Row(malformed_requests, 200, 200),
+    Row(malformed_requests, 150, 150),
     Row(answers_that_nobody_reads, 512, is_flood=True),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
