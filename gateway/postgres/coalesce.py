@@ -64,7 +64,7 @@ class Coalescer(Generic[K, V]):
             for _, value in group:
                 if not value.done():
                     if isinstance(error, Exception):
-                        value.set_exception(copy(error))
+                        value.set_exception(_copy_of(error))
                     else:
                         value.cancel()
             if not isinstance(error, Exception):
@@ -83,3 +83,11 @@ class Coalescer(Generic[K, V]):
             count += 1
         group, self._waiting = self._waiting[:count], self._waiting[count:]
         return group
+
+
+def _copy_of(error: Exception) -> Exception:
+    """Return a copy without traceback, or the exception itself if its constructor takes other arguments."""
+    try:
+        return copy(error)
+    except Exception:  # a constructor may raise anything, and without an answer the lookups would wait for ever
+        return error

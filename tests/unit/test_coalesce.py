@@ -168,3 +168,19 @@ async def test_a_query_takes_at_most_its_limit_and_at_least_one_lookup() -> None
                 gate.set_result(None)
         await turns()
     assert oracle.queries[2:] == [[2 * MAX_WEIGHT], [MAX_WEIGHT // 2, MAX_WEIGHT // 2], [1]]
+
+
+async def test_a_failure_that_cannot_be_copied_still_reaches_every_lookup() -> None:
+    class Particular(Exception):
+        def __init__(self, first: str, second: str) -> None:
+            super().__init__(first)
+            self.second = second
+
+    async def fail(keys: Sequence[int]) -> Sequence[int]:
+        await asyncio.sleep(0)
+        raise Particular("one", "two")
+
+    coalescer = Coalescer(fail)
+    async with asyncio.timeout(2):
+        failures = await asyncio.gather(*map(coalescer.get, range(4)), return_exceptions=True)
+    assert [type(failure) for failure in failures] == [Particular] * 4
