@@ -89,7 +89,12 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             pipeline=Pipeline(
                 queries=queries, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
             ),
-            admission=Admission(max_requests=settings.max_requests_in_flight, max_bytes=settings.max_bytes_in_flight),
+            admission=Admission(
+                max_requests=settings.max_requests_in_flight,
+                max_bytes=settings.max_bytes_in_flight,
+                broker=publisher,
+                deadline_s=settings.confirm_timeout_s,
+            ),
             counters=Counters(),
             request_log=RequestLog(settings.request_log_sample),
             tracing=tracing,

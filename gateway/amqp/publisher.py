@@ -35,7 +35,6 @@ class Publisher:
             target_s=settings.confirm_timeout_s / 16,
         )
         self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told
-        self.shed = 0  # batches refused because the window was full, or would be
         self.republished = 0  # messages published again elsewhere after their connection was lost
 
     def start(self) -> None:
@@ -61,11 +60,21 @@ class Publisher:
         """Age of the oldest unconfirmed batch in seconds; 0.0 when there is none."""
         return max((connection.oldest_age_s() for connection in self.connections.all), default=0.0)
 
-    def refuse_if_full(self, account_id: int) -> None:
-        """Raise Overloaded if the account's last batch found no room, and would find none now."""
-        if self.window.is_full(unconfirmed=self._load(), account_id=account_id):
-            self.shed += 1
-            raise Overloaded(retry_after_s=self.window.confirm_s)
+    def is_usable(self) -> bool:
+        """Return True if a batch could be written now."""
+        return self.connections.is_usable()
+
+    def weigh(self, messages: int, size: int) -> int:
+        """Return the load of a batch with this number of messages, and with `size` bytes."""
+        return self.window.weigh(messages, size)
+
+    def load_of(self, outgoing: Outgoing) -> int:
+        """Return the load of a batch."""
+        return self.window.weigh(len(outgoing), outgoing.payload_bytes)
+
+    def room(self, reserved: int = 0) -> int:
+        """Return the load that may be written now, beside the unconfirmed load and what is reserved for others."""
+        return self.window.room(self._load() + reserved)
 
     def _load(self) -> int:
         """Return the unconfirmed load, without that of draining connections."""
@@ -78,7 +87,8 @@ class Publisher:
         """Publish one batch, in order, on one channel. Wait until all is confirmed, or until the deadline.
 
         `deadline` is on the event loop's clock; None means confirm_timeout_s from now. Returns one Outcome per
-        message. Raises QueueUnavailable or Overloaded if nothing at all was written.
+        message. Raises QueueUnavailable or Overloaded if nothing at all was written. Overloaded means that the batch is
+        larger than `room()`; the caller waits for room (ingest/admission.py).
         """
         if not outgoing:
             return b""
@@ -88,18 +98,15 @@ class Publisher:
             deadline = written_at + self._settings.confirm_timeout_s
         elif deadline < written_at + TOO_LATE_S:
             raise QueueUnavailable
-        load = self.window.weigh(len(outgoing), outgoing.payload_bytes)
-        connection = self._choose(load, outgoing.account_id)
-        unconfirmed = self._load() + load
-        self.window.take(load, outgoing.account_id)
-        try:
-            outcomes = await connection.publish(outgoing, deadline)
-            if not connection.is_lost:
-                self.window.adapt(load, unconfirmed=unconfirmed, written_at=written_at, now=clock())
-            elif not self.connections.is_closed and Outcome.UNKNOWN in outcomes:
-                outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
-        finally:
-            self.window.give_back(load, outgoing.account_id)
+        connection = self._least_loaded()
+        load, unconfirmed = self.load_of(outgoing), self._load()
+        if load > self.window.room(unconfirmed):
+            raise Overloaded(retry_after_s=self.window.confirm_s)
+        outcomes = await connection.publish(outgoing, deadline)
+        if not connection.is_lost:
+            self.window.adapt(load, unconfirmed=unconfirmed + load, written_at=written_at, now=clock())
+        elif not self.connections.is_closed and Outcome.UNKNOWN in outcomes:
+            outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
         self._count(outcomes)
         return outcomes
 
@@ -122,14 +129,6 @@ class Publisher:
             if outcome == Outcome.ACKED:
                 merged[position] = outcome
         return bytes(merged)
-
-    def _choose(self, load: int, account_id: int) -> PublishConnection:
-        """Return the connection for a new batch. Raises QueueUnavailable, or Overloaded if the window has no room."""
-        connection = self._least_loaded()
-        if not self.window.has_room(load, unconfirmed=self._load(), account_id=account_id):
-            self.shed += 1
-            raise Overloaded(retry_after_s=self.window.confirm_s)
-        return connection
 
     def _least_loaded(self) -> PublishConnection:
         """Return the best usable connection. Raises QueueUnavailable if there is none.

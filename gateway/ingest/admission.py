@@ -1,30 +1,58 @@
-"""Admission: a bounded number of requests in flight, and of bytes reserved for them.
+"""Admission: a request waits for room before its body is read, and is refused only when waiting does not help.
 
-A request holds its slot until its answer has been written, or its connection is lost. It holds the bytes of its body,
-or of its answer if that is larger.
+A request holds its slot until its answer has been written, or its connection is lost. A slot is refused at once: slots
+bound how many requests wait. Then the request waits for its turn (fair_queue.py) until the confirm window has room for
+its messages and there is room for its body. Meanwhile TCP holds the caller back. An account alone may use the whole
+window.
 
-No account can take everything. Each may hold up to SHARE (amqp/window.py) times the free part of slots and of bytes.
-An account alone gets three quarters of all, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne
-1998: no setting per account, and no need to know which accounts are active.)
+The wait is limited as in CoDel (Nichols and Jacobson, ACM Queue 2012), in Facebook's adaptive form (Maurer, "Fail at
+Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter limit.
+
+No account can take all slots or bytes. Each may hold up to SHARE times the free part: three quarters for an account
+alone, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account, and no need
+to know which accounts are active.)
 """
 
+import asyncio
 import time
 from collections import Counter
-from typing import Self
+from typing import Protocol
 
-from gateway.amqp.window import fits_fair_share
-from gateway.errors import Draining, Overloaded
+from gateway.errors import Draining, GatewayError, Overloaded, QueueUnavailable
+from gateway.ingest.fair_queue import FairQueue
+from gateway.ingest.wire import MAX_MESSAGES
 
+SHARE = 3
 SMOOTHING = 0.05  # weight of the newest request in `held_s`
 NOBODY = 0  # no account has this id
+MESSAGE_BYTES = 100  # of a short message in a body: the load of a body that has not been read is estimated with it
+PREPARE_S = 0.25  # a request that is not published so long after its turn needs another one: its body may be slow
+LONG_WAIT, SHORT_WAIT = 0.5, 0.3  # longest wait as shares of the deadline: usually; after LONG_WAIT of standing
+TICK_S = 0.1  # for what frees room without the end of a request: late confirms, a grown window, PREPARE_S
+MOST_REMEMBERED = 10_000  # keys of refused requests; at this number all are forgotten
+
+
+class Broker(Protocol):
+    """The part of the publisher that admission asks for room."""
+
+    def weigh(self, messages: int, size: int) -> int:
+        """Return the load of so many messages with so many bytes."""
+
+    def room(self, reserved: int) -> int:
+        """Return the load that may be written beside the unconfirmed and the reserved load."""
+
+    def is_usable(self) -> bool:
+        """Return True if a batch could be written now."""
 
 
 class Admission:
-    """Counts the requests in flight and the bytes reserved for them, in total and by account."""
+    """The requests in flight, those waiting for room, and the bytes reserved; in total and by account."""
 
-    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
+    def __init__(self, *, max_requests: int, max_bytes: int, broker: Broker, deadline_s: float) -> None:
         self._max_requests = max_requests
         self.max_bytes = max_bytes
+        self._broker = broker
+        self._long_wait_s, self._short_wait_s = LONG_WAIT * deadline_s, SHORT_WAIT * deadline_s
         self.requests = 0
         self.reserved_bytes = 0
         self.requests_of: Counter[int] = Counter()
@@ -32,29 +60,43 @@ class Admission:
         self.held_s = 0.0  # smoothed time that a request holds its slot; the Retry-After of a shed request
         self.closed = False
         self.shed: Counter[str] = Counter()  # requests refused, by the resource that ran out
+        self._queue: FairQueue[Slot] = FairQueue()
+        self._waiting: dict[Slot, asyncio.Future[GatewayError | None]] = {}  # oldest first
+        self._standing_since = 0.0  # the time since which there are always some
+        self._timer: asyncio.TimerHandle | None = None
+        self._preparing: dict[Slot, float] = {}  # had their turn, and are not published yet; oldest first
+        self._preparing_load = 0
+        self._preparing_of: Counter[int] = Counter()  # account → load
+        self._refused_keys: dict[str, int] = {}  # API key → account, of requests beyond the account's share
+
+    @property
+    def waiting(self) -> int:
+        """Number of requests that wait for room."""
+        return len(self._waiting)
 
     def admit(self) -> "Slot":
         """Return a slot for a request, to be given back at its end. Raises Overloaded or Draining."""
         if self.closed:
             raise Draining
         if self.requests >= self._max_requests:
-            self.shed["slots"] += 1
-            raise Overloaded(retry_after_s=self.held_s)
+            raise self._overloaded("slots")
         self.requests += 1
         return Slot(self)
 
-    def refuse_beyond(self, account_id: int, requests: int, size: int) -> None:
-        """Raise Overloaded unless an account may hold so many requests, and `size` bytes more."""
-        free_requests, free_bytes = self._max_requests - self.requests, self.max_bytes - self.reserved_bytes
-        has_room = size <= free_bytes
-        # An account's only request always fits its share. The request has its slot already, so one more was free.
-        fits_share = requests <= 1 or (
-            fits_fair_share(requests, free_requests + 1)
-            and fits_fair_share(self.bytes_of[account_id] + size, free_bytes)
-        )
-        if not (has_room and fits_share):
-            self.shed["account_share" if has_room else "bytes"] += 1
-            raise Overloaded(retry_after_s=self.held_s)
+    def refuse_again(self, key: str) -> None:
+        """Raise Overloaded, without a query, if the key's account was over its share of slots and still is."""
+        account_id = self._refused_keys.pop(key, NOBODY)
+        if account_id != NOBODY:
+            self.refuse_beyond_share(account_id, key)
+
+    def refuse_beyond_share(self, account_id: int, key: str) -> None:
+        """Raise Overloaded if the account holds its share of slots. The account's only request always fits."""
+        requests = self.requests_of[account_id] + 1
+        if requests > 1 and requests > SHARE * (self._max_requests - self.requests + 1):
+            if len(self._refused_keys) >= MOST_REMEMBERED:
+                self._refused_keys.clear()
+            self._refused_keys[key] = account_id
+            raise self._overloaded("account_share")
 
     def change(self, account_id: int, requests: int, size: int) -> None:
         """Change what an account holds by so many requests and bytes."""
@@ -64,61 +106,221 @@ class Admission:
             if not counter[account_id]:
                 del counter[account_id]
 
-    def end(self, held_s: float) -> None:
+    def fits(self, slot: "Slot", size: int) -> bool:
+        """Return True if the slot may hold `size` bytes more: if they are free, and within its account's share.
+
+        The only body of an account needs no share.
+        """
+        held, free = self.bytes_of[slot.account_id], self.max_bytes - self.reserved_bytes
+        return size <= free and (held == slot.reserved or held + size <= SHARE * free)
+
+    def refuse_bytes(self, slot: "Slot", size: int) -> None:
+        """Raise Overloaded unless the slot may hold `size` bytes more."""
+        if not self.fits(slot, size):
+            raise self._overloaded("bytes")
+
+    def expected_load(self, size: int) -> int:
+        """Return the load at the broker of a body of `size` bytes that has not been read."""
+        return self._broker.weigh(min(size // MESSAGE_BYTES + 1, MAX_MESSAGES), size)
+
+    def may_enter(self, slot: "Slot") -> bool:
+        """Give the slot its turn and return True if nobody waits and there is room."""
+        if self._waiting or not self._fits_slot(slot) or not self._has_room(slot.load):
+            return False
+        self._grant(slot)
+        return True
+
+    def may_publish(self, slot: "Slot", load: int) -> bool:
+        """Return True if a batch of this load may be written at once: its slot had its turn, and there is room."""
+        if self._waiting:
+            self._end_late_turns()
+            asyncio.get_running_loop().call_soon(self.wake)  # the batch may take less than was expected
+        had_turn = self.end_turn(slot)
+        return (had_turn or not self._waiting) and self._has_room(load)
+
+    def _has_room(self, load: int) -> bool:
+        # Without a usable connection, waiting does not help: the publisher refuses the batch.
+        return load <= self._broker.room(self._preparing_load) or not self._broker.is_usable()
+
+    def _fits_slot(self, slot: "Slot") -> bool:
+        """Return True if there is room for the body, and the account's slow bodies leave room for other accounts."""
+        mine = self._preparing_of[slot.account_id]
+        return self.fits(slot, slot.wanted) and (
+            not mine or slot.is_read or mine + slot.load <= self._broker.room(self._preparing_load)
+        )
+
+    async def wait(self, slot: "Slot") -> None:
+        """Wait for the slot's turn. Raises Overloaded after too long a wait, QueueUnavailable if the broker is gone."""
+        loop = asyncio.get_running_loop()
+        slot.waits_since = loop.time()
+        if not self._waiting:
+            self._standing_since = slot.waits_since
+        self._timer = self._timer or loop.call_later(TICK_S, self._tick)
+        turn = self._waiting[slot] = loop.create_future()
+        self._queue.add(slot.account_id, slot.load, slot, first=slot.is_read)
+        self.wake()  # those that wait may not fit, or be of another account
+        try:
+            # A result, not an exception: an exception in a future that its own traceback reaches is a cycle.
+            refusal = await turn
+        finally:
+            if self._waiting.pop(slot, None) is not None:  # cancelled
+                self._queue.remove(slot.account_id, slot.load, slot)
+            slot.waited_s += loop.time() - slot.waits_since
+        if refusal is not None:
+            raise refusal
+
+    def wake(self) -> None:
+        """Give turns to waiting requests while there is room."""
+        while self._waiting:
+            slot = self._queue.pop(self._broker.room(self._preparing_load), self._fits_slot)
+            if slot is None:
+                return
+            self._grant(slot)
+            self._answer(self._waiting.pop(slot), None)
+
+    def _grant(self, slot: "Slot") -> None:
+        """Reserve what the slot wants, and note its load until it is published."""
+        slot.reserve(slot.wanted)
+        self._preparing[slot] = time.monotonic()
+        self._count_preparing(slot, slot.load)
+
+    def end_turn(self, slot: "Slot") -> bool:
+        """Forget the slot's load. Return False if it had no turn, or a late one."""
+        if self._preparing.pop(slot, None) is None:
+            return False
+        self._count_preparing(slot, -slot.load)
+        return True
+
+    def _count_preparing(self, slot: "Slot", load: int) -> None:
+        self._preparing_load += load
+        self._preparing_of[slot.account_id] += load
+        if not self._preparing_of[slot.account_id]:
+            del self._preparing_of[slot.account_id]
+
+    def _end_late_turns(self) -> None:
+        given_before = time.monotonic() - PREPARE_S
+        while self._preparing:
+            slot, given_at = next(iter(self._preparing.items()))
+            if given_at > given_before:
+                return
+            self.end_turn(slot)
+
+    def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        self._end_late_turns()
+        if not self._broker.is_usable():
+            for slot in list(self._waiting):
+                self._refuse(slot, QueueUnavailable())
+        self.wake()
+        now = loop.time()
+        is_standing = now - self._standing_since > self._long_wait_s
+        waits_before = now - (self._short_wait_s if is_standing else self._long_wait_s)
+        for slot in list(self._waiting):
+            if slot.waits_since > waits_before:
+                break
+            self._refuse(slot, self._overloaded("bytes" if self._has_room(slot.load) else "confirm_window"))
+        if self._waiting:
+            self._timer = loop.call_later(TICK_S, self._tick)
+
+    def _refuse(self, slot: "Slot", refusal: GatewayError) -> None:
+        self._queue.remove(slot.account_id, slot.load, slot)
+        self._answer(self._waiting.pop(slot), refusal)
+
+    @staticmethod
+    def _answer(turn: "asyncio.Future[GatewayError | None]", refusal: GatewayError | None) -> None:
+        if not turn.done():  # otherwise cancelled
+            turn.set_result(refusal)
+
+    def _overloaded(self, resource: str) -> Overloaded:
+        self.shed[resource] += 1
+        return Overloaded(retry_after_s=self.held_s)
+
+    def end(self, slot: "Slot", held_s: float) -> None:
         """Take back the slot of a request that held it for so long."""
+        self.end_turn(slot)
         self.requests -= 1
         self.held_s += SMOOTHING * (held_s - self.held_s)
+        self.wake()
 
 
 class Slot:
-    """The slot of one request in flight, and what is reserved for it. A `with` block gives it back at its end."""
+    """The slot of one request in flight, and what is reserved for it."""
 
-    __slots__ = ("_account_id", "_admission", "_admitted_at", "_is_held", "_reserved")
+    __slots__ = (
+        "_admission",
+        "_admitted_at",
+        "_is_held",
+        "account_id",
+        "is_read",
+        "load",
+        "reserved",
+        "waited_s",
+        "waits_since",
+        "wanted",
+    )
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
         self._admitted_at = time.monotonic()
         self._is_held = True
-        self._account_id = NOBODY
-        self._reserved = 0
+        self.reserved = 0  # bytes
+        self.account_id = NOBODY
+        self.load = 0  # at the broker: expected, later exact
+        self.wanted = 0  # bytes to reserve at its turn
+        self.is_read = False  # True: it waits once more, with its body
+        self.waits_since = 0.0
+        self.waited_s = 0.0  # in total
 
-    def __enter__(self) -> Self:
-        return self
+    async def enter(self, account_id: int, size: int, key: str) -> None:
+        """Wait for room at the broker, and for `size` bytes of a body; before any of it is read.
 
-    def __exit__(self, *_: object) -> None:
-        self.give_back()
+        Raises Overloaded or QueueUnavailable.
+        """
+        admission = self._admission
+        admission.refuse_beyond_share(account_id, key)
+        self.account_id, self.wanted, self.load = account_id, size, admission.expected_load(size)
+        admission.change(account_id, 1, 0)
+        if not admission.may_enter(self):
+            await admission.wait(self)
 
-    def reserve(self, account_id: int, size: int) -> None:
-        """Reserve `size` bytes for a body of this account before any of it is read. Raises Overloaded."""
-        self._admission.refuse_beyond(account_id, self._admission.requests_of[account_id] + 1, size)
-        self._admission.change(account_id, 1, size)
-        self._account_id, self._reserved = account_id, size
+    async def enter_window(self, load: int) -> None:
+        """Wait until a batch of this load may be written; rarely, for a body that was slow or holds more than expected.
+
+        Raises Overloaded or QueueUnavailable. Write the batch before the next await.
+        """
+        while not self._admission.may_publish(self, load):
+            self.load, self.wanted, self.is_read = load, 0, True
+            await self._admission.wait(self)
+
+    def reserve(self, size: int) -> None:
+        """Reserve so many bytes more."""
+        self._change_to(self.reserved + size)
 
     def weigh(self, size: int) -> None:
-        """Reserve `size` bytes instead, once the body's cost is known. Call `reserve` first. Raises Overloaded.
+        """Reserve `size` bytes instead, once the body's cost is known. Raises Overloaded.
 
         A single request may take all bytes, so that a body of any allowed size is served.
         """
         size = min(size, self._admission.max_bytes)
-        if size != self._reserved:
-            if size > self._reserved:
-                requests = self._admission.requests_of[self._account_id]
-                self._admission.refuse_beyond(self._account_id, requests, size - self._reserved)
-            self._change_to(size)
+        if size > self.reserved:
+            self._admission.refuse_bytes(self, size - self.reserved)
+        self._change_to(size)
 
     def hold_answer(self, size: int) -> None:
         """Reserve `size` bytes if that is more than is reserved. An answer cannot be refused any more."""
-        if self._account_id != NOBODY and size > self._reserved:
+        if self.account_id != NOBODY and size > self.reserved:
             self._change_to(size)
 
     def _change_to(self, size: int) -> None:
-        self._admission.change(self._account_id, 0, size - self._reserved)
-        self._reserved = size
+        if size != self.reserved:
+            self._admission.change(self.account_id, 0, size - self.reserved)
+            self.reserved = size
 
     def give_back(self) -> None:
         """Give back the slot and what was reserved. Further calls do nothing."""
         if self._is_held:
             self._is_held = False
-            self._admission.end(time.monotonic() - self._admitted_at)
-            if self._account_id != NOBODY:
-                self._admission.change(self._account_id, -1, -self._reserved)
+            if self.account_id != NOBODY:
+                self._admission.change(self.account_id, -1, -self.reserved)
+            self._admission.end(self, time.monotonic() - self._admitted_at)

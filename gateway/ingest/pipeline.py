@@ -12,6 +12,7 @@ import msgspec
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.amqp.publisher import Publisher
 from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, OutcomeUnknown, QueueUnavailable
+from gateway.ingest.admission import Slot
 from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, validate
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
@@ -27,6 +28,7 @@ class BulkRequest(msgspec.Struct):
     """An authenticated request whose body has been read. The pipeline empties `body` once it is decoded."""
 
     account_id: int
+    slot: Slot
     request_id: str
     body: bytes
     idempotency_key: str | None
@@ -75,6 +77,7 @@ class Pipeline:
             record.payloads = len(batch.outgoing)
             record.mark(BUILD)
             batch.outgoing.headers = self._tracing.begin_publish(record)
+            await request.slot.enter_window(self._publisher.load_of(batch.outgoing))
             outcomes = await self._publisher.publish(batch.outgoing, deadline=request.deadline)
             record.mark(PUBLISH)
             if claim.is_retry:

@@ -8,8 +8,8 @@ from bisect import bisect_left
 from collections import Counter
 
 # The steps of a request, in order; metrics and logs call them stages.
-STAGES = ("authenticate", "read", "validate", "resolve_lists", "build", "publish")
-AUTHENTICATE, READ, VALIDATE, RESOLVE_LISTS, BUILD, PUBLISH = range(len(STAGES))
+STAGES = ("authenticate", "wait", "read", "validate", "resolve_lists", "build", "publish")
+AUTHENTICATE, WAIT, READ, VALIDATE, RESOLVE_LISTS, BUILD, PUBLISH = range(len(STAGES))
 
 # Upper bounds of histograms.
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)

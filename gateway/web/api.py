@@ -11,7 +11,7 @@ from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import BulkRequest
 from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
-from gateway.telemetry.counters import AUTHENTICATE, READ
+from gateway.telemetry.counters import AUTHENTICATE, READ, WAIT
 from gateway.telemetry.requests import RequestRecord
 from gateway.web import openapi
 from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
@@ -40,11 +40,15 @@ async def send_bulk(request: web.Request) -> web.Response:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
     runtime, record = request.app[RUNTIME], request[RECORD]
     slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
-    account = await auth.authenticate(request.headers.getall(API_KEY_HEADER, []), runtime.queries)
+    keys = request.headers.getall(API_KEY_HEADER, [])
+    for key in keys:
+        runtime.admission.refuse_again(key)
+    account = await auth.authenticate(keys, runtime.queries)
     record.account_id = account.id
     record.mark(AUTHENTICATE)
-    runtime.publisher.refuse_if_full(account.id)
-    slot.reserve(account.id, size_to_reserve(request))  # only now: without a valid key, no bytes are reserved
+    await slot.enter(account.id, size_to_reserve(request), keys[0])  # without a valid key, no bytes are reserved
+    if slot.waited_s:
+        record.mark(WAIT)
     # The pipeline alone holds the body: it can let go of it.
     answer = await runtime.pipeline.run(await _receive(request, slot, account.id), record)
     slot.hold_answer(len(answer))
@@ -59,8 +63,8 @@ async def _receive(request: web.Request, slot: Slot, account_id: int) -> BulkReq
     record.body_bytes = len(body)
     slot.weigh(weigh(body))
     record.mark(READ)
-    deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s
-    return BulkRequest(account_id, request[REQUEST_ID], body, key, deadline)
+    deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
+    return BulkRequest(account_id, slot, request[REQUEST_ID], body, key, deadline)
 
 
 async def refuse_route(request: web.Request) -> web.Response:

@@ -49,6 +49,8 @@ MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers
 # Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
 MAX_COST_OF_HEADS = 64 * 1024 * 1024
 COST_OF_BYTE, COST_OF_LINE = 3, 350
+# Of a body that nobody reads yet, and of one read of the event loop more (256 kB): a request that waits holds them.
+READ_AHEAD = 64 * 1024
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
 EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
 NEVER = inf
@@ -91,7 +93,7 @@ class BoundedRunner(web.AppRunner):
         **options: Any,
     ) -> None:
         """Call `on_refused` with the status and code of each answer that no handler gives."""
-        super().__init__(app, access_log=None, lingering_time=LINGER_S, **options)
+        super().__init__(app, access_log=None, lingering_time=LINGER_S, read_bufsize=READ_AHEAD // 2, **options)
         self._limits = limits
         self._refuse = refuse
         self._on_refused = on_refused
@@ -398,6 +400,8 @@ class _Connection(RequestHandler):
         self._forget_head()
         self._end_unread()
         self._body = self._unread = EMPTY_PAYLOAD
+        # A body holds its connection: a cycle, for a request behind the one in progress.
+        self._messages = deque((message, EMPTY_PAYLOAD) for message, _ in self._messages)
         # With an error, aiohttp would leave it in the future that the writing frame awaits: a cycle that holds the
         # answer.
         super().connection_lost(None)

@@ -34,7 +34,7 @@ _MESSAGES = sorted(
     {QUEUED, REPLAYED, *(refusal.code for refusal in errors.refusals())}
     | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422)}
 )
-_SHED_REASONS = ("account_share", "bytes", "slots")
+_SHED_REASONS = ("account_share", "bytes", "confirm_window", "slots")
 _PROCESS = ProcessCollector(registry=None)  # CPU, memory, descriptors, under the usual names
 _IDEMPOTENT_RESULTS = ("first", "again", "replayed", "in_progress", "conflict")
 
@@ -87,7 +87,8 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     )
     yield _histogram(
         "gateway_stage_duration_seconds",
-        "Time of a request in each stage: authenticate (the key's query), read (the body), validate (with decoding), "
+        "Time of a request in each stage: authenticate (the key's query), wait (for room, if there is none), read (the "
+        "body), validate (with decoding), "
         "resolve_lists (message ids, the lists' query, the Idempotency-Key), build (payloads), publish (until all "
         "confirms or the deadline). A stage that refuses the request is not counted.",
         ("stage",),
@@ -105,19 +106,19 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
 def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     admission, settings, ids = runtime.admission, runtime.settings, runtime.ids
     yield _gauge("gateway_requests_in_flight", "Requests that hold a slot.", admission.requests)
+    yield _gauge("gateway_requests_waiting", "Requests that wait for room, with a slot.", admission.waiting)
     yield _gauge("gateway_requests_in_flight_limit", "Requests beyond it are shed.", settings.max_requests_in_flight)
     yield _gauge(
         "gateway_messages_in_flight", "SMS in decoded, unanswered requests.", runtime.counters.messages_in_flight
     )
     yield _gauge("gateway_body_bytes_in_flight", "Bytes reserved for bodies and answers.", admission.reserved_bytes)
     yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it are shed.", settings.max_bytes_in_flight)
-    shed: dict[tuple[str, ...], float] = {(reason,): admission.shed[reason] for reason in _SHED_REASONS}
     yield _counter(
         "gateway_shed",
-        "Requests answered 503 overloaded, by the exhausted resource: slots, bytes (of bodies), account_share (the "
-        "account's fair share of both), confirm_window (the broker confirms too slowly).",
+        "Requests answered 503 overloaded, by the exhausted resource: slots, account_share (of slots), bytes (of "
+        "bodies, or the account's share of them), confirm_window (the broker confirms too slowly).",
         ("reason",),
-        {**shed, ("confirm_window",): runtime.publisher.shed},
+        {(reason,): admission.shed[reason] for reason in _SHED_REASONS},
     )
     yield _histogram(
         "gateway_event_loop_lag_seconds",

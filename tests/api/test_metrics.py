@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from tests.support.admission import held_slot
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import exchange
@@ -76,11 +77,18 @@ async def test_known_traffic_gives_exact_counts(gateway: GatewayUnderTest) -> No
     assert await counted(gateway, "gateway_idempotent_requests_total") == {"first": 1, "replayed": 1, "conflict": 1}
     found = samples_of(await scrape(gateway))
     stages = {labels[0][1]: count for labels, count in found["gateway_stage_duration_seconds_count"].items()}
-    assert stages == {"authenticate": 6, "read": 6, "validate": 5, "resolve_lists": 3, "build": 3, "publish": 3}
+    expected = {"authenticate": 6, "wait": 0, "read": 6, "validate": 5, "resolve_lists": 3, "build": 3, "publish": 3}
+    assert stages == expected
     results = {labels[0][1]: count for labels, count in found["gateway_request_duration_seconds_count"].items()}
     assert results == {"answered": 4, "refused": 3}  # what is no HTTP has no duration
     assert found["gateway_request_messages_sum"][()] == 10 + 6 + 5 + 5 + 1
-    for name in ("requests_in_flight", "messages_in_flight", "body_bytes_in_flight", "unconfirmed_messages"):
+    for name in (
+        "requests_in_flight",
+        "requests_waiting",
+        "messages_in_flight",
+        "body_bytes_in_flight",
+        "unconfirmed_messages",
+    ):
         assert found[f"gateway_{name}"][()] == 0
     assert found["gateway_message_id_leases_total"][()] >= 1
     assert found["gateway_database_up"][()] == 1
@@ -140,7 +148,7 @@ async def test_a_broker_alarm_shows(start_gateway: StartGateway, make_settings: 
 
 async def test_shed_requests_are_counted_by_reason(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     gateway = await start_gateway(make_settings(max_requests_in_flight=1))
-    with gateway.runtime.admission.admit():
+    with held_slot(gateway.runtime.admission):
         status, _ = await gateway.send([gateway.message()])
     assert status == 503
     assert await counted(gateway, "gateway_shed_total") == {"slots": 1}

@@ -11,6 +11,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.web import openapi
+from tests.support.admission import entered, held_slot
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
@@ -364,19 +365,20 @@ async def test_requests_beyond_the_slots_are_refused_before_they_cost_anything(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
     gateway = await start_gateway(make_settings(max_requests_in_flight=1))
-    with gateway.runtime.admission.admit():
+    with held_slot(gateway.runtime.admission):
         outcome = await gateway.post(b"{}")
         await assert_refused(outcome, 503, "overloaded")
         assert int(outcome[2]["Retry-After"]) > 0
     assert (await gateway.send([gateway.message()]))[0] == 200
 
 
-async def test_bodies_beyond_the_limit_of_bytes_are_refused(
-    start_gateway: StartGateway, make_settings: MakeSettings
-) -> None:
+async def test_a_body_beyond_the_limit_of_bytes_waits(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
     gateway = await start_gateway(make_settings(max_bytes_in_flight=1000))
-    await assert_refused(await gateway.post(b" " * 1001), 503, "overloaded")
-    assert (await gateway.send([gateway.message()]))[0] == 200
+    admission = gateway.runtime.admission
+    async with entered(admission, 900):
+        request = asyncio.create_task(gateway.send([gateway.message()]))
+        await eventually(lambda: admission.waiting == 1)
+    assert (await request)[0] == 200
 
 
 async def test_room_for_a_body_is_taken_only_by_those_with_a_key(

@@ -115,18 +115,7 @@ def answers_that_nobody_reads(attack: Attack) -> None:
     waiting = [attack.connect(receive_buffer=4096) for _ in range(100)]
     for each in waiting:
         each.setblocking(False)
-    at = dict.fromkeys(waiting, 0)
-    moved = time.monotonic()
-    while time.monotonic() < moved + 1.0:
-        for each in waiting:
-            try:
-                sent = each.send(requests[at[each] : at[each] + 262_144])
-            except OSError:
-                continue
-            if sent:
-                at[each] += sent
-                moved = time.monotonic()
-        time.sleep(0.01)
+    _send_until_stuck(dict.fromkeys(waiting, requests))
     in_flight = attack.in_flight()
     assert in_flight > 10, f"{in_flight} requests in flight, but their answers are not read"
 
@@ -143,6 +132,33 @@ def bodies_with_emoji(attack: Attack) -> None:
         with ThreadPoolExecutor(20) as pool:
             for number in range(20):
                 pool.submit(_send_and_read, attack, requests[number % 2])
+
+
+def uploads_that_wait(attack: Attack) -> None:
+    """Send bodies of 5 MB but for their last byte over 300 connections, as far as the gateway takes them."""
+    requests = [attack.post(b" " * MAX_BODY_BYTES, number)[:-1] for number in range(2)]
+    waiting = [attack.connect() for _ in range(300)]
+    for each in waiting:
+        each.setblocking(False)
+    _send_until_stuck({each: requests[number % 2] for number, each in enumerate(waiting)})
+    in_flight = attack.in_flight()
+    assert in_flight > 200, f"{in_flight} requests in flight: the others are not bounded by anything"
+
+
+def _send_until_stuck(requests: dict[socket.socket, bytes]) -> None:
+    """Send each request over its socket until no socket has taken anything for a second."""
+    at = dict.fromkeys(requests, 0)
+    moved = time.monotonic()
+    while time.monotonic() < moved + 1.0:
+        for each, request in requests.items():
+            try:
+                sent = each.send(request[at[each] : at[each] + 262_144])
+            except OSError:
+                continue
+            if sent:
+                at[each] += sent
+                moved = time.monotonic()
+        time.sleep(0.01)
 
 
 def halves_of_large_heads(attack: Attack) -> None:
@@ -179,6 +195,7 @@ ROWS = [
     Row(chunked_bodies_that_are_too_large, 512, 150),
     Row(malformed_requests, 150, 150),
     Row(answers_that_nobody_reads, 512, is_flood=True),
+    Row(uploads_that_wait, 512, is_flood=True),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
     Row(a_mix_of_all, 512, is_flood=True),

@@ -50,6 +50,9 @@ def test_work_is_that_of_a_clean_body(place: str) -> None:
             body = make()
             assert 0.98 * MAX_BODY_BYTES < len(body) <= MAX_BODY_BYTES
             ratios[shape] = min([cpu_s(body) for _ in range(ROUNDS)]) / clean
+            if ratios[shape] > MAX_RATIO:  # a busy machine: measure the two in turn
+                pairs = [(cpu_s(body), cpu_s(clean_body())) for _ in range(5 * ROUNDS)]
+                ratios[shape] = min(dirty for dirty, _ in pairs) / min(clean for _, clean in pairs)
     print(*(f"{ratio:.2f} of a clean body: {shape}" for shape, ratio in ratios.items()), sep="\n")
     assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
 

@@ -1,182 +1,379 @@
-"""Admission of requests by count, by bytes and by account share. Promise 13.
+"""Admission by slots, bytes, account shares and the room at the broker. Promises 8 and 13.
 
-A request that fits is admitted, any other is refused, and a slot is released however the request ends.
+A request that fits goes on, any other waits for a bounded time, and a slot is released however the request ends.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from itertools import count
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from gateway.errors import Draining, Overloaded
-from gateway.ingest.admission import Admission
+from gateway.errors import Draining, Overloaded, QueueUnavailable
+from gateway.ingest import admission as admission_module
+from gateway.ingest.admission import Admission, Slot
+from tests.support.admission import KEY, BrokerRoom, admission_of, entered, held_slot
+from tests.support.eventually import eventually
 
-strangers = count(1_000)
-
-
-@contextmanager
-def held(admission: Admission, size: int, account_id: int | None = None) -> Iterator[None]:
-    """Hold a slot and `size` bytes, for the given account or for a new one."""
-    with admission.admit() as place:
-        place.reserve(next(strangers) if account_id is None else account_id, size)
-        yield
+A, B = 1, 2
+BATCH_BYTES = 1_000 * admission_module.MESSAGE_BYTES  # a body with an expected load of 1,000
 
 
-def fill(house: ExitStack, admission: Admission, size: int, account_id: int) -> int:
-    """Admit requests of one account until one is refused; return how many were admitted."""
-    for number in count():
-        try:
-            house.enter_context(held(admission, size, account_id))
-        except Overloaded:
+async def fill(house: AsyncExitStack, admission: Admission, size: int, account_id: int) -> int:
+    """Admit requests of one account until one is refused or waits; return how many were admitted."""
+    for number in range(1_000):
+        request = asyncio.create_task(house.enter_async_context(entered(admission, size, account_id)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        if not request.done():
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            return number
+        if isinstance(request.exception(), Overloaded):
             return number
     raise AssertionError
 
 
-def test_one_account_alone_gets_three_quarters_and_leaves_room_for_others() -> None:
-    admission = Admission(max_requests=100, max_bytes=1_000_000)
-    with ExitStack() as house:
-        assert fill(house, admission, 0, account_id=1) == 75
-        assert fill(house, admission, 0, account_id=2) > 15
-        with held(admission, 0, account_id=3):
+@asynccontextmanager
+async def waiting(admission: Admission, size: int, account_id: int, requests: int = 1) -> AsyncIterator[list[Slot]]:
+    """Let requests wait. Yield the slots that have had their turn, in order."""
+    served: list[Slot] = []
+
+    async def request() -> None:
+        async with entered(admission, size, account_id) as slot:
+            served.append(slot)
+            await asyncio.Event().wait()
+
+    before = admission.waiting
+    tasks = [asyncio.create_task(request()) for _ in range(requests)]
+    await eventually(lambda: admission.waiting == before + requests)
+    try:
+        yield served
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def assert_empty(admission: Admission) -> None:
+    """Check that nothing is held and nobody waits."""
+    assert (admission.requests, admission.reserved_bytes, admission.waiting) == (0, 0, 0)
+    assert (dict(admission.requests_of), dict(admission.bytes_of)) == ({}, {})
+    assert not any(vars(admission)[name] for name in ("_preparing", "_preparing_load", "_preparing_of"))
+    assert not len(vars(admission)["_queue"])
+
+
+async def test_one_account_alone_gets_three_quarters_of_the_slots_and_leaves_room_for_others() -> None:
+    admission = admission_of()
+    async with AsyncExitStack() as house:
+        assert await fill(house, admission, 0, A) == 75
+        assert admission.shed == {"account_share": 1}
+        assert await fill(house, admission, 0, B) > 15
+        async with entered(admission, 0, account_id=3):
             assert admission.requests_of[3] == 1
-    assert not admission.requests_of
+    assert_empty(admission)
 
 
-def test_one_accounts_large_bodies_leave_room_for_others() -> None:
-    admission = Admission(max_requests=100, max_bytes=1_000)
-    with ExitStack() as house:
-        assert fill(house, admission, 10, account_id=1) == 75
-        with held(admission, 150, account_id=2):
+async def test_one_accounts_large_bodies_leave_room_for_others() -> None:
+    admission = admission_of(max_requests=1_000, max_bytes=1_000)
+    async with AsyncExitStack() as house:
+        assert await fill(house, admission, 10, A) == 75
+        async with waiting(admission, 10, A), entered(admission, 150, B):
             assert admission.reserved_bytes == 900
-    assert (admission.reserved_bytes, admission.bytes_of) == (0, {})
+    assert_empty(admission)
 
 
-def test_a_released_share_can_be_taken_again() -> None:
-    admission = Admission(max_requests=8, max_bytes=1_000)
+async def test_a_released_share_can_be_taken_again() -> None:
+    admission = admission_of(max_requests=8, max_bytes=1_000)
     for _ in range(3):
-        with ExitStack() as house:
-            assert fill(house, admission, 1, account_id=1) == 6
+        async with AsyncExitStack() as house:
+            assert await fill(house, admission, 1, A) == 6
 
 
-def test_retry_after_follows_how_long_a_slot_is_held() -> None:
-    admission = Admission(max_requests=1, max_bytes=10)
+async def test_retry_after_follows_how_long_a_slot_is_held() -> None:
+    admission = admission_of(max_requests=1)
     admission.held_s = 3.2
-    with held(admission, 1), pytest.raises(Overloaded) as refused, held(admission, 1):
-        pytest.fail("admitted")
+    async with entered(admission, 1):
+        with pytest.raises(Overloaded) as refused:
+            admission.admit()
     assert refused.value.headers() == {"Retry-After": "4"}
 
 
-def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
-    admission = Admission(max_requests=2, max_bytes=1_000)
-    with held(admission, 1), held(admission, 1):
+async def test_requests_are_admitted_up_to_the_limit_and_not_beyond() -> None:
+    admission = admission_of(max_requests=2)
+    async with entered(admission, 1), entered(admission, 1):
         assert (admission.requests, admission.reserved_bytes) == (2, 2)
-        with pytest.raises(Overloaded), held(admission, 0):
-            pytest.fail("a third was admitted")
+        with pytest.raises(Overloaded):
+            admission.admit()
         assert (admission.requests, admission.reserved_bytes) == (2, 2), "a refused request holds nothing"
-    assert (admission.requests, admission.reserved_bytes) == (0, 0)
+    assert_empty(admission)
 
 
-def test_bytes_are_admitted_up_to_the_limit_and_not_beyond() -> None:
-    admission = Admission(max_requests=10, max_bytes=1_000)
-    with held(admission, 600):
-        with pytest.raises(Overloaded), held(admission, 401):
-            pytest.fail("1,001 bytes were admitted")
-        with held(admission, 400):
-            assert admission.reserved_bytes == 1_000
-            with held(admission, 0):
-                assert admission.requests == 3
-
-
-def test_a_released_slot_can_be_taken_again() -> None:
-    admission = Admission(max_requests=1, max_bytes=10)
-    for _ in range(3):
-        with held(admission, 10):
-            assert admission.requests == 1
+async def test_a_body_waits_for_bytes() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(entered(admission, 600))
+        async with waiting(admission, 401, B) as served:
+            async with entered(admission, 400):
+                assert admission.reserved_bytes == 1_000
+                async with entered(admission, 0):
+                    assert admission.requests == 4
+            assert not served
+            await first.aclose()
+            await eventually(lambda: len(served) == 1)
+            assert admission.reserved_bytes == 401
+    assert_empty(admission)
 
 
 class Failure(BaseException):
     """A failure that is no Exception, like CancelledError."""
 
 
-@pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, Failure])
-def test_a_request_that_fails_releases_its_slot(failure: type[BaseException]) -> None:
-    admission = Admission(max_requests=1, max_bytes=10)
-    with pytest.raises(failure), held(admission, 10):
-        raise failure
-    assert (admission.requests, admission.reserved_bytes) == (0, 0)
+@pytest.mark.parametrize("failure", [ValueError, Failure])
+async def test_a_request_that_fails_releases_its_slot(failure: type[BaseException]) -> None:
+    admission = admission_of(max_requests=1)
+    with pytest.raises(failure):
+        async with entered(admission, 10):
+            raise failure
+    assert_empty(admission)
 
 
-def test_draining_admits_no_new_request_and_ends_none() -> None:
-    admission = Admission(max_requests=2, max_bytes=10)
-    with held(admission, 3):
+async def test_draining_admits_no_new_request_and_ends_none() -> None:
+    """The caller shall retry on another process: draining is said before overloaded."""
+    admission = admission_of(max_requests=1)
+    async with entered(admission, 3):
         admission.closed = True
-        with pytest.raises(Draining), held(admission, 1):
-            pytest.fail("admitted while draining")
+        with pytest.raises(Draining):
+            admission.admit()
         assert (admission.requests, admission.reserved_bytes) == (1, 3)
-    assert (admission.requests, admission.reserved_bytes) == (0, 0)
+    assert_empty(admission)
 
 
-def test_draining_is_said_before_overloaded() -> None:
-    """The caller shall retry on another process, and not wait for this one."""
-    admission = Admission(max_requests=1, max_bytes=10)
-    with held(admission, 10):
-        admission.closed = True
-        with pytest.raises(Draining), held(admission, 10):
-            pytest.fail("admitted")
-
-
-def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused() -> None:
-    admission = Admission(max_requests=10, max_bytes=1_000)
-    with admission.admit() as first, admission.admit() as second:
-        first.reserve(1, 400)
+async def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with entered(admission, 400, A) as first, entered(admission, 150, B) as second:
         first.weigh(800)
-        second.reserve(2, 150)
         with pytest.raises(Overloaded):
             second.weigh(300)
         assert admission.reserved_bytes == 950, "a refused body keeps what it had until its slot is given back"
         first.weigh(400)
         second.weigh(300)
-        assert dict(admission.bytes_of) == {1: 400, 2: 300}
-    assert (admission.reserved_bytes, admission.requests) == (0, 0)
+        assert dict(admission.bytes_of) == {A: 400, B: 300}
+    assert_empty(admission)
 
 
-def test_an_account_may_not_take_more_than_its_share_by_costly_bodies() -> None:
-    admission = Admission(max_requests=100, max_bytes=1_000)
-    with admission.admit() as first, admission.admit() as second:
-        first.reserve(1, 300)
-        second.reserve(1, 300)
+async def test_an_account_may_not_take_more_than_its_share_by_costly_bodies() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with entered(admission, 300, A) as first, entered(admission, 300, A) as second:
         first.weigh(400)
         with pytest.raises(Overloaded):
             second.weigh(600)
-    assert admission.shed["account_share"] == 1
+    assert admission.shed["bytes"] == 1
 
 
-def test_a_single_body_always_fits() -> None:
-    admission = Admission(max_requests=10, max_bytes=1_000)
-    with admission.admit() as slot:
-        slot.reserve(1, 900)
+async def test_a_single_body_always_fits() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with entered(admission, 900) as slot:
         slot.weigh(1_800)
         assert admission.reserved_bytes == 1_000
 
 
-def test_a_large_answer_is_counted_and_never_refused() -> None:
-    admission = Admission(max_requests=10, max_bytes=1_000)
-    with admission.admit() as slot:
-        slot.reserve(1, 900)
+async def test_a_large_answer_is_counted_and_never_refused() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with entered(admission, 900) as slot:
         slot.hold_answer(100)
         assert admission.reserved_bytes == 900
         slot.hold_answer(1_500)
         assert admission.reserved_bytes == 1_500
-        with pytest.raises(Overloaded), held(admission, 1):
-            pytest.fail("admitted beside a large answer")
-    assert admission.reserved_bytes == 0
+        async with waiting(admission, 1, B) as served:
+            assert not served
+    assert_empty(admission)
 
 
-def test_a_slot_is_given_back_once() -> None:
-    admission = Admission(max_requests=10, max_bytes=1_000)
-    slot = admission.admit()
-    slot.reserve(1, 10)
-    for _ in range(2):
-        slot.give_back()
-        assert (admission.requests, admission.reserved_bytes, dict(admission.requests_of)) == (0, 0, {})
+async def test_a_slot_is_given_back_once() -> None:
+    admission = admission_of()
+    with held_slot(admission) as slot:
+        await slot.enter(A, 10, KEY)
+        for _ in range(2):
+            slot.give_back()
+            assert_empty(admission)
+
+
+async def test_an_account_alone_may_use_the_whole_window() -> None:
+    room = BrokerRoom(10_000)
+    admission = admission_of(room=room)
+    async with AsyncExitStack() as house:
+        for _ in range(10):
+            slot = await house.enter_async_context(entered(admission, BATCH_BYTES - 1, A))
+            await slot.enter_window(1_000)
+            room.unconfirmed += 1_000
+        async with waiting(admission, BATCH_BYTES - 1, A) as served:
+            room.unconfirmed -= 1_000
+            admission.wake()
+            await eventually(lambda: len(served) == 1)
+    assert_empty(admission)
+
+
+async def test_the_first_batch_goes_even_if_it_is_larger_than_the_window() -> None:
+    admission = admission_of(room=BrokerRoom(10))
+    async with entered(admission, BATCH_BYTES, A) as slot:
+        await slot.enter_window(1_000)
+
+
+async def test_requests_that_wait_get_their_turns_by_account() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room)
+    async with waiting(admission, BATCH_BYTES - 1, A, 5) as of_a, waiting(admission, BATCH_BYTES - 1, B, 2) as of_b:
+        for a, b in ((1, 0), (1, 1), (2, 1), (2, 2), (3, 2)):
+            room.unconfirmed = 0
+            admission.wake()
+            await eventually(lambda a=a, b=b: (len(of_a), len(of_b)) == (a, b))  # type: ignore[misc]
+            await (of_b if a + b in (2, 4) else of_a)[-1].enter_window(1_000)
+            room.unconfirmed = 1_000
+    assert_empty(admission)
+
+
+async def test_turns_are_given_for_room_and_not_for_all_at_once() -> None:
+    """Otherwise all would read their bodies at once when the first batch is confirmed, and wait with them."""
+    room = BrokerRoom(3_000)
+    room.unconfirmed = 3_000
+    admission = admission_of(room=room)
+    async with waiting(admission, BATCH_BYTES - 1, A, 20) as served:
+        room.unconfirmed = 1_000
+        admission.wake()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert 1 <= len(served) <= 2
+
+
+async def test_slow_bodies_of_one_account_leave_room_for_another() -> None:
+    """They have had their turn, and nothing comes of it: no other account waits for that."""
+    admission = admission_of(room=BrokerRoom(10_000))
+    async with AsyncExitStack() as house:
+        slow = await fill(house, admission, BATCH_BYTES - 1, A)
+        assert slow == 5
+        async with (
+            waiting(admission, BATCH_BYTES - 1, A),
+            asyncio.timeout(admission_module.PREPARE_S / 2),
+            entered(admission, BATCH_BYTES - 1, B) as slot,
+        ):
+            await slot.enter_window(1_000)
+
+
+async def test_a_slow_body_needs_another_turn_and_comes_before_its_accounts_other_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(admission_module, "PREPARE_S", 0.01)
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room)
+    async with entered(admission, BATCH_BYTES - 1, A) as slow, waiting(admission, BATCH_BYTES - 1, A, 2) as served:
+        await eventually(lambda: len(served) == 1)  # PREPARE_S has passed
+        await served[0].enter_window(1_000)
+        room.unconfirmed = 1_000
+        published = asyncio.create_task(slow.enter_window(1_000))
+        await eventually(lambda: admission.waiting == 2)
+        room.unconfirmed = 0
+        admission.wake()
+        await published
+        assert len(served) == 1
+    assert_empty(admission)
+
+
+async def test_a_batch_larger_than_expected_waits_for_the_room_it_needs() -> None:
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room)
+    async with entered(admission, 100, A) as slot:
+        room.unconfirmed = 500
+        batch = asyncio.create_task(slot.enter_window(1_000))
+        await eventually(lambda: admission.waiting == 1)
+        room.unconfirmed = 0
+        await batch
+    assert_empty(admission)
+
+
+@pytest.mark.parametrize("resource", ["confirm_window", "bytes"])
+async def test_after_too_long_a_wait_a_request_is_refused(resource: str) -> None:
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room, max_bytes=1_000, deadline_s=0.4)
+    async with entered(admission, 1_000, A):
+        room.unconfirmed = 1_000 if resource == "confirm_window" else 0
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Overloaded):
+            async with entered(admission, 1, B):
+                pytest.fail("admitted")
+        assert asyncio.get_running_loop().time() - began > admission_module.LONG_WAIT * 0.4
+    assert admission.shed == {resource: 1}
+    assert_empty(admission)
+
+
+async def test_a_queue_that_has_been_standing_refuses_earlier() -> None:
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room, deadline_s=1.0)
+    room.unconfirmed = 1_000
+    waited: list[float] = []
+
+    async def request() -> None:
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Overloaded):
+            async with entered(admission, 1, A):
+                pytest.fail("admitted")
+        waited.append(asyncio.get_running_loop().time() - began)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(15):
+            group.create_task(request())
+            await asyncio.sleep(0.05)
+    # A tick late at most, unless the machine is: the order of the two kinds of waits is what counts.
+    assert waited[0] >= admission_module.LONG_WAIT
+    assert min(waited) < admission_module.LONG_WAIT
+    assert min(waited) >= admission_module.SHORT_WAIT
+    assert_empty(admission)
+
+
+async def test_a_broker_that_becomes_unusable_ends_the_wait_at_once() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room, deadline_s=3_600)
+    request = asyncio.create_task(entered(admission, 1, A).__aenter__())
+    await eventually(lambda: admission.waiting == 1)
+    room.usable = False
+    with pytest.raises(QueueUnavailable):
+        await request
+    async with entered(admission, 1, A):
+        pass  # the publisher refuses it
+    assert not admission.shed
+
+
+async def test_a_cancelled_request_leaves_the_queue() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room)
+    async with waiting(admission, 1, A, 3):
+        pass
+    assert_empty(admission)
+
+
+async def test_a_key_whose_account_is_over_its_share_is_refused_again_without_a_query() -> None:
+    admission = admission_of(max_requests=4)
+    admission.refuse_again(KEY)
+    async with AsyncExitStack() as house:
+        assert await fill(house, admission, 0, A) == 3
+        for refusals in (2, 3):
+            with held_slot(admission), pytest.raises(Overloaded):
+                admission.refuse_again(KEY)
+            assert admission.shed == {"account_share": refusals}
+        admission.refuse_again("another key")
+    admission.refuse_again(KEY)
+    assert admission.shed == {"account_share": 3}
+
+
+async def test_remembered_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "MOST_REMEMBERED", 10)
+    admission = admission_of(max_requests=4)
+    async with AsyncExitStack() as house:
+        await fill(house, admission, 0, A)
+        for number in range(100):
+            with held_slot(admission), pytest.raises(Overloaded):
+                admission.refuse_beyond_share(A, f"key {number}")
+            assert len(vars(admission)["_refused_keys"]) <= 10

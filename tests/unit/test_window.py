@@ -1,8 +1,6 @@
-"""The confirm window grows while confirms are quick, shrinks while they are slow, and is shared by accounts."""
+"""The confirm window grows while confirms are quick, and shrinks while they are slow."""
 
-from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, ConfirmWindow
-
-ME, ANOTHER = 1, 2
+from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, UNLIMITED, ConfirmWindow
 
 
 def window(most: int = 100_000, bytes_a_message: int = 1_000) -> ConfirmWindow:
@@ -15,10 +13,6 @@ def adapt(w: ConfirmWindow, messages: int, *, written_at: float, now: float, unc
     w.adapt(messages, unconfirmed=unconfirmed, written_at=written_at, now=now)
 
 
-def has_room(w: ConfirmWindow, load: int, unconfirmed: int, account_id: int = ME) -> bool:
-    return w.has_room(load, unconfirmed=unconfirmed, account_id=account_id)
-
-
 def test_the_window_starts_small_and_grows_while_it_is_used() -> None:
     w = ConfirmWindow(most_messages=100_000, most_bytes=10**9, target_s=2.0)
     assert w.messages == START_MESSAGES
@@ -28,37 +22,14 @@ def test_the_window_starts_small_and_grows_while_it_is_used() -> None:
     assert w.messages == START_MESSAGES + 1_000
 
 
-def test_a_refused_account_is_refused_until_its_last_batch_would_fit() -> None:
+def test_there_is_room_for_what_is_not_unconfirmed() -> None:
     w = window(10_000)
-    assert not w.is_full(unconfirmed=10_000, account_id=ME), "nobody has been refused yet"
-    assert has_room(w, 1_000, 9_000)
-    assert not has_room(w, 1_000, 9_500)
-    assert w.is_full(unconfirmed=9_500, account_id=ME)
-    assert not w.is_full(unconfirmed=9_500, account_id=ANOTHER)
-    assert w.is_full(unconfirmed=9_001, account_id=ME)
-    assert not w.is_full(unconfirmed=9_000, account_id=ME)
-    assert not w.is_full(unconfirmed=9_500, account_id=ME)
+    assert w.room(9_500) == 500
+    assert w.room(12_000) == -2_000, "it has shrunk since"
 
 
 def test_a_batch_larger_than_the_window_goes_alone() -> None:
-    w = window(1_000)
-    assert has_room(w, 5_000, 0)
-    assert not has_room(w, 1, 1_000)
-
-
-def test_one_account_takes_three_quarters_and_leaves_room_for_another() -> None:
-    w = window(20_000)
-    taken = 0
-    while has_room(w, 1_000, taken):
-        w.take(1_000, ME)
-        taken += 1_000
-    assert taken == 15_000
-    assert w.is_full(unconfirmed=taken, account_id=ME)
-    assert has_room(w, 10, taken, ANOTHER)
-    assert has_room(w, 1_000, taken, ANOTHER)
-    for _ in range(15):
-        w.give_back(1_000, ME)
-    assert not w.load_of
+    assert window(1_000).room(0) == UNLIMITED
 
 
 def test_large_messages_weigh_more_and_grow_the_window_as_well() -> None:
@@ -71,14 +42,6 @@ def test_large_messages_weigh_more_and_grow_the_window_as_well() -> None:
         load = w.weigh(100, 5_000_000)
         adapt(w, load, written_at=float(n), now=n + 0.2, unconfirmed=w.messages)
     assert w.messages == 100_000
-
-
-def test_refused_accounts_are_forgotten_beyond_a_limit() -> None:
-    w = window(1_000)
-    refused = range(25_000)
-    for account_id in refused:
-        assert not has_room(w, 1, 1_000, account_id)
-    assert sum(w.is_full(unconfirmed=1_000, account_id=account_id) for account_id in refused) <= 10_000
 
 
 def test_quick_confirms_leave_the_window_at_its_largest() -> None:

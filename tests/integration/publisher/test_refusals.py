@@ -52,28 +52,6 @@ async def test_a_slow_broker_is_given_less_and_callers_get_retry_after(broker: S
         assert [list(await batch) for batch in full] == [[ACKED] * 1_000] * 2
 
 
-async def test_one_account_that_floods_does_not_lock_another_out(broker: ScriptedBroker) -> None:
-    broker.mode = "silent"
-    async with connected(broker.url, max_unconfirmed_messages=4_000) as publisher:
-        batches: list[asyncio.Task[bytes]] = []
-        while True:
-            task = publish(publisher, 500, account_id=1)
-            await asyncio.sleep(0)
-            if task.done():
-                break
-            batches.append(task)
-        assert isinstance(task.exception(), Overloaded)
-        assert len(batches) == 6
-        with pytest.raises(Overloaded):
-            publisher.refuse_if_full(1)
-        publisher.refuse_if_full(2)
-        batches.append(publish(publisher, 500, account_id=2))
-        await broker.wait_published(3_500)
-        broker.sessions[0].ack(3_500, multiple=True)
-        assert [list(await batch) for batch in batches] == [[ACKED] * 500] * 7
-        publisher.refuse_if_full(1)
-
-
 async def test_retry_after_grows_with_the_length_of_an_outage(
     broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

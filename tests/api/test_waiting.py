@@ -1,0 +1,166 @@
+"""docs/api.md, "Overload": a request waits for room before its body is read, in turn with other accounts."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import msgspec
+import pytest
+
+from gateway.cli.admin import open_admin
+from tests.support.callers import Caller, make_caller
+from tests.support.eventually import eventually
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.raw_http import connect
+from tests.support.scripted_broker import ScriptedBroker
+
+FULL = 1_000  # messages in the window of these tests
+
+
+@asynccontextmanager
+async def gateway_with_a_full_window(
+    start_gateway: StartGateway, make_settings: MakeSettings, **changes: object
+) -> AsyncIterator[tuple[GatewayUnderTest, ScriptedBroker, "asyncio.Task[tuple[int, object]]"]]:
+    """Yield a gateway, its broker, which has not confirmed FULL messages, and the request that sent them."""
+    async with ScriptedBroker() as broker:
+        settings = make_settings(amqp_url=broker.url, amqp_connections=1, max_unconfirmed_messages=FULL, **changes)
+        gateway = await start_gateway(settings)
+        broker.mode = "silent"
+        first = asyncio.create_task(gateway.send([gateway.message()] * FULL))
+        await broker.wait_published(FULL)
+        try:
+            yield gateway, broker, first
+        finally:
+            first.cancel()
+            await asyncio.gather(first, return_exceptions=True)
+
+
+def confirm(broker: ScriptedBroker) -> None:
+    """Confirm all that has been published."""
+    broker.sessions[0].ack(len(broker.published), multiple=True)
+
+
+async def test_a_request_without_room_waits_before_its_body_is_read(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings) as (gateway, broker, first):
+        admission, body = gateway.runtime.admission, gateway.caller.body()
+        async with connect(gateway.url) as conversation:
+            head = f"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nX-Api-Key: {gateway.caller.key}\r\n"
+            await conversation.send(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+            await eventually(lambda: admission.waiting == 1)
+            assert admission.reserved_bytes == len(gateway.caller.body(FULL)), "the first body's alone"
+            confirm(broker)
+            await eventually(lambda: admission.waiting == 0)
+            await conversation.send(body)
+            await broker.wait_published(FULL + 1)
+            confirm(broker)
+            answer = await conversation.read_answer()
+        assert answer.raw.startswith(b"HTTP/1.1 100 Continue\r\n")
+        assert (answer.status, answer.json()["queued_count"]) == (200, 1)
+        assert (await first)[0] == 200
+        assert not admission.shed
+
+
+async def test_after_half_the_deadline_a_request_is_refused(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings, confirm_timeout_s=2.0) as (gateway, broker, _):
+        status, answer, headers = await gateway.post(gateway.caller.body())
+        assert (status, answer["code"]) == (503, "overloaded")
+        assert int(headers["Retry-After"]) > 0
+        assert gateway.runtime.admission.shed == {"confirm_window": 1}
+        assert len(broker.published) == FULL
+
+
+async def test_another_accounts_request_is_next_however_many_wait(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings) as (gateway, broker, first):
+        admission = gateway.runtime.admission
+        async with open_admin(gateway.runtime.settings.database_url) as admin:
+            other = await make_caller(admin)
+        crowd = [asyncio.create_task(gateway.post(gateway.caller.body(FULL))) for _ in range(20)]
+        await eventually(lambda: admission.waiting == len(crowd))
+        confirm(broker)
+        await broker.wait_published(2 * FULL)
+        late = asyncio.create_task(post_as(gateway, other))
+        await eventually(lambda: admission.waiting == len(crowd))
+        confirm(broker)
+        await broker.wait_published(2 * FULL + 1)
+        broker.mode = "ack"
+        confirm(broker)
+        assert await late == 200
+        assert (await first)[0] == 200
+        assert [status for status, _, _ in await asyncio.gather(*crowd)] == [200] * len(crowd)
+        assert msgspec.json.decode(broker.published[2 * FULL].body)["account_id"] == other.account_id
+
+
+async def post_as(gateway: GatewayUnderTest, caller: Caller) -> int:
+    """Send one message as this caller and return the status."""
+    async with gateway.session.post(gateway.url, data=caller.body(), headers=caller.headers) as response:
+        return response.status
+
+
+async def test_a_broker_alarm_ends_the_wait(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings, confirm_timeout_s=60) as (gateway, broker, _):
+        request = asyncio.create_task(gateway.post(gateway.caller.body()))
+        await eventually(lambda: gateway.runtime.admission.waiting == 1)
+        broker.sessions[0].blocked()
+        status, answer, _ = await request
+        assert (status, answer["code"]) == (503, "queue_unavailable")
+
+
+async def test_a_batch_whose_body_was_slow_waits_for_room_with_its_body(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    async with ScriptedBroker() as broker:
+        broker.mode = "silent"
+        gateway = await start_gateway(
+            make_settings(amqp_url=broker.url, amqp_connections=1, max_unconfirmed_messages=FULL)
+        )
+        admission, body = gateway.runtime.admission, gateway.caller.body()
+        async with connect(gateway.url) as slow:
+            head = f"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nX-Api-Key: {gateway.caller.key}\r\n"
+            await slow.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:-1])
+            await eventually(lambda: admission.reserved_bytes > 0)
+            full = asyncio.create_task(gateway.send([gateway.message()] * FULL))
+            await broker.wait_published(FULL)
+            await slow.send(body[-1:])
+            await eventually(lambda: admission.waiting == 1)
+            confirm(broker)
+            await broker.wait_published(FULL + 1)
+            confirm(broker)
+            assert (await slow.read_answer()).status == 200
+        assert (await full)[0] == 200
+
+
+async def test_an_account_beyond_its_share_is_refused_without_a_query(
+    start_gateway: StartGateway, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings, max_requests_in_flight=4) as (
+        gateway,
+        broker,
+        first,
+    ):
+        queries = 0
+        find_account = gateway.runtime.queries.find_account
+
+        async def counted(key_sha256: bytes) -> object:
+            nonlocal queries
+            queries += 1
+            return await find_account(key_sha256)
+
+        monkeypatch.setattr(gateway.runtime.queries, "find_account", counted)
+        waiting = [asyncio.create_task(gateway.post(gateway.caller.body())) for _ in range(2)]
+        await eventually(lambda: gateway.runtime.admission.waiting == 2)
+        for _ in range(5):
+            status, answer, headers = await gateway.post(b"no JSON, and never read")
+            assert (status, answer["code"]) == (503, "overloaded")
+            assert int(headers["Retry-After"]) > 0
+        assert queries == 2 + 1
+        broker.mode = "ack"
+        confirm(broker)
+        assert [status for status, _, _ in await asyncio.gather(*waiting)] == [200, 200]
+        assert (await first)[0] == 200
+        assert (await gateway.send([gateway.message()]))[0] == 200
