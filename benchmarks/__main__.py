@@ -12,7 +12,7 @@ from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import QUEUE_TYPES
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
 from benchmarks.drivers.workers import WorkerError
-from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, stages, sweep
+from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, refusals, stages, sweep
 from benchmarks.questions.run_report import show_run
 from benchmarks.report import page, terminal
 from benchmarks.report.document import Report
@@ -208,6 +208,23 @@ def sweep_command(
     )
     measured = sweep.measure(options, lambda reading: typer.echo(sweep.show(reading)))
     publish(measured, sweep.report(measured), json_file, report_file)
+    if any(reading.void for reading in measured.readings):
+        raise typer.Exit(EXIT_VOID)
+
+
+@app.command("refusals")
+def refusals_command(
+    *,
+    batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,100,1000",
+    rounds: Rounds = 3,
+    seconds: Seconds = 2.0,
+    json_file: JsonFile = None,
+    report_file: ReportFile = None,
+) -> None:
+    """CPU of the gateway per refused request, beside that of an accepted one."""
+    options = refusals.Options(batches=numbers(batch), rounds=rounds, seconds=seconds)
+    measured = refusals.measure(options, lambda reading: typer.echo(refusals.show(reading)))
+    publish(measured, refusals.report(measured), json_file, report_file)
     if any(reading.void for reading in measured.readings):
         raise typer.Exit(EXIT_VOID)
 
