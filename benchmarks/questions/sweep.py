@@ -1,5 +1,8 @@
 """The gateway's rate by number of connections, on an empty queue and on a backlog: a series should be flat.
 
+On a shared machine, the broker's rate changes by the second. So each run stands between two runs with the fewest
+connections of its series, and is compared with these two alone.
+
 All runs of a backlog share one queue, without consumers, so it only grows. Callers that get 503 send again, at once or
 after the answer's Retry-After. A refused request is a figure here, not a reason to void the run.
 """
@@ -57,6 +60,7 @@ class Reading(msgspec.Struct):
     p99_ms: float  # of all answers, refusals included
     peak_mb: float
     void: str  # the reason, if the queue does not hold what was accepted
+    share: float | None = None  # of the rate of the two runs beside it; None for these
 
 
 class Sweep(msgspec.Struct):
@@ -84,22 +88,35 @@ def readings_on(backends: Backends, options: Options, backlog: int) -> Iterator[
     """Run all points on a queue with this backlog. An empty queue is emptied before each run."""
     with backends.names("quorum", declare=True) as names:
         depth = _fill(backends, names, backlog)
-        for point in _points(options, backlog):
+
+        def read(point: Point) -> Reading:
+            nonlocal depth
             if not backlog:
                 backends.purge(names)
                 depth = 0
             reading, depth = _read(options, backends, names, point, depth)
-            yield reading
+            return reading
+
+        for fewest, others in _series_of(options, backlog):
+            before = read(fewest)
+            yield before
+            for point in others:
+                reading, after = read(point), read(fewest)
+                if not (reading.void or before.void or after.void):
+                    reading.share = 2 * reading.messages_per_s / (before.messages_per_s + after.messages_per_s)
+                yield from (reading, after)
+                before = after
 
 
-def _points(options: Options, backlog: int) -> Iterator[Point]:
+def _series_of(options: Options, backlog: int) -> Iterator[tuple[Point, list[Point]]]:
+    """Yield each series of each round: the point with the fewest connections, and the others."""
     systems = [GATEWAY, BASELINE] if options.baseline else [GATEWAY]
     for _ in range(options.rounds):
         for has_backoff in options.backoff:
             for batch, series in options.series.items():
-                for connections in series:
-                    for system in systems:
-                        yield Point(system, backlog, has_backoff, batch, connections)
+                for system in systems:
+                    fewest, *others = [Point(system, backlog, has_backoff, batch, each) for each in sorted(series)]
+                    yield fewest, others
 
 
 def _fill(backends: Backends, names: Names, backlog: int) -> int:
@@ -160,14 +177,14 @@ def _read(options: Options, backends: Backends, names: Names, point: Point, dept
 
 
 def bars_of(readings: list[Reading]) -> list[Bar]:
-    """Return for each series of the gateway its lowest median ÷ its highest, and its refusals."""
+    """Return for each series of the gateway its lowest share ÷ its highest, and its refusals."""
     found = []
     for series, points in _series(readings).items():
         system, backlog, has_backoff, batch = series
         if system == GATEWAY:
-            medians = [Figure.of(one.messages_per_s for one in runs).median for runs in points.values()]
+            shares = [Figure.of(one.share or 1.0 for one in runs).median for runs in points.values()]
             name = f"batches of {batch:,}, backlog {backlog:,}{', backoff' if has_backoff else ''}"
-            found.append(Bar("10", f"{name}: lowest ÷ highest", Figure.of([min(medians) / max(medians)]), FLAT, True))
+            found.append(Bar("10", f"{name}: lowest ÷ highest", Figure.of([min(shares) / max(shares)]), FLAT, True))
             refused = max(one.refused_per_s for runs in points.values() for one in runs)
             found.append(Bar("10", f"{name}: refused a second", Figure.of([refused]), 0, False))
     return found
@@ -202,8 +219,9 @@ def report(sweep: Sweep) -> Report:
         for connections, runs in points.items():
             name = f"{system}, backlog {backlog:,}{', backoff' if has_backoff else ''}, {batch:,} × {connections}"
             figures = ("messages_per_s", "refused_per_s", "cpu_us_per_message", "p50_ms", "p99_ms", "peak_mb")
-            rows.append([name, *(Figure.of(getattr(run, figure) for run in runs) for figure in figures)])
-    head = ["series, batch × connections", "msg/s", "refused/s", "CPU µs/msg", "p50 ms", "p99 ms", "MB"]
+            shares = Figure.of(run.share or 1.0 for run in runs)
+            rows.append([name, shares, *(Figure.of(getattr(run, figure) for run in runs) for figure in figures)])
+    head = ["series, batch × connections", "÷ fewest", "msg/s", "refused/s", "CPU µs/msg", "p50 ms", "p99 ms", "MB"]
     void = [show(reading) for reading in sweep.readings if reading.void]
     return Report(
         "Rate by number of connections",
