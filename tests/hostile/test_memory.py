@@ -8,9 +8,10 @@ import asyncio
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -187,6 +188,7 @@ class Row(NamedTuple):
     most_mb: float
     settled_mb: float | None = None  # SETTLE_S after the attack
     is_flood: bool = False  # of valid work as well: the neighbour may be refused as overloaded, with a 503
+    settings: Mapping[str, str] = MappingProxyType({})
 
 
 ROWS = [
@@ -195,7 +197,7 @@ ROWS = [
     Row(chunked_bodies_that_are_too_large, 512, 150),
     Row(malformed_requests, 150, 150),
     Row(answers_that_nobody_reads, 512, is_flood=True),
-    Row(uploads_that_wait, 512, is_flood=True),
+    Row(uploads_that_wait, 512, is_flood=True, settings={"confirm_timeout_s": "60", "body_timeout_s": "60"}),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
     Row(a_mix_of_all, 512, is_flood=True),
@@ -206,7 +208,7 @@ ROWS = [
 async def test_memory_stays_within_its_bounds(
     servers: Servers, row: Row, record_property: Callable[[str, object], None]
 ) -> None:
-    async with open_gateway(servers) as gateway:
+    async with open_gateway(servers, **row.settings) as gateway:
         clean = await make_caller(gateway.admin)
         idle_mb = _megabytes(gateway)
         with ExitStack() as sockets:
