@@ -28,6 +28,7 @@ from benchmarks.drivers.workers import Counter, Ready, Result, Start
 PATH = "/api/v2/send/bulk"
 BODIES = 16  # different request bodies, sent in turn
 RECONNECT_S = 0.05
+SLOW_BYTES = 80  # of a slow body: the last bytes, sent one by one
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -49,6 +50,9 @@ class Plan(msgspec.Struct):
     shares: int = 1
     all_bad: str = ""  # one flaw in every message: "format" or "type"
     honours_retry_after: bool = False  # closed loop: after a 503 wait as long as it says, otherwise send at once
+    more_callers: dict[str, list[str]] = {}  # API key → lists, of further accounts: all accounts send in turn
+    pause_s: float = 0.0  # closed loop: from an answer to the next request
+    drip_s: float = 0.0  # slow bodies: from one of the last SLOW_BYTES to the next; aborted when the time is up
 
 
 def arrivals(plan: Plan) -> Iterator[float]:
@@ -85,20 +89,25 @@ class _Request:
 
 
 def prepare(plan: Plan) -> list[_Request]:
-    """Return the requests, encoded."""
+    """Return the requests, encoded. The accounts take turns."""
+    callers = {plan.key: plan.list_numbers} | plan.more_callers
+    turns = zip(*(_prepare(plan, key, list_numbers) for key, list_numbers in callers.items()), strict=True)
+    return [request for turn in turns for request in turn]
+
+
+def _prepare(plan: Plan, key: str, list_numbers: list[str]) -> list[_Request]:
+    """Return the requests of one account."""
     url = urlsplit(plan.url)
     head = (
         f"POST {url.path.rstrip('/') or PATH} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-        f"X-Api-Key: {plan.key}\r\nContent-Type: application/json\r\n"
+        f"X-Api-Key: {key}\r\nContent-Type: application/json\r\n"
     )
     if plan.all_bad:
         flaw = {"format": traffic.WRONG_FORMAT, "type": traffic.WRONG_TYPE}[plan.all_bad]
-        content = traffic.messages(
-            plan.batch, plan.list_numbers, body_length=plan.body_length, bad=plan.batch, flaws=[flaw]
-        )
+        content = traffic.messages(plan.batch, list_numbers, body_length=plan.body_length, bad=plan.batch, flaws=[flaw])
         return [_Request(head, msgspec.json.encode({"messages": content}), 0)]
     bodies = traffic.request_bodies(
-        BODIES, plan.batch, plan.list_numbers, body_length=plan.body_length, bad_share=plan.bad_share
+        BODIES, plan.batch, list_numbers, body_length=plan.body_length, bad_share=plan.bad_share
     )
     return [_Request(head, body, good) for body, good in bodies]
 
@@ -106,8 +115,10 @@ def prepare(plan: Plan) -> list[_Request]:
 class _Connection(asyncio.Protocol):
     """One keep-alive connection, with at most one request in flight."""
 
-    def __init__(self, load: "Load") -> None:
+    def __init__(self, load: "Load", drip_s: float) -> None:
         self._load = load
+        self._drip_s = drip_s
+        self._drip_timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
         self._request: _Request | None = None
         self._since = 0.0
@@ -125,7 +136,20 @@ class _Connection(asyncio.Protocol):
         """Send a request that was due at `since`."""
         assert self._transport is not None  # noqa: S101 - only made connections are asked to send
         self._request, self._since = request, since
-        self._transport.write(request.content)
+        if self._drip_s:
+            self._transport.write(request.content[:-SLOW_BYTES])
+            self._drip_later(request.content[-SLOW_BYTES:])
+        else:
+            self._transport.write(request.content)
+
+    def _drip_later(self, rest: bytes) -> None:
+        self._drip_timer = asyncio.get_running_loop().call_later(self._drip_s, self._drip, rest) if rest else None
+
+    def _drip(self, rest: bytes) -> None:
+        """Send the first byte of the rest of a slow body, and the others later."""
+        assert self._transport is not None  # noqa: S101 - a request has been begun
+        self._transport.write(rest[:1])
+        self._drip_later(rest[1:])
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -138,6 +162,8 @@ class _Connection(asyncio.Protocol):
             self.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._drip_timer is not None:
+            self._drip_timer.cancel()
         request, self._request = self._request, None
         if request is not None:
             self._load.completed(self._since, "lost", 0, failed=True)
@@ -161,7 +187,8 @@ class _Connection(asyncio.Protocol):
         if request is None:
             self.abort()  # an answer without a request
             return
-        status, stays_open = self._parser.get_status_code(), self._parser.should_keep_alive()
+        status = self._parser.get_status_code()
+        stays_open = self._parser.should_keep_alive() and self._drip_timer is None
         body = b"".join(self._body)
         queued = _queued(body) if status == 200 else 0
         failed = status != 200 or queued != request.good
@@ -252,9 +279,12 @@ class Load:
             self._idle.append(connection)
 
     def idle_after(self, retry_after_s: int, connection: _Connection) -> None:
-        """Use a connection again, after the Retry-After of its last answer if the plan says so."""
+        """Use a connection again, after the plan's pause or, if the plan says so, its last answer's Retry-After."""
+        pause_s = self._plan.pause_s
         if retry_after_s and self._plan.honours_retry_after:
-            asyncio.get_running_loop().call_later(retry_after_s * random.uniform(1, 1.5), self.idle, connection)  # noqa: S311
+            pause_s = retry_after_s * random.uniform(1, 1.5)  # noqa: S311
+        if pause_s:
+            asyncio.get_running_loop().call_later(pause_s, self.idle, connection)
         else:
             self.idle(connection)
 
@@ -274,7 +304,7 @@ class Load:
         port = url.port or (443 if secure else 80)
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await asyncio.get_running_loop().create_connection(
-                lambda: _Connection(self), url.hostname or "", port, ssl=secure
+                lambda: _Connection(self, self._plan.drip_s), url.hostname or "", port, ssl=secure
             )
         self._open.add(connection)
         self.idle(connection)
@@ -320,7 +350,8 @@ class Load:
             if not self._open and now - self._last_open_at > self._plan.give_up_s:
                 return time.process_time() - (cpu_before or 0.0), "the server is gone: no connection can be opened"
             for connection in waiting:
-                if now - (connection.overdue_since or now) > self._plan.timeout_s:
+                is_cut_off = self._plan.drip_s and now >= start.measure_until
+                if is_cut_off or now - (connection.overdue_since or now) > self._plan.timeout_s:
                     connection.abort()
             if now >= start.measure_until:
                 self._sending = bool(self._due) and now < start.measure_until + self._plan.timeout_s

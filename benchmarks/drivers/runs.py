@@ -132,7 +132,7 @@ def _measure(
     start = workers.start(setup.warm_up_s, setup.duration_s)
     ticks: list[Tick] = []
     with ThreadPoolExecutor(max_workers=1) as pool:
-        costs = pool.submit(_cpu_during, start, [server, broker, database])
+        costs = pool.submit(cpu_during, start, [server, broker, database])
         results = workers.watch(lambda _, tick: ticks.append(tick))
         server_s, broker_s, database_s, machine_s = costs.result()
     peak_mb = server.peak_mb() if server else 0.0
@@ -202,7 +202,7 @@ def _local(url: str, default_port: int) -> ServerProcesses | None:
         return None
 
 
-def _cpu_during(start: Start, servers: Sequence[ServerProcesses | None]) -> list[float]:
+def cpu_during(start: Start, servers: Sequence[ServerProcesses | None]) -> list[float]:
     """Return the CPU seconds of each server, and last of the whole machine, within the measurement."""
     edges = []
     for edge in (start.measure_from, start.measure_until):

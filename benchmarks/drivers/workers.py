@@ -178,20 +178,23 @@ class Workers:
         return start
 
     def watch(self, on_tick: Callable[[int, Tick], None] | None = None) -> list[Result]:
-        """Follow all workers until the last has ended. Raises WorkerError when one fails."""
+        """Follow all workers until the last has ended. Return their results in the order of the plans.
+
+        Raises WorkerError when one fails.
+        """
         reports: SimpleQueue[tuple[int, Tick | Result | WorkerError]] = SimpleQueue()
         for number, process in enumerate(self._processes):
             threading.Thread(target=self._follow, args=(number, process, reports), daemon=True).start()
-        results: list[Result] = []
+        results: dict[int, Result] = {}
         while len(results) < len(self._processes):
             number, report = reports.get()
             if isinstance(report, WorkerError):
                 raise report
             if isinstance(report, Result):
-                results.append(report)
+                results[number] = report
             elif on_tick is not None:
                 on_tick(number, report)
-        return results
+        return [results[number] for number in sorted(results)]
 
     def _follow(
         self,

@@ -275,3 +275,55 @@ async def test_a_refused_caller_sends_again_at_once_or_after_retry_after(
             await asyncio.to_thread(workers.start, 0.0, 1.0)
             (result,) = await asyncio.to_thread(workers.watch)
     assert fewest <= result.statuses["503"] <= most
+
+
+async def sent_by(plan: Plan, seconds: float) -> Result:
+    with start_workers(generator.__name__, [plan]) as workers:
+        await asyncio.to_thread(workers.wait_until_ready)
+        await asyncio.to_thread(workers.start, 0.0, seconds)
+        (result,) = await asyncio.to_thread(workers.watch)
+    return result
+
+
+async def test_accounts_take_turns_with_lists_of_their_own() -> None:
+    numbers = {"a": "+18005551000", "b": "+18005552000", "c": "+18005553000"}
+    requests = dict.fromkeys(numbers, 0)
+
+    async def count(request: web.Request) -> web.Response:
+        key = request.headers["X-Api-Key"]
+        assert {message["list_number"] for message in (await request.json())["messages"]} == {numbers[key]}
+        requests[key] += 1
+        return await accept(request)
+
+    async with served(count) as (url, _):
+        others = {key: [number] for key, number in numbers.items() if key != "a"}
+        plan = Plan(url, "a", [numbers["a"]], batch=10, connections=2, more_callers=others, pause_s=0.01)
+        result = await sent_by(plan, 0.5)
+    assert result.all_failures == 0
+    assert max(requests.values()) - min(requests.values()) <= 1
+    assert 0 < result.all_requests <= 2 * 51  # with the pause, at most one every 10 ms on each connection
+
+
+@pytest.mark.parametrize(("drip_s", "answered"), [(0.002, True), (1.0, False)])
+async def test_slow_bodies_are_answered_when_whole_and_aborted_when_the_time_is_up(
+    drip_s: float, *, answered: bool
+) -> None:
+    async with served(accept) as (url, _):
+        plan = Plan(url, "key", ["+18005551000"], batch=10, connections=3, drip_s=drip_s)
+        result = await sent_by(plan, 1.0)
+    assert result.statuses["lost"] == 3
+    assert (result.statuses.get("200", 0) > 0) is answered
+    assert result.all_messages == 10 * result.statuses.get("200", 0)
+
+
+async def test_a_slow_body_that_is_refused_is_begun_again_on_another_connection() -> None:
+    peers = set()
+
+    async def refuse_at_once(request: web.Request) -> web.Response:
+        peers.add(request.transport and request.transport.get_extra_info("peername"))
+        return web.Response(status=408)
+
+    async with served(refuse_at_once) as (url, _):
+        result = await sent_by(Plan(url, "key", ["+18005551000"], batch=10, connections=1, drip_s=1.0), 0.5)
+    assert result.statuses["408"] > 1
+    assert len(peers) >= result.statuses["408"]
