@@ -12,7 +12,18 @@ from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import QUEUE_TYPES
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
 from benchmarks.drivers.workers import WorkerError
-from benchmarks.questions import bare_publisher, capacity, compare, load, memory, observing, refusals, stages, sweep
+from benchmarks.questions import (
+    bare_publisher,
+    capacity,
+    compare,
+    load,
+    memory,
+    neighbour,
+    observing,
+    refusals,
+    stages,
+    sweep,
+)
 from benchmarks.questions.run_report import show_run
 from benchmarks.report import page, terminal
 from benchmarks.report.document import Report
@@ -225,6 +236,37 @@ def refusals_command(
     options = refusals.Options(batches=numbers(batch), rounds=rounds, seconds=seconds)
     measured = refusals.measure(options, lambda reading: typer.echo(refusals.show(reading)))
     publish(measured, refusals.report(measured), json_file, report_file)
+    if any(reading.void for reading in measured.readings):
+        raise typer.Exit(EXIT_VOID)
+
+
+@app.command("neighbour")
+def neighbour_command(
+    *,
+    rate: Annotated[
+        str, typer.Option(help="Messages a second of the others, separated by commas. 0: as many as are accepted.")
+    ] = "20000,0",
+    connections: Annotated[int, typer.Option(min=1, help="Connections of the other accounts together.")] = 40,
+    batch: Annotated[int, typer.Option(min=1, max=1_000, help="Messages in the others' requests.")] = 1_000,
+    slow_bodies: Annotated[int, typer.Option(min=1, help="Connections of account A with slow bodies.")] = 300,
+    slow_batch: Annotated[int, typer.Option(min=1, max=1_000, help="Messages in a slow body.")] = 10,
+    rounds: Rounds = 3,
+    seconds: Seconds = 12.0,
+    json_file: JsonFile = None,
+    report_file: ReportFile = None,
+) -> None:
+    """Latency of a caller beside ten accounts, and beside one with their load and slow bodies."""
+    options = neighbour.Options(
+        rates=tuple(int(one) for one in rate.split(",")),
+        connections=connections,
+        batch=batch,
+        slow_bodies=slow_bodies,
+        slow_batch=slow_batch,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    measured = neighbour.measure(options, lambda reading: typer.echo(neighbour.show(reading)))
+    publish(measured, neighbour.report(measured), json_file, report_file)
     if any(reading.void for reading in measured.readings):
         raise typer.Exit(EXIT_VOID)
 

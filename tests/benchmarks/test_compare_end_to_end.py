@@ -8,7 +8,7 @@ from benchmarks.drivers import runs
 from benchmarks.drivers.backends import QUEUE_TYPES, Backends, Names, with_account
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
 from benchmarks.drivers.workers import REPOSITORY
-from benchmarks.questions import sweep
+from benchmarks.questions import neighbour, sweep
 from testbed import Servers
 
 
@@ -48,6 +48,27 @@ def test_a_sweep_counts_on_an_empty_queue_and_on_a_backlog(backends: Backends, m
         assert reading.void == ""
         assert reading.messages_per_s > 0
         assert reading.refused_per_s == 0
+
+
+def test_a_caller_beside_a_greedy_account_is_served(backends: Backends) -> None:
+    """Each situation for a moment: counts decide, not timings."""
+    load = neighbour.Options(
+        rates=(100, neighbour.SATURATED),
+        connections=4,
+        batch=10,
+        slow_bodies=5,
+        drip_s=0.05,
+        rounds=1,
+        seconds=0.5,
+        warm_up_s=0.1,
+    )
+    readings = {one.situation: one for one in neighbour.readings_on(backends, load)}
+    assert list(readings) == neighbour.situations(load)
+    for situation, reading in readings.items():
+        assert (reading.void, reading.failures) == ("", 0)
+        assert reading.requests > 0
+        assert (reading.messages_per_s > 0) is (situation.others != neighbour.ALONE)
+        assert (reading.slow_bodies > 0) is (situation.others == neighbour.BESIDE)
 
 
 def test_a_message_from_elsewhere_makes_a_run_void(backends: Backends, monkeypatch: pytest.MonkeyPatch) -> None:
