@@ -245,7 +245,7 @@ def neighbour_command(
     *,
     rate: Annotated[
         str, typer.Option(help="Messages a second of the others, separated by commas. 0: as many as are accepted.")
-    ] = "20000,0",
+    ] = "10000,0",
     connections: Annotated[int, typer.Option(min=1, help="Connections of the other accounts together.")] = 40,
     batch: Annotated[int, typer.Option(min=1, max=1_000, help="Messages in the others' requests.")] = 1_000,
     slow_bodies: Annotated[int, typer.Option(min=1, help="Connections of account A with slow bodies.")] = 300,

@@ -127,8 +127,8 @@ def _run_server(system: str, backends: Backends, names: Names, setup: Setup, ser
 def _measure(
     system: str, backends: Backends, names: Names, setup: Setup, workers: Workers, server: ServerProcesses | None
 ) -> Run:
-    broker = _local(backends.servers.amqp_url, 5672)
-    database = _local(backends.servers.database_url, 5432)
+    broker = local(backends.servers.amqp_url, 5672)
+    database = local(backends.servers.database_url, 5432)
     start = workers.start(setup.warm_up_s, setup.duration_s)
     ticks: list[Tick] = []
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -191,7 +191,7 @@ def rates(ticks: Iterable[Tick]) -> list[tuple[float, float]]:
     return [((place + 0.5) * width, sums[place] / width) for place in sorted(sums)]
 
 
-def _local(url: str, default_port: int) -> ServerProcesses | None:
+def local(url: str, default_port: int) -> ServerProcesses | None:
     """Return the processes of a server on this machine, or None for a server elsewhere."""
     parts = urlsplit(url.split(",")[0])
     if parts.hostname not in ("127.0.0.1", "localhost"):

@@ -47,13 +47,14 @@ _FIGURES = {  # field of Reading → head of its column
     "slow_bodies": "slow bodies",
     "gateway_cores": "gateway cores",
     "machine_cores": "machine cores",
+    "other_cores": "other cores",
 }
 
 
 class Options(msgspec.Struct, frozen=True):
     """The load of the others, and the length of the runs."""
 
-    rates: tuple[int, ...] = (20_000, SATURATED)  # messages a second of all others together
+    rates: tuple[int, ...] = (10_000, SATURATED)  # messages a second of all others together
     connections: int = 40  # of all others together, without the slow ones
     batch: int = 1_000  # messages in their requests
     slow_bodies: int = 300  # connections of A with slow bodies
@@ -94,6 +95,7 @@ class Reading(msgspec.Struct):
     slow_bodies: float  # connections whose request is in flight; median over the run
     gateway_cores: float
     machine_cores: float
+    other_cores: float  # that processes outside the benchmark took: above some tenths, measure again
     void: str  # the reason, if the queue does not hold what was accepted
 
 
@@ -130,7 +132,9 @@ def readings_on(backends: Backends, options: Options) -> Iterator[Reading]:
         backends.names(setup.queue_type, declare=True) as names,
         serving(GATEWAY, backends, names, setup) as server,
     ):
-        processes = ServerProcesses(server.port.number)
+        servers = backends.servers
+        backing = [runs.local(servers.amqp_url, 5672), runs.local(servers.database_url, 5432)]
+        processes = [ServerProcesses(server.port.number), *backing]
         for number, situation in product(range(options.rounds), situations(options)):
             depth = partial(backends.wait_for_depth, names, setup.queue_type)
             plans = _plans(situation, server.url, backends, others, options)
@@ -160,16 +164,17 @@ def _read(
     situation: Situation,
     plans: list[Plan],
     options: Options,
-    gateway: ServerProcesses,
+    processes: list[ServerProcesses | None],
     depth: Callable[[int], int],
 ) -> Reading:
     in_flight = [0]  # of the slow bodies
     with start_workers(generator.__name__, plans) as workers, ThreadPoolExecutor(max_workers=1) as pool:
         workers.wait_until_ready()
         start = workers.start(options.warm_up_s, options.seconds)
-        cpu = pool.submit(runs.cpu_during, start, [gateway])
+        cpu = pool.submit(runs.cpu_during, start, processes)
         results = workers.watch(lambda worker, tick: in_flight.append(tick.in_flight) if worker == 2 else None)
-        gateway_s, machine_s = cpu.result()
+        gateway_s, broker_s, database_s, machine_s = cpu.result()
+    other_s = machine_s - gateway_s - broker_s - database_s - sum(result.cpu_s for result in results)
     accepted = sum(result.all_messages for result in results)
     found = depth(accepted)
     void = "" if found == accepted else f"{accepted:,} messages were accepted, {found:,} came"
@@ -188,6 +193,7 @@ def _read(
         slow_bodies=statistics.median(in_flight),
         gateway_cores=gateway_s / options.seconds,
         machine_cores=machine_s / options.seconds,
+        other_cores=max(0.0, other_s / options.seconds),
         void=void or next((result.ended_early for result in results if result.ended_early), ""),
     )
 

@@ -9,7 +9,7 @@ def reading(
     round_: int, others: str, p99_ms: float, *, rate: int = SATURATED, failures: int = 0, void: str = ""
 ) -> Reading:
     situation, first_failure = Situation(others, rate), "503: no" if failures else ""
-    return Reading(round_, situation, 100, 1.0, p99_ms, failures, first_failure, 40_000, 0.0, 300, 0.9, 1.9, void)
+    return Reading(round_, situation, 100, 1.0, p99_ms, failures, first_failure, 40_000, 0.0, 300, 0.9, 1.9, 0.1, void)
 
 
 def test_the_ratio_is_taken_within_each_round() -> None:
