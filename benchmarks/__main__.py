@@ -48,9 +48,9 @@ _SMS_PER_MESSAGE = ",".join(map(str, bare_publisher.SMS_PER_MESSAGE))
 _IN_FLIGHT = ",".join(map(str, compare.IN_FLIGHT.values()))
 
 
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse `1,10,100`. Each number is at least 1."""
-    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+def numbers(text: str, least: int = 1) -> tuple[int, ...]:
+    """Parse `1,10,100`. Each number is at least `least`."""
+    if not all(part.strip().isdecimal() and int(part) >= least for part in text.split(",")):
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,10,100")
     return tuple(map(int, text.split(",")))
 
@@ -211,7 +211,7 @@ def sweep_command(
     given = numbers(connections) if connections else ()
     options = sweep.Options(
         series={size: given or sweep.SERIES.get(size, sweep.SERIES[1_000]) for size in numbers(batch)},
-        backlogs=tuple(int(one) for one in backlog.split(",")),
+        backlogs=numbers(backlog, least=0),
         backoff=(False, True) if backoff else (False,),
         rounds=rounds,
         seconds=seconds,
@@ -257,7 +257,7 @@ def neighbour_command(
 ) -> None:
     """Latency of a caller beside ten accounts, and beside one with their load and slow bodies."""
     options = neighbour.Options(
-        rates=tuple(int(one) for one in rate.split(",")),
+        rates=numbers(rate, least=0),
         connections=connections,
         batch=batch,
         slow_bodies=slow_bodies,
