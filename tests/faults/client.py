@@ -56,11 +56,13 @@ class SteadyLoad:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if exc_type is not None:
-            for task in self._tasks:
-                task.cancel()
         try:
-            await self.stop()
+            if exc_type is None:
+                await self.stop()
+            else:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.wait(self._tasks)
         finally:
             await self._session.close()
 
