@@ -1,7 +1,7 @@
 """The latency of a caller B beside one account A with ten times the load of others, and slow bodies.
 
-Ten times the load: ten accounts share the load among equals, request by request, and beside A, A has all of it. It is a
-fixed rate below the capacity, sent as an open loop, or as much as the gateway takes, sent as a closed loop.
+The ten accounts together and A alone send the same load, so A has ten times the load of each of them. It is a fixed
+rate below the capacity, sent as an open loop, or as much as the gateway takes, sent as a closed loop.
 
 - "alone": B only, for information.
 - "among equals": B beside the ten accounts, whose bodies are complete. This is B undisturbed under the same load.
@@ -34,7 +34,7 @@ from benchmarks.report.figures import Figure, short
 from benchmarks.report.machine import Machine
 
 ALONE, EQUALS, BESIDE = "alone", "among equals", "beside A"
-TIMES = 10  # accounts among equals
+EQUAL_ACCOUNTS = 10
 B_CONNECTIONS, B_PAUSE_S = 8, 0.05  # enough requests for a p99, and below a hundredth of the others' messages
 SATURATED = 0  # the rate of a closed loop
 MOST_RATIO = 2.0
@@ -43,7 +43,7 @@ _FIGURES = {  # field of Reading → head of its column
     "p99_ms": "B p99 ms",
     "failures": "B failed",
     "messages_per_s": "others msg/s",
-    "refused_per_s": "refused/s",
+    "failed_per_s": "failed/s",
     "slow_bodies": "slow bodies",
     "gateway_cores": "gateway cores",
     "machine_cores": "machine cores",
@@ -91,7 +91,7 @@ class Reading(msgspec.Struct):
     failures: int  # B's answers other than 200 with all messages queued, warm-up included
     first_failure: str
     messages_per_s: float  # of the others, accepted
-    refused_per_s: float
+    failed_per_s: float  # refusals and lost connections
     slow_bodies: float  # connections whose request is in flight; median over the run
     gateway_cores: float
     machine_cores: float
@@ -126,7 +126,7 @@ def situations(options: Options) -> list[Situation]:
 
 def readings_on(backends: Backends, options: Options) -> Iterator[Reading]:
     """Run all situations on one gateway. B is the account of `backends`."""
-    others = [asyncio.run(with_account(backends.servers, 1)) for _ in range(TIMES)]
+    others = [asyncio.run(with_account(backends.servers, 1)) for _ in range(EQUAL_ACCOUNTS)]
     setup = Setup(queue_type="quorum")
     with (
         backends.names(setup.queue_type, declare=True) as names,
@@ -189,7 +189,7 @@ def _read(
         failures=b.all_failures,
         first_failure=b.first_failure,
         messages_per_s=sum(one.messages for one in others[:1]) / options.seconds,
-        refused_per_s=sum(one.failures for one in others[:1]) / options.seconds,
+        failed_per_s=sum(one.failures for one in others[:1]) / options.seconds,
         slow_bodies=statistics.median(in_flight),
         gateway_cores=gateway_s / options.seconds,
         machine_cores=machine_s / options.seconds,

@@ -60,7 +60,7 @@ class Reading(msgspec.Struct):
     p99_ms: float  # of all answers, refusals included
     peak_mb: float
     void: str  # the reason, if the queue does not hold what was accepted
-    share: float | None = None  # of the rate of the two runs beside it; None for these
+    share: float | None = 1.0  # of the rate of the two runs beside it; None if one of the three is void
 
 
 class Sweep(msgspec.Struct):
@@ -102,8 +102,9 @@ def readings_on(backends: Backends, options: Options, backlog: int) -> Iterator[
             yield before
             for point in others:
                 reading, after = read(point), read(fewest)
-                if not (reading.void or before.void or after.void):
-                    reading.share = 2 * reading.messages_per_s / (before.messages_per_s + after.messages_per_s)
+                is_void = reading.void or before.void or after.void
+                beside_per_s = (before.messages_per_s + after.messages_per_s) / 2
+                reading.share = None if is_void else reading.messages_per_s / beside_per_s
                 yield from (reading, after)
                 before = after
 
@@ -182,7 +183,7 @@ def bars_of(readings: list[Reading]) -> list[Bar]:
     for series, points in _series(readings).items():
         system, backlog, has_backoff, batch = series
         if system == GATEWAY:
-            shares = [Figure.of(one.share or 1.0 for one in runs).median for runs in points.values()]
+            shares = [figure.median for figure in map(_share, points.values()) if figure is not None]
             name = f"batches of {batch:,}, backlog {backlog:,}{', backoff' if has_backoff else ''}"
             found.append(Bar("10", f"{name}: lowest ÷ highest", Figure.of([min(shares) / max(shares)]), FLAT, True))
             refused = max(one.refused_per_s for runs in points.values() for one in runs)
@@ -199,6 +200,11 @@ def _series(readings: list[Reading]) -> dict[tuple[str, int, bool, int], dict[in
         if not reading.void:
             found.setdefault(series, {}).setdefault(point.connections, []).append(reading)
     return found
+
+
+def _share(runs: list[Reading]) -> Figure | None:
+    shares = [run.share for run in runs if run.share is not None]
+    return Figure.of(shares) if shares else None
 
 
 def show(reading: Reading) -> str:
@@ -219,8 +225,7 @@ def report(sweep: Sweep) -> Report:
         for connections, runs in points.items():
             name = f"{system}, backlog {backlog:,}{', backoff' if has_backoff else ''}, {batch:,} × {connections}"
             figures = ("messages_per_s", "refused_per_s", "cpu_us_per_message", "p50_ms", "p99_ms", "peak_mb")
-            shares = Figure.of(run.share or 1.0 for run in runs)
-            rows.append([name, shares, *(Figure.of(getattr(run, figure) for run in runs) for figure in figures)])
+            rows.append([name, _share(runs), *(Figure.of(getattr(run, figure) for run in runs) for figure in figures)])
     head = ["series, batch × connections", "÷ fewest", "msg/s", "refused/s", "CPU µs/msg", "p50 ms", "p99 ms", "MB"]
     void = [show(reading) for reading in sweep.readings if reading.void]
     return Report(

@@ -30,8 +30,9 @@ class Publisher:
         self.window = ConfirmWindow(
             most_messages=settings.max_unconfirmed_messages,
             most_bytes=settings.max_unconfirmed_bytes,
-            # A longer queue at the broker adds latency, not goodput. At ten times the load, the median goodput was 85 %
-            # of the peak with this target, and 71 % with twice as much (scripts/faults --scenario overload).
+            # A longer queue at the broker adds latency, not goodput. With four times as much, the goodput at ten times
+            # the load was the same, but some batches ended as unknown. On a backlog the rate was the same, too
+            # (scripts/faults --scenario overload, scripts/bench sweep).
             target_s=settings.confirm_timeout_s / 16,
         )
         self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told

@@ -1,9 +1,9 @@
-"""Admission: a request waits for room before its body is read, and is refused only when waiting does not help.
+"""Admission: a request waits for room before its body is read, and is refused when it has waited too long.
 
-A request holds its slot until its answer has been written, or its connection is lost. A slot is refused at once: slots
-bound how many requests wait. Then the request waits for its turn (fair_queue.py) until the confirm window has room for
-its messages and there is room for its body. Meanwhile TCP holds the caller back. An account alone may use the whole
-window.
+A request holds its slot until its answer has been written. Without a free slot it is refused at once: slots bound the
+number of waiting requests. With a slot it waits for a grant, which accounts get in turn (fair_queue.py): until the
+confirm window has room for its messages, and there is room for the bytes of its body. Meanwhile TCP flow control slows
+the caller down. An account alone may use the whole window.
 
 The wait is limited as in CoDel (Nichols and Jacobson, ACM Queue 2012), in Facebook's adaptive form (Maurer, "Fail at
 Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter limit.
@@ -18,18 +18,19 @@ import time
 from collections import Counter
 from typing import Protocol
 
-from gateway.errors import Draining, GatewayError, Overloaded, QueueUnavailable
+from gateway.errors import Draining, GatewayError, MalformedHttp, Overloaded, QueueUnavailable
 from gateway.ingest.fair_queue import FairQueue
 from gateway.ingest.wire import MAX_MESSAGES
 
 SHARE = 3
 SMOOTHING = 0.05  # weight of the newest request in `held_s`
-NOBODY = 0  # no account has this id
-MESSAGE_BYTES = 100  # of a short message in a body: the load of a body that has not been read is estimated with it
-PREPARE_S = 0.25  # a request that is not published so long after its turn needs another one: its body may be slow
-LONG_WAIT, SHORT_WAIT = 0.5, 0.3  # longest wait as shares of the deadline: usually; after LONG_WAIT of standing
-TICK_S = 0.1  # for what frees room without the end of a request: late confirms, a grown window, PREPARE_S
-MOST_REMEMBERED = 10_000  # keys of refused requests; at this number all are forgotten
+NO_ACCOUNT = 0
+MESSAGE_BYTES = 100  # of a short message in JSON; estimates the load of an unread body
+GRANT_S = 0.25  # while others wait, a grant that is not used for so long ends: its body may be slow
+LONG_WAIT = 0.5  # longest wait, as a share of the deadline
+SHORT_WAIT = 0.3  # the same, once there have been waiting requests for LONG_WAIT without a break
+TICK_S = 0.1  # for what frees room without the end of a request: late confirms, a grown window, GRANT_S
+MAX_REFUSED_KEYS = 10_000  # at this number all are forgotten
 
 
 class Broker(Protocol):
@@ -62,12 +63,12 @@ class Admission:
         self.shed: Counter[str] = Counter()  # requests refused, by the resource that ran out
         self._queue: FairQueue[Slot] = FairQueue()
         self._waiting: dict[Slot, asyncio.Future[GatewayError | None]] = {}  # oldest first
-        self._standing_since = 0.0  # the time since which there are always some
+        self._standing_since = 0.0  # when the queue was last empty
         self._timer: asyncio.TimerHandle | None = None
-        self._preparing: dict[Slot, float] = {}  # had their turn, and are not published yet; oldest first
-        self._preparing_load = 0
-        self._preparing_of: Counter[int] = Counter()  # account → load
-        self._refused_keys: dict[str, int] = {}  # API key → account, of requests beyond the account's share
+        self._granted: dict[Slot, float] = {}  # slot → when; not published yet; oldest first
+        self._granted_load = 0
+        self._granted_of: Counter[int] = Counter()  # account → load
+        self._refused_keys: dict[int, int] = {}  # hash of an API key → account, of requests beyond its share
 
     @property
     def waiting(self) -> int:
@@ -85,21 +86,21 @@ class Admission:
 
     def refuse_again(self, key: str) -> None:
         """Raise Overloaded, without a query, if the key's account was over its share of slots and still is."""
-        account_id = self._refused_keys.pop(key, NOBODY)
-        if account_id != NOBODY:
+        account_id = self._refused_keys.pop(hash(key), NO_ACCOUNT)
+        if account_id != NO_ACCOUNT:
             self.refuse_beyond_share(account_id, key)
 
     def refuse_beyond_share(self, account_id: int, key: str) -> None:
         """Raise Overloaded if the account holds its share of slots. The account's only request always fits."""
         requests = self.requests_of[account_id] + 1
         if requests > 1 and requests > SHARE * (self._max_requests - self.requests + 1):
-            if len(self._refused_keys) >= MOST_REMEMBERED:
+            if len(self._refused_keys) >= MAX_REFUSED_KEYS:
                 self._refused_keys.clear()
-            self._refused_keys[key] = account_id
+            self._refused_keys[hash(key)] = account_id
             raise self._overloaded("account_share")
 
     def change(self, account_id: int, requests: int, size: int) -> None:
-        """Change what an account holds by so many requests and bytes."""
+        """Add to what an account holds; negative amounts are given back."""
         self.reserved_bytes += size
         for counter, amount in ((self.requests_of, requests), (self.bytes_of, size)):
             counter[account_id] += amount
@@ -124,91 +125,97 @@ class Admission:
         return self._broker.weigh(min(size // MESSAGE_BYTES + 1, MAX_MESSAGES), size)
 
     def may_enter(self, slot: "Slot") -> bool:
-        """Give the slot its turn and return True if nobody waits and there is room."""
+        """Give the slot a grant and return True, if nobody waits and there is room."""
         if self._waiting or not self._fits_slot(slot) or not self._has_room(slot.load):
             return False
         self._grant(slot)
         return True
 
     def may_publish(self, slot: "Slot", load: int) -> bool:
-        """Return True if a batch of this load may be written at once: its slot had its turn, and there is room."""
+        """Return True if a batch of this load may be written at once: its slot has a grant, and there is room."""
         if self._waiting:
-            self._end_late_turns()
-            asyncio.get_running_loop().call_soon(self.wake)  # the batch may take less than was expected
-        had_turn = self.end_turn(slot)
-        return (had_turn or not self._waiting) and self._has_room(load)
+            self._end_late_grants()
+            # The load may be less than was expected: offer the rest to those that wait.
+            asyncio.get_running_loop().call_soon(self.wake)
+        had_grant = self.end_grant(slot)
+        return not load or ((had_grant or not self._waiting) and self._has_room(load))
 
     def _has_room(self, load: int) -> bool:
         # Without a usable connection, waiting does not help: the publisher refuses the batch.
-        return load <= self._broker.room(self._preparing_load) or not self._broker.is_usable()
+        return load <= self._broker.room(self._granted_load) or not self._broker.is_usable()
 
     def _fits_slot(self, slot: "Slot") -> bool:
         """Return True if there is room for the body, and the account's slow bodies leave room for other accounts."""
-        mine = self._preparing_of[slot.account_id]
-        return self.fits(slot, slot.wanted) and (
-            not mine or slot.is_read or mine + slot.load <= self._broker.room(self._preparing_load)
-        )
+        if slot.is_read:
+            return True
+        mine = self._granted_of[slot.account_id]
+        return self.fits(slot, slot.wanted) and (not mine or mine + slot.load <= self._broker.room(self._granted_load))
 
     async def wait(self, slot: "Slot") -> None:
-        """Wait for the slot's turn. Raises Overloaded after too long a wait, QueueUnavailable if the broker is gone."""
+        """Wait for a grant. Raises Overloaded after too long a wait, QueueUnavailable if the broker is gone.
+
+        Waits of one request add up. Raises MalformedHttp if the caller has hung up.
+        """
         loop = asyncio.get_running_loop()
-        slot.waits_since = loop.time()
+        slot.waits_since = loop.time() - slot.waited_s
         if not self._waiting:
-            self._standing_since = slot.waits_since
+            self._standing_since = loop.time()
         self._timer = self._timer or loop.call_later(TICK_S, self._tick)
-        turn = self._waiting[slot] = loop.create_future()
+        granted = self._waiting[slot] = loop.create_future()
         self._queue.add(slot.account_id, slot.load, slot, first=slot.is_read)
-        self.wake()  # those that wait may not fit, or be of another account
+        self._end_late_grants()
+        self.wake()  # other requests may wait for bytes or for their account's share, and this one may fit
         try:
-            # A result, not an exception: an exception in a future that its own traceback reaches is a cycle.
-            refusal = await turn
+            # The refusal is a result: an exception that the future holds would hold the future, by its traceback.
+            refusal = await granted
         finally:
             if self._waiting.pop(slot, None) is not None:  # cancelled
                 self._queue.remove(slot.account_id, slot.load, slot)
-            slot.waited_s += loop.time() - slot.waits_since
+            slot.waited_s = loop.time() - slot.waits_since
         if refusal is not None:
             raise refusal
 
     def wake(self) -> None:
-        """Give turns to waiting requests while there is room."""
+        """Give grants to waiting requests while there is room."""
         while self._waiting:
-            slot = self._queue.pop(self._broker.room(self._preparing_load), self._fits_slot)
+            slot = self._queue.pop(self._broker.room(self._granted_load), self._fits_slot)
             if slot is None:
                 return
             self._grant(slot)
             self._answer(self._waiting.pop(slot), None)
 
     def _grant(self, slot: "Slot") -> None:
-        """Reserve what the slot wants, and note its load until it is published."""
+        """Reserve what the slot wants: bytes until its end, and room at the broker until it is published."""
+        slot.was_granted = True
         slot.reserve(slot.wanted)
-        self._preparing[slot] = time.monotonic()
-        self._count_preparing(slot, slot.load)
+        self._granted[slot] = time.monotonic()
+        self._count_granted(slot, slot.load)
 
-    def end_turn(self, slot: "Slot") -> bool:
-        """Forget the slot's load. Return False if it had no turn, or a late one."""
-        if self._preparing.pop(slot, None) is None:
+    def end_grant(self, slot: "Slot") -> bool:
+        """Give back the room at the broker. Return False if the slot has no grant, or its grant has ended."""
+        if self._granted.pop(slot, None) is None:
             return False
-        self._count_preparing(slot, -slot.load)
+        self._count_granted(slot, -slot.load)
         return True
 
-    def _count_preparing(self, slot: "Slot", load: int) -> None:
-        self._preparing_load += load
-        self._preparing_of[slot.account_id] += load
-        if not self._preparing_of[slot.account_id]:
-            del self._preparing_of[slot.account_id]
+    def _count_granted(self, slot: "Slot", load: int) -> None:
+        self._granted_load += load
+        self._granted_of[slot.account_id] += load
+        if not self._granted_of[slot.account_id]:
+            del self._granted_of[slot.account_id]
 
-    def _end_late_turns(self) -> None:
-        given_before = time.monotonic() - PREPARE_S
-        while self._preparing:
-            slot, given_at = next(iter(self._preparing.items()))
+    def _end_late_grants(self) -> None:
+        given_before = time.monotonic() - GRANT_S
+        while self._granted:
+            slot, given_at = next(iter(self._granted.items()))
             if given_at > given_before:
                 return
-            self.end_turn(slot)
+            self.end_grant(slot)
 
     def _tick(self) -> None:
         loop = asyncio.get_running_loop()
         self._timer = None
-        self._end_late_turns()
+        self._end_late_grants()
         if not self._broker.is_usable():
             for slot in list(self._waiting):
                 self._refuse(slot, QueueUnavailable())
@@ -217,20 +224,24 @@ class Admission:
         is_standing = now - self._standing_since > self._long_wait_s
         waits_before = now - (self._short_wait_s if is_standing else self._long_wait_s)
         for slot in list(self._waiting):
-            if slot.waits_since > waits_before:
-                break
-            self._refuse(slot, self._overloaded("bytes" if self._has_room(slot.load) else "confirm_window"))
+            if slot.waits_since <= waits_before:
+                self._refuse(slot, self._overloaded("bytes" if self._has_room(slot.load) else "confirm_window"))
         if self._waiting:
             self._timer = loop.call_later(TICK_S, self._tick)
+
+    def abandon(self, slot: "Slot") -> None:
+        """End the wait of a request whose caller has hung up. A body that has arrived is published all the same."""
+        if slot in self._waiting and not slot.is_read:
+            self._refuse(slot, MalformedHttp())
 
     def _refuse(self, slot: "Slot", refusal: GatewayError) -> None:
         self._queue.remove(slot.account_id, slot.load, slot)
         self._answer(self._waiting.pop(slot), refusal)
 
     @staticmethod
-    def _answer(turn: "asyncio.Future[GatewayError | None]", refusal: GatewayError | None) -> None:
-        if not turn.done():  # otherwise cancelled
-            turn.set_result(refusal)
+    def _answer(granted: "asyncio.Future[GatewayError | None]", refusal: GatewayError | None) -> None:
+        if not granted.done():  # otherwise cancelled
+            granted.set_result(refusal)
 
     def _overloaded(self, resource: str) -> Overloaded:
         self.shed[resource] += 1
@@ -238,9 +249,10 @@ class Admission:
 
     def end(self, slot: "Slot", held_s: float) -> None:
         """Take back the slot of a request that held it for so long."""
-        self.end_turn(slot)
+        self.end_grant(slot)
         self.requests -= 1
-        self.held_s += SMOOTHING * (held_s - self.held_s)
+        if slot.was_granted:  # a quick refusal says nothing about how long the next request will take
+            self.held_s += SMOOTHING * (held_s - self.held_s)
         self.wake()
 
 
@@ -258,6 +270,7 @@ class Slot:
         "waited_s",
         "waits_since",
         "wanted",
+        "was_granted",
     )
 
     def __init__(self, admission: Admission) -> None:
@@ -265,11 +278,12 @@ class Slot:
         self._admitted_at = time.monotonic()
         self._is_held = True
         self.reserved = 0  # bytes
-        self.account_id = NOBODY
+        self.account_id = NO_ACCOUNT
         self.load = 0  # at the broker: expected, later exact
-        self.wanted = 0  # bytes to reserve at its turn
+        self.wanted = 0  # bytes to reserve with the grant
+        self.was_granted = False
         self.is_read = False  # True: it waits once more, with its body
-        self.waits_since = 0.0
+        self.waits_since = 0.0  # as if all its waiting had been without a break
         self.waited_s = 0.0  # in total
 
     async def enter(self, account_id: int, size: int, key: str) -> None:
@@ -285,7 +299,7 @@ class Slot:
             await admission.wait(self)
 
     async def enter_window(self, load: int) -> None:
-        """Wait until a batch of this load may be written; rarely, for a body that was slow or holds more than expected.
+        """Wait until a batch of this load may be written: needed if the body was slow, or holds more than expected.
 
         Raises Overloaded or QueueUnavailable. Write the batch before the next await.
         """
@@ -297,7 +311,7 @@ class Slot:
         """Reserve so many bytes more."""
         self._change_to(self.reserved + size)
 
-    def weigh(self, size: int) -> None:
+    def reserve_total(self, size: int) -> None:
         """Reserve `size` bytes instead, once the body's cost is known. Raises Overloaded.
 
         A single request may take all bytes, so that a body of any allowed size is served.
@@ -309,7 +323,7 @@ class Slot:
 
     def hold_answer(self, size: int) -> None:
         """Reserve `size` bytes if that is more than is reserved. An answer cannot be refused any more."""
-        if self.account_id != NOBODY and size > self.reserved:
+        if self.account_id != NO_ACCOUNT and size > self.reserved:
             self._change_to(size)
 
     def _change_to(self, size: int) -> None:
@@ -317,10 +331,14 @@ class Slot:
             self._admission.change(self.account_id, 0, size - self.reserved)
             self.reserved = size
 
+    def abandon(self) -> None:
+        """End a wait: the caller has hung up."""
+        self._admission.abandon(self)
+
     def give_back(self) -> None:
         """Give back the slot and what was reserved. Further calls do nothing."""
         if self._is_held:
             self._is_held = False
-            if self.account_id != NOBODY:
+            if self.account_id != NO_ACCOUNT:
                 self._admission.change(self.account_id, -1, -self.reserved)
             self._admission.end(self, time.monotonic() - self._admitted_at)

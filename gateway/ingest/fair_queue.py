@@ -1,7 +1,8 @@
 """A queue in which accounts take turns by load: start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996).
 
-Each account has a queue of its own. The account that has been given the least is next. An account that joins starts
-with what the account next in turn has been given, so its past neither helps nor harms it.
+Each account has a queue of its own, whose first item has a start tag: the start tag of the account's previous item plus
+its load, or the virtual time for an account that joins. The lowest start tag is next, so the past of an account neither
+helps nor harms it. Loads are those expected when the item was added; they are not corrected later.
 """
 
 from collections import deque
@@ -18,9 +19,9 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._items: dict[int, deque[tuple[int, T]]] = {}  # by account
-        self._turns: list[tuple[int, int, int]] = []  # heap of (load given so far, order of joining, account)
+        self._turns: list[tuple[int, int, int]] = []  # heap of (start tag, order of joining, account)
         self._joined = count()
-        self._given = 0  # of the account whose turn was last
+        self._virtual_time = 0  # the start tag of the item that left last; start tags are loads
         self._length = 0
 
     def __len__(self) -> int:
@@ -31,7 +32,7 @@ class FairQueue(Generic[T]):
         items = self._items.get(account_id)
         if items is None:
             items = self._items[account_id] = deque()
-            heappush(self._turns, (self._given, next(self._joined), account_id))
+            heappush(self._turns, (self._virtual_time, next(self._joined), account_id))
         if first:
             items.appendleft((load, item))
         else:
@@ -46,29 +47,29 @@ class FairQueue(Generic[T]):
     def pop(self, room: int, fits: Callable[[T], bool]) -> T | None:
         """Remove and return the next item, or None if its load is above `room`.
 
-        Accounts whose first item does not fit are passed over and keep their turn.
+        Accounts whose first item does not fit are passed over. They are next as soon as it fits, but gain no credit.
         """
         turns: list[tuple[int, int, int]] = []
         found: T | None = None
         while self._turns and found is None:
-            given, joined, account_id = heappop(self._turns)
+            start, joined, account_id = heappop(self._turns)
             items = self._items[account_id]
             if not items:
                 del self._items[account_id]
                 continue
             load, item = items[0]
             if not fits(item):
-                turns.append((given, joined, account_id))
+                turns.append((start, joined, account_id))
             elif load > room:
-                turns.append((given, joined, account_id))
+                turns.append((start, joined, account_id))
                 break
             else:
                 items.popleft()
-                self._given = given
-                turns.append((given + load, joined, account_id))
+                self._virtual_time = max(self._virtual_time, start)
+                turns.append((start + load, joined, account_id))
                 found = item
-        for turn in turns:
-            heappush(self._turns, turn)
+        for start, joined, account_id in turns:
+            heappush(self._turns, (max(start, self._virtual_time), joined, account_id))
         if found is not None:
             self._note_removed()
         return found
@@ -78,4 +79,4 @@ class FairQueue(Generic[T]):
         if not self._length:
             self._items.clear()
             self._turns.clear()
-            self._given = 0
+            self._virtual_time = 0

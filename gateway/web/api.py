@@ -15,7 +15,7 @@ from gateway.telemetry.counters import AUTHENTICATE, READ, WAIT
 from gateway.telemetry.requests import RequestRecord
 from gateway.web import openapi
 from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
-from gateway.web.bodies import expect_later, read_body, size_to_reserve, weigh
+from gateway.web.bodies import expect_later, memory_cost, read_body, size_to_reserve
 from gateway.web.connections import SLOT
 
 SEND_BULK = "/api/v2/send/bulk"
@@ -61,7 +61,7 @@ async def _receive(request: web.Request, slot: Slot, account_id: int) -> BulkReq
     key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
     body = await read_body(request, settings.body_timeout_s)
     record.body_bytes = len(body)
-    slot.weigh(weigh(body))
+    slot.reserve_total(memory_cost(body))
     record.mark(READ)
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
     return BulkRequest(account_id, slot, request[REQUEST_ID], body, key, deadline)

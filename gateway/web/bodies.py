@@ -74,7 +74,7 @@ async def _read_into(body: bytearray, request: web.Request, timeout_s: float) ->
         return MalformedHttp()
 
 
-def weigh(body: bytes) -> int:
+def memory_cost(body: bytes) -> int:
     """Return the bytes to reserve for a body that has arrived.
 
     Python stores a text with the width of its widest character: with one emoji, four bytes for each character.

@@ -49,14 +49,14 @@ MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers
 # Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
 MAX_COST_OF_HEADS = 64 * 1024 * 1024
 COST_OF_BYTE, COST_OF_LINE = 3, 350
-# Of a body that nobody reads yet, and of one read of the event loop more (256 kB): a request that waits holds them.
+# Of the body of a request that waits. One read of the event loop (256 kB) comes on top.
 READ_AHEAD = 64 * 1024
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
 EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
 
-# A handler that takes a slot leaves it here. It is given back when the answer is written or the connection lost.
+# A handler that takes a slot leaves it here. It is given back when the answer is written, or cannot be written.
 SLOT = web.RequestKey("slot", Slot)
 
 # Returns the complete answer to a request that no handler sees; logs the exception, if there is one.
@@ -399,8 +399,10 @@ class _Connection(RequestHandler):
         self.head_due = NEVER
         self._forget_head()
         self._end_unread()
+        if self._current_request is not None and SLOT in self._current_request:
+            self._current_request[SLOT].abandon()
         self._body = self._unread = EMPTY_PAYLOAD
-        # A body holds its connection: a cycle, for a request behind the one in progress.
+        # The body of a request behind the one in progress refers to its connection: a reference cycle.
         self._messages = deque((message, EMPTY_PAYLOAD) for message, _ in self._messages)
         # With an error, aiohttp would leave it in the future that the writing frame awaits: a cycle that holds the
         # answer.

@@ -88,9 +88,9 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _histogram(
         "gateway_stage_duration_seconds",
         "Time of a request in each stage: authenticate (the key's query), wait (for room, if there is none), read (the "
-        "body), validate (with decoding), "
-        "resolve_lists (message ids, the lists' query, the Idempotency-Key), build (payloads), publish (until all "
-        "confirms or the deadline). A stage that refuses the request is not counted.",
+        "body), validate (with decoding), resolve_lists (message ids, the lists' query, the Idempotency-Key), build "
+        "(payloads), publish (until all confirms or the deadline; after a slow body, with its wait for room). A stage "
+        "that refuses the request is not counted.",
         ("stage",),
         {(stage,): seconds for stage, seconds in zip(STAGES, counters.stages_s, strict=True)},
     )
@@ -112,7 +112,7 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
         "gateway_messages_in_flight", "SMS in decoded, unanswered requests.", runtime.counters.messages_in_flight
     )
     yield _gauge("gateway_body_bytes_in_flight", "Bytes reserved for bodies and answers.", admission.reserved_bytes)
-    yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it are shed.", settings.max_bytes_in_flight)
+    yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it wait.", settings.max_bytes_in_flight)
     yield _counter(
         "gateway_shed",
         "Requests answered 503 overloaded, by the exhausted resource: slots, account_share (of slots), bytes (of "

@@ -1,4 +1,4 @@
-"""docs/api.md, "Overload": a request waits for room before its body is read, in turn with other accounts."""
+"""A request waits for room before its body is read, and accounts take turns (docs/decisions, 0030)."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -100,6 +100,17 @@ async def post_as(gateway: GatewayUnderTest, caller: Caller) -> int:
     """Send one message as this caller and return the status."""
     async with gateway.session.post(gateway.url, data=caller.body(), headers=caller.headers) as response:
         return response.status
+
+
+async def test_a_caller_that_hangs_up_waits_no_longer(start_gateway: StartGateway, make_settings: MakeSettings) -> None:
+    async with gateway_with_a_full_window(start_gateway, make_settings, confirm_timeout_s=60) as (gateway, broker, _):
+        admission = gateway.runtime.admission
+        request = asyncio.create_task(gateway.post(gateway.caller.body()))
+        await eventually(lambda: admission.waiting == 1)
+        request.cancel()
+        await eventually(lambda: admission.requests == 1)
+        assert admission.waiting == 0
+        assert len(broker.published) == FULL
 
 
 async def test_a_broker_alarm_ends_the_wait(start_gateway: StartGateway, make_settings: MakeSettings) -> None:

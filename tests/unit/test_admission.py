@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from gateway.errors import Draining, Overloaded, QueueUnavailable
+from gateway.errors import Draining, MalformedHttp, Overloaded, QueueUnavailable
 from gateway.ingest import admission as admission_module
 from gateway.ingest.admission import Admission, Slot
 from tests.support.admission import KEY, BrokerRoom, admission_of, entered, held_slot
@@ -59,7 +59,7 @@ def assert_empty(admission: Admission) -> None:
     """Check that nothing is held and nobody waits."""
     assert (admission.requests, admission.reserved_bytes, admission.waiting) == (0, 0, 0)
     assert (dict(admission.requests_of), dict(admission.bytes_of)) == ({}, {})
-    assert not any(vars(admission)[name] for name in ("_preparing", "_preparing_load", "_preparing_of"))
+    assert not any(vars(admission)[name] for name in ("_granted", "_granted_load", "_granted_of"))
     assert not len(vars(admission)["_queue"])
 
 
@@ -152,12 +152,12 @@ async def test_draining_admits_no_new_request_and_ends_none() -> None:
 async def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 400, A) as first, entered(admission, 150, B) as second:
-        first.weigh(800)
+        first.reserve_total(800)
         with pytest.raises(Overloaded):
-            second.weigh(300)
+            second.reserve_total(300)
         assert admission.reserved_bytes == 950, "a refused body keeps what it had until its slot is given back"
-        first.weigh(400)
-        second.weigh(300)
+        first.reserve_total(400)
+        second.reserve_total(300)
         assert dict(admission.bytes_of) == {A: 400, B: 300}
     assert_empty(admission)
 
@@ -165,16 +165,16 @@ async def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused(
 async def test_an_account_may_not_take_more_than_its_share_by_costly_bodies() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 300, A) as first, entered(admission, 300, A) as second:
-        first.weigh(400)
+        first.reserve_total(400)
         with pytest.raises(Overloaded):
-            second.weigh(600)
+            second.reserve_total(600)
     assert admission.shed["bytes"] == 1
 
 
 async def test_a_single_body_always_fits() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 900) as slot:
-        slot.weigh(1_800)
+        slot.reserve_total(1_800)
         assert admission.reserved_bytes == 1_000
 
 
@@ -255,7 +255,7 @@ async def test_slow_bodies_of_one_account_leave_room_for_another() -> None:
         assert slow == 5
         async with (
             waiting(admission, BATCH_BYTES - 1, A),
-            asyncio.timeout(admission_module.PREPARE_S / 2),
+            asyncio.timeout(admission_module.GRANT_S / 2),
             entered(admission, BATCH_BYTES - 1, B) as slot,
         ):
             await slot.enter_window(1_000)
@@ -264,11 +264,11 @@ async def test_slow_bodies_of_one_account_leave_room_for_another() -> None:
 async def test_a_slow_body_needs_another_turn_and_comes_before_its_accounts_other_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(admission_module, "PREPARE_S", 0.01)
+    monkeypatch.setattr(admission_module, "GRANT_S", 0.01)
     room = BrokerRoom(1_000)
     admission = admission_of(room=room)
     async with entered(admission, BATCH_BYTES - 1, A) as slow, waiting(admission, BATCH_BYTES - 1, A, 2) as served:
-        await eventually(lambda: len(served) == 1)  # PREPARE_S has passed
+        await eventually(lambda: len(served) == 1)  # GRANT_S has passed
         await served[0].enter_window(1_000)
         room.unconfirmed = 1_000
         published = asyncio.create_task(slow.enter_window(1_000))
@@ -331,6 +331,72 @@ async def test_a_queue_that_has_been_standing_refuses_earlier() -> None:
     assert_empty(admission)
 
 
+async def test_the_waits_of_a_request_add_up() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room, deadline_s=1.0)
+    with held_slot(admission) as slot:
+        entering = asyncio.create_task(slot.enter(A, 100, KEY))
+        await asyncio.sleep(0.35)
+        room.unconfirmed = 0
+        await entering
+        room.unconfirmed = 1_000
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Overloaded):
+            await slot.enter_window(1)
+        assert slot.waited_s >= admission_module.LONG_WAIT
+        assert asyncio.get_running_loop().time() - began < slot.waited_s
+    assert_empty(admission)
+
+
+async def test_a_batch_that_has_been_read_needs_no_bytes() -> None:
+    """Its body is reserved already. Otherwise it would wait in vain while its account holds all its bytes."""
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room, max_bytes=1_000)
+    async with entered(admission, 700, A), entered(admission, 50, A) as slot:
+        slot.hold_answer(500)
+        room.unconfirmed = 1_000
+        batch = asyncio.create_task(slot.enter_window(1))
+        await eventually(lambda: admission.waiting == 1)
+        room.unconfirmed = 0
+        await batch
+    assert_empty(admission)
+
+
+async def test_a_request_without_a_valid_message_does_not_wait_for_the_broker() -> None:
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room)
+    async with entered(admission, 100, A) as slot:
+        room.unconfirmed = 2_000
+        await slot.enter_window(0)
+    assert_empty(admission)
+
+
+async def test_a_caller_that_hangs_up_leaves_the_queue() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room)
+    with held_slot(admission) as slot:
+        request = asyncio.create_task(slot.enter(A, 100, KEY))
+        await eventually(lambda: admission.waiting == 1)
+        slot.abandon()
+        with pytest.raises(MalformedHttp):
+            await request
+    assert not admission.shed
+    assert_empty(admission)
+
+
+async def test_quick_refusals_do_not_shorten_retry_after() -> None:
+    admission = admission_of(max_requests=4)
+    admission.held_s = 3.2
+    async with AsyncExitStack() as house:
+        await fill(house, admission, 0, A)
+        for _ in range(200):
+            with held_slot(admission), pytest.raises(Overloaded):
+                admission.refuse_again(KEY)
+        assert admission.held_s == 3.2
+
+
 async def test_a_broker_that_becomes_unusable_ends_the_wait_at_once() -> None:
     room = BrokerRoom(1_000)
     room.unconfirmed = 1_000
@@ -369,7 +435,7 @@ async def test_a_key_whose_account_is_over_its_share_is_refused_again_without_a_
 
 
 async def test_remembered_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "MOST_REMEMBERED", 10)
+    monkeypatch.setattr(admission_module, "MAX_REFUSED_KEYS", 10)
     admission = admission_of(max_requests=4)
     async with AsyncExitStack() as house:
         await fill(house, admission, 0, A)

@@ -75,6 +75,17 @@ def test_an_account_whose_item_does_not_fit_is_passed_over_and_keeps_its_turn() 
     assert drain(queue) == ["misfit", "B1"]
 
 
+def test_an_account_that_was_passed_over_for_long_gains_no_credit() -> None:
+    queue: FairQueue[str] = FairQueue()
+    for number in range(200):
+        queue.add(1, 1_000, f"A{number}")
+        queue.add(2, 1_000, f"B{number}")
+    for _ in range(150):
+        assert queue.pop(ROOM, lambda item: not item.startswith("A")) is not None
+    taken = [name[0] for name in drain(queue, 40)]
+    assert taken.count("A") in (20, 21)
+
+
 def test_an_item_may_be_added_before_the_others_of_its_account() -> None:
     queue: FairQueue[str] = FairQueue()
     queue.add(1, 1, "second")
@@ -98,4 +109,4 @@ def test_nothing_is_remembered_of_accounts_once_the_queue_is_empty() -> None:
     for account_id in range(10_000):
         queue.add(account_id, 1, "x")
         assert drain(queue) == ["x"]
-    assert not any(vars(queue)[name] for name in ("_items", "_turns", "_given", "_length"))
+    assert not any(vars(queue)[name] for name in ("_items", "_turns", "_virtual_time", "_length"))
