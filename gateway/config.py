@@ -26,6 +26,13 @@ AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 # TLS parameters of aiormq's URLs. The gateway makes its own TLS context and would ignore them, so they are refused.
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}
 
+# Deadlines that depend on each other: the shorter one, the longer one, and what happens otherwise.
+DEADLINES = (
+    ("database_timeout_s", "confirm_timeout_s", "one slow query would take all the time of a request"),
+    ("amqp_heartbeat_s", "confirm_timeout_s", "a dead broker would be noticed after the deadline of its messages"),
+    ("confirm_timeout_s", "abandon_timeout_s", "connections would be closed before the deadline of their messages"),
+)
+
 
 class ConfigurationError(Exception):
     """The settings cannot work. The text names the variable, and says what to do."""
@@ -154,7 +161,9 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     values = _read(get_type_hints(Settings, include_extras=True), environ)
     load_database_url(environ)
     _check_amqp_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")))
-    return msgspec.convert(values, Settings)
+    settings = msgspec.convert(values, Settings)
+    _check_deadlines(settings)
+    return settings
 
 
 def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -171,6 +180,13 @@ def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any
             values_allowed = f". Use one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
             raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}{values_allowed}") from None
     return values
+
+
+def _check_deadlines(settings: Settings) -> None:
+    for shorter, longer, otherwise in DEADLINES:
+        if getattr(settings, shorter) > getattr(settings, longer):
+            first, second = (f"{PREFIX}{name.upper()}={getattr(settings, name):g}" for name in (shorter, longer))
+            raise ConfigurationError(f"{first} must not be above {second}: {otherwise}")
 
 
 def load_database_url(environ: Mapping[str, str] = os.environ) -> str:

@@ -1,5 +1,7 @@
 """Settings come from the environment: each from its variable; a bad one is refused by name; no password is shown."""
 
+import ssl
+
 import msgspec
 import pytest
 
@@ -40,9 +42,9 @@ GOOD: dict[str, tuple[str, object]] = {
     "queue_shards": ("4", 4),
     "answer_timeout_s": ("5", 5.0),
     "amqp_connections": ("64", 64),
-    "amqp_heartbeat_s": ("600", 600),
+    "amqp_heartbeat_s": ("10", 10),
     "amqp_connect_timeout_s": ("1", 1.0),
-    "confirm_timeout_s": ("2.5", 2.5),
+    "confirm_timeout_s": ("5.5", 5.5),
     "abandon_timeout_s": ("3600", 3_600.0),
     "max_unconfirmed_messages": ("1000", 1_000),
     "max_unconfirmed_bytes": ("1", 1),
@@ -134,6 +136,32 @@ def test_a_bad_value_is_refused_with_the_variables_name_and_what_it_takes(name: 
         config.load(URLS | {f"GATEWAY_{name.upper()}": raw})
     assert str(refused.value).startswith(f"GATEWAY_{name.upper()}={raw!r} ")
     assert hint in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {"DATABASE_TIMEOUT_S": "10.5"},
+            "GATEWAY_DATABASE_TIMEOUT_S=10.5 must not be above GATEWAY_CONFIRM_TIMEOUT_S=10:",
+        ),
+        ({"CONFIRM_TIMEOUT_S": "1", "AMQP_HEARTBEAT_S": "1"}, "GATEWAY_DATABASE_TIMEOUT_S=2 must not be above"),
+        ({"AMQP_HEARTBEAT_S": "11"}, "GATEWAY_AMQP_HEARTBEAT_S=11 must not be above GATEWAY_CONFIRM_TIMEOUT_S=10:"),
+        ({"CONFIRM_TIMEOUT_S": "4"}, "GATEWAY_AMQP_HEARTBEAT_S=5 must not be above GATEWAY_CONFIRM_TIMEOUT_S=4:"),
+        ({"ABANDON_TIMEOUT_S": "9"}, "GATEWAY_CONFIRM_TIMEOUT_S=10 must not be above GATEWAY_ABANDON_TIMEOUT_S=9:"),
+        ({"CONFIRM_TIMEOUT_S": "60"}, "GATEWAY_CONFIRM_TIMEOUT_S=60 must not be above GATEWAY_ABANDON_TIMEOUT_S=30:"),
+    ],
+)
+def test_deadlines_that_contradict_each_other_are_refused_by_name(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        config.load(URLS | {f"GATEWAY_{name}": value for name, value in variables.items()})
+    assert str(refused.value).startswith(says)
+
+
+def test_equal_deadlines_are_accepted() -> None:
+    names = ("DATABASE_TIMEOUT_S", "AMQP_HEARTBEAT_S", "CONFIRM_TIMEOUT_S", "ABANDON_TIMEOUT_S")
+    loaded = config.load(URLS | {f"GATEWAY_{name}": "7" for name in names})
+    assert (loaded.database_timeout_s, loaded.abandon_timeout_s) == (7.0, 7.0)
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -278,7 +306,10 @@ def test_sslmodes_that_an_attacker_in_between_can_downgrade_are_refused(mode: st
     assert "secret" not in str(refused.value)
 
 
-@pytest.mark.parametrize("parameter", ["no_verify_ssl=1", "cafile=/ca.pem", "certfile=/us.pem", "keyfile=/us.key"])
+@pytest.mark.parametrize(
+    "parameter",
+    ["no_verify_ssl=1", "cafile=/ca.pem", "capath=/cas", "cadata=MII", "certfile=/us.pem", "keyfile=/us.key"],
+)
 def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter: str) -> None:
     with pytest.raises(ConfigurationError, match=r"GATEWAY_AMQP_URL has .*Set GATEWAY_AMQP_CA_FILE"):
         config.load(URLS | {"GATEWAY_AMQP_URL": f"amqps://u:p@h/?{parameter}"})
@@ -304,6 +335,27 @@ def test_connections_without_verified_tls_are_reported(changes: dict[str, str], 
     told_of = tls.weaknesses(config.load(URLS | changes))
     assert [line.partition(":")[0] for line in told_of] == weak
     assert "secret" not in " ".join(told_of)
+
+
+@pytest.mark.parametrize(
+    ("query", "verify_mode", "checks_name"),
+    [
+        ("", ssl.CERT_REQUIRED, True),
+        ("?sslmode=verify-full", ssl.CERT_REQUIRED, True),
+        ("?sslmode=verify-ca", ssl.CERT_REQUIRED, False),
+        ("?sslmode=require&sslrootcert=system", ssl.CERT_REQUIRED, False),
+        ("?sslmode=require", ssl.CERT_NONE, False),
+    ],
+)
+def test_each_sslmode_verifies_what_libpqs_does(query: str, verify_mode: ssl.VerifyMode, checks_name: bool) -> None:
+    context = tls.database_context(f"postgres://h/x{query}")
+    assert context
+    assert (context.verify_mode, context.check_hostname) == (verify_mode, checks_name)
+
+
+def test_the_broker_is_always_verified() -> None:
+    context = tls.broker_context(config.load(URLS))
+    assert (context.verify_mode, context.check_hostname) == (ssl.CERT_REQUIRED, True)
 
 
 def test_settings_do_not_change_once_read() -> None:

@@ -71,6 +71,16 @@ async def test_a_server_with_another_name_is_refused_with_what_to_do(secured: Se
     assert await database_says(secured.settings(database_url=unnamed)) == ""
 
 
+@pytest.mark.parametrize("mode", ["verify-ca", "require"])  # with a CA, libpq's require is verify-ca
+async def test_without_the_name_the_authority_still_counts(secured: Secured, tmp_path: Path, mode: str) -> None:
+    url = f"{secured.environment['GATEWAY_DATABASE_URL']}?sslmode={mode}"
+    assert await database_says(secured.settings(database_url=url)) == ""
+    other = str(Authority(tmp_path).ca_file)
+    for files in ({"database_ca_file": other}, {"database_ca_file": "", "database_url": f"{url}&sslrootcert=system"}):
+        says = await database_says(secured.settings(**({"database_url": url} | files)))
+        assert "GATEWAY_DATABASE_CA_FILE must be the file of the CA" in says
+
+
 async def test_servers_refuse_a_client_without_certificate_or_tls(secured: Secured) -> None:
     assert await database_says(secured.settings()) == ""
     assert await broker_says(secured.settings()) == ""
