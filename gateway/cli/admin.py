@@ -3,6 +3,7 @@
 It runs on one connection, and shares no SQL with requests (postgres/queries.py).
 """
 
+import re
 import secrets
 import string
 from collections.abc import AsyncIterator
@@ -51,7 +52,7 @@ TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
            rolsuper AS is_superuser,
-           pg_has_role(role.oid, relowner, 'MEMBER') AS is_owner,
+           pg_has_role(role.oid, relowner, 'MEMBER') OR pg_has_role(role.oid, nspowner, 'MEMBER') AS is_owner,
            has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
            has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
            pg_has_role(current_user, relowner, 'USAGE') AS can_grant
@@ -59,6 +60,45 @@ FIND_ROLE = """
     JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
     WHERE rolname = $1 AND rel.oid = 'accounts'::regclass
 """
+# A role has its own rights, those of PUBLIC, and those of each role of which it is a member, some only after SET ROLE.
+FIND_POWERS = """
+    SELECT rolname AS holder, power
+    FROM pg_roles AS holder,
+         unnest(ARRAY[
+             CASE WHEN rolsuper THEN 'SUPERUSER' END,
+             CASE WHEN rolcreaterole THEN 'CREATEROLE' END,
+             CASE WHEN rolreplication THEN 'REPLICATION' END,
+             CASE WHEN rolname ~ '^pg_(execute_server_program|read_server_files|write_server_files)$'
+                  THEN 'rights on the server''s files' END
+         ]) AS power
+    WHERE pg_has_role($1::name, holder.oid, 'MEMBER') AND power IS NOT NULL
+    ORDER BY holder, power
+"""
+FIND_RIGHTS = """
+    WITH holder AS (SELECT oid, rolname FROM pg_roles WHERE pg_has_role($1::name, oid, 'MEMBER')),
+         rel AS (
+             SELECT oid, relname, relkind FROM pg_class
+             WHERE oid = ANY($2::text[]::regclass[]) OR relkind = 'S' AND oid IN (
+                 SELECT objid FROM pg_depend
+                 WHERE classid = 'pg_class'::regclass AND refobjid = ANY($2::text[]::regclass[])
+             )
+         )
+    SELECT relname AS what, action, '' AS column_name, rolname AS holder
+    FROM holder, rel,
+         unnest(ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']
+             || CASE WHEN current_setting('server_version_num')::int >= 170000 THEN '{MAINTAIN}'::text[] END) AS action
+    WHERE relkind <> 'S' AND has_table_privilege(holder.oid, rel.oid, action)
+    UNION ALL
+    SELECT relname, action, attname, rolname
+    FROM holder, rel JOIN pg_attribute ON attrelid = rel.oid AND attnum > 0 AND NOT attisdropped,
+         unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) AS action
+    WHERE relkind <> 'S' AND has_column_privilege(holder.oid, rel.oid, attnum, action)
+    UNION ALL
+    SELECT relname, action, '', rolname
+    FROM holder, rel, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) AS action
+    WHERE relkind = 'S' AND has_sequence_privilege(holder.oid, rel.oid, action)
+"""
+_rights_in = re.compile(r"([A-Z]+)(?: \(([^)]*)\))?").findall
 
 CONNECT_TIMEOUT_S = 5.0
 KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: 24 bits of 190
@@ -123,7 +163,7 @@ class Admin:
     async def grant_service(self, role: str) -> list[Row]:
         """Give an existing database role SERVICE_RIGHTS, and revoke its other rights on our tables, in one transaction.
 
-        Raises AdminError when the rights would not limit the role, or when this connection may not grant them.
+        Raises AdminError when this connection may not grant them, or when the role would have more rights than these.
         """
         found = await self._connection.fetchrow(FIND_ROLE, role)
         if found is None:
@@ -132,8 +172,8 @@ class Admin:
             raise AdminError(f"only the owner of the tables can grant {role} its rights: run migrate as the owner")
         if found["is_superuser"] or found["is_owner"]:
             raise AdminError(
-                f"{role} owns the tables, or is a member of the role that does, so rights would not limit it. "
-                "Choose another role"
+                f"{role} owns the tables or their schema, or is a member of a role that does, so rights would not "
+                "limit it. Choose another role"
             )
         schema = found["schema"]
         if found["may_create"]:
@@ -148,7 +188,32 @@ class Admin:
         async with self._connection.transaction():
             for statement in statements:
                 await self._connection.execute(statement)
+            await self._refuse_more_rights(role)
         return [{"role": role, "on": target.split()[-1], "may": rights} for target, rights in SERVICE_RIGHTS.items()]
+
+    async def _refuse_more_rights(self, role: str) -> None:
+        """Raise AdminError if the role has rights beyond SERVICE_RIGHTS: by a membership, PUBLIC or an attribute."""
+        if powers := await self._all(FIND_POWERS, role):
+            named = ", ".join(f"{row['power']}{_via(row['holder'], role)}" for row in powers)
+            raise AdminError(f"{role} has {named}: rights on tables would not limit it. Choose another role")
+        granted = {
+            (target.split()[-1], action, column.strip())
+            for target, rights in SERVICE_RIGHTS.items()
+            for action, columns in _rights_in(rights)
+            for column in columns.split(",")
+        }
+        beyond = sorted(
+            {
+                f"{row['action']} on {row['what']}{_via(row['holder'], role)}"
+                for row in await self._all(FIND_RIGHTS, role, [target.split()[-1] for target in SERVICE_RIGHTS])
+                if not {(row["what"], row["action"], name) for name in ("", row["column_name"])} & granted
+            }
+        )
+        if beyond:
+            raise AdminError(
+                f"{role} has more rights than it needs to serve, by grants to PUBLIC or by a membership: "
+                f"{', '.join(beyond)}. Revoke them, or choose another role"
+            )
 
     async def _one(self, sql: str, *arguments: object, missing: str = "") -> Row:
         try:
@@ -167,6 +232,10 @@ class Admin:
 
     async def _all(self, sql: str, *arguments: object) -> list[Row]:
         return [dict(row) for row in await self._connection.fetch(sql, *arguments)]
+
+
+def _via(holder: str, role: str) -> str:
+    return "" if holder == role else f" (as {holder})"
 
 
 def unreachable(error: BaseException) -> AdminError:

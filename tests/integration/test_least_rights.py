@@ -15,7 +15,7 @@ from yarl import URL
 
 from gateway.amqp.connection import declare_topology
 from gateway.cli import status
-from gateway.cli.admin import SERVICE_RIGHTS, AdminError, open_admin
+from gateway.cli.admin import SERVICE_RIGHTS, Admin, AdminError, open_admin
 from gateway.postgres import queries
 from gateway.postgres.pool import connect_to_primary
 from testbed import Servers
@@ -179,6 +179,81 @@ async def test_granting_again_takes_away_what_was_given_beyond(
         kind = "sequence" if "lease" in what else "table"
         assert not await owner.fetchval(f"SELECT has_{kind}_privilege($1, $2, $3)", role.name, what, right)
     assert await owner.fetchval("SELECT has_column_privilege($1, 'accounts', 'id', 'SELECT')", role.name)
+
+
+ACCOUNT = "INSERT INTO accounts (name) VALUES ('mine')"
+KEY = "INSERT INTO api_keys (account_id, sha256, prefix) VALUES (1, sha256('x'), 'trk_x')"
+
+
+@pytest.mark.parametrize(
+    ("given", "allows", "says"),
+    [
+        (["GRANT pg_write_all_data TO {}"], KEY, "INSERT on api_keys (as pg_write_all_data)"),
+        (["GRANT pg_read_all_data TO {}"], "SELECT prefix FROM api_keys", "SELECT on api_keys (as pg_read_all_data)"),
+        (["GRANT INSERT ON accounts TO PUBLIC"], ACCOUNT, "INSERT on accounts. Revoke them"),
+        (["GRANT SELECT (name) ON accounts TO PUBLIC"], "SELECT name FROM accounts", "SELECT on accounts. Revoke"),
+        (
+            ["GRANT UPDATE ON SEQUENCE message_id_leases TO PUBLIC"],
+            "SELECT setval('message_id_leases', nextval('message_id_leases'))",  # a rollback does not undo setval
+            "UPDATE on message_id_leases",
+        ),
+        (
+            ["GRANT UPDATE ON SEQUENCE accounts_id_seq TO {}"],
+            "SELECT setval('accounts_id_seq', nextval('accounts_id_seq'))",
+            "UPDATE on accounts_id_seq",
+        ),
+        (
+            ["CREATE ROLE admins", "GRANT DELETE ON api_keys TO admins", "GRANT admins TO {}"],
+            "DELETE FROM api_keys",
+            "DELETE on api_keys (as admins)",
+        ),
+        (
+            [
+                "CREATE ROLE admins",
+                "GRANT DELETE ON api_keys TO admins",
+                "ALTER ROLE {} NOINHERIT",
+                "GRANT admins TO {}",
+            ],
+            "SET LOCAL ROLE admins",
+            "DELETE on api_keys (as admins)",
+        ),
+        (["ALTER ROLE {} CREATEROLE"], "CREATE ROLE another", "has CREATEROLE"),
+        (["ALTER ROLE {} REPLICATION"], "SELECT", "has REPLICATION"),
+        (["CREATE ROLE boss SUPERUSER", "GRANT boss TO {}"], "SET LOCAL ROLE boss", "has SUPERUSER (as boss)"),
+        (
+            ["GRANT pg_execute_server_program TO {}"],
+            "COPY (SELECT 1) TO PROGRAM 'true'",
+            "rights on the server's files (as pg_execute_server_program)",
+        ),
+    ],
+)
+async def test_a_role_with_more_rights_by_other_ways_is_refused(
+    owner: asyncpg.Connection, role: Role, given: list[str], allows: str, says: str
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("INSERT INTO accounts OVERRIDING SYSTEM VALUE VALUES (1, 'first') ON CONFLICT DO NOTHING")
+        for statement in given:
+            await owner.execute(statement.replace("{}", f'"{role.name}"'))
+        with pytest.raises(AdminError) as refused:
+            await Admin(owner).grant_service(role.name)
+        assert says in str(refused.value)
+        await owner.execute(f'SET LOCAL SESSION AUTHORIZATION "{role.name}"')
+        await owner.execute(allows)  # otherwise the right is none, and the refusal without a reason
+    finally:
+        await transaction.rollback()
+
+
+async def test_a_membership_that_gives_no_right_is_no_reason_to_refuse(owner: asyncpg.Connection, role: Role) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("CREATE ROLE people")
+        await owner.execute(f'GRANT people, pg_monitor TO "{role.name}"')
+        await Admin(owner).grant_service(role.name)
+    finally:
+        await transaction.rollback()
 
 
 # --- the broker ------------------------------------------------------------------------------------------------------
