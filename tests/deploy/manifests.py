@@ -55,6 +55,11 @@ def gateway_of(workload: Object) -> Object:
     return found
 
 
+def probes_of(container: Object) -> dict[str, Object]:
+    """Return the probes of a container by name."""
+    return {name: value for name, value in container.items() if name.endswith("Probe")}
+
+
 def environment_of(folder: str) -> dict[str, str]:
     """Return the gateway's environment, with example URLs in place of the Secrets' values."""
     objects = render(folder)

@@ -1,7 +1,9 @@
 """The manifests in use: a gateway process with the pod's settings, on a broker with the operators' topology."""
 
+import asyncio
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,8 +13,8 @@ import aio_pika
 import aiohttp
 import pytest
 
-from testbed import Servers
-from tests.deploy.manifests import environment_of, gateway_of, only, render
+from testbed import Port, Servers
+from tests.deploy.manifests import Object, environment_of, gateway_of, only, probes_of, render
 from tests.support.callers import Caller, Client
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayProcess, MakeSettings, StartGateway, new_name, running
@@ -70,6 +72,15 @@ async def test_the_operators_declare_what_the_gateway_would(
         assert (status, answer["queued_count"]) == (200, 1)
 
 
+async def exit_status(probe: Object, port: Port) -> int:
+    """Run the command of a probe, with this operations port, and return its exit status."""
+    _, *arguments = probe["exec"]["command"]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, env=os.environ | {"GATEWAY_OPS_PORT": str(port)}
+    )
+    return await process.wait()
+
+
 @pytest.mark.parametrize("folder", ["base", "sidecar-example"])
 async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
     folder: str, servers: Servers, caller: Caller
@@ -82,7 +93,7 @@ async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
     names = {"GATEWAY_AMQP_EXCHANGE": name, "GATEWAY_AMQP_QUEUE": name}
     deployment = only(render(folder), "Deployment")
     grace_s = deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
-    probes = {key: value["httpGet"]["path"] for key, value in gateway_of(deployment).items() if key.endswith("Probe")}
+    probes = probes_of(gateway_of(deployment)).values()
 
     async with (
         declared_by_the_operators(servers.amqp_url, name),
@@ -90,9 +101,13 @@ async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
         aiohttp.ClientSession() as session,
         OutboundQueue(servers.amqp_url, name) as queue,
     ):
-        for path in set(probes.values()):
-            async with session.get(process.ops_url + path) as answer:
-                assert answer.status == 200, path
+        for probe in probes:
+            if "exec" in probe:
+                assert await exit_status(probe, process.ops_port) == 0, probe
+                assert await exit_status(probe, process.port) != 0, "the API has no such path"
+            else:
+                async with session.get(process.ops_url + probe["httpGet"]["path"]) as answer:
+                    assert answer.status == 200, probe
         assert (await Client(process.url, session, caller).post(caller.body(100)))[0] == 200
         assert await queue.depth() == 100
         os.kill(process.pid, signal.SIGTERM)
