@@ -1,5 +1,12 @@
 """Run the command line: `python -m gateway`."""
 
+import signal
+import sys
+
+if sys.argv[1:2] in (["serve"], ["work"]):
+    # Before the imports, which take a second: the default of SIGHUP ends the process. server/signals.py handles it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+
 from gateway.cli.commands import run
 
 if __name__ == "__main__":

@@ -75,6 +75,12 @@ class Admission:
         """Number of requests that wait for room."""
         return len(self._waiting)
 
+    def close(self) -> None:
+        """Refuse all requests from now on, those that wait included."""
+        self.closed = True
+        for slot in list(self._waiting):
+            self._refuse(slot, Draining())
+
     def admit(self) -> "Slot":
         """Return a slot for a request, to be given back at its end. Raises Overloaded or Draining."""
         if self.closed:

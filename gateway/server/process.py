@@ -66,8 +66,9 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     Order of the shutdown:
 
     1. `/readyz` answers 503. Requests are served for `drain_delay_s` more, with `Connection: close`.
-    2. The API stops listening. Further requests on open connections are refused as draining.
-    3. Requests in flight wait for their confirms and are answered, within `drain_timeout_s`.
+    2. The API stops listening, and closes idle connections.
+    3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
+       those that still wait or arrive are refused as draining.
     4. The operations listener closes, then the broker's connections, then the database's.
     """
     context = tls.api_context(settings)
@@ -79,9 +80,11 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
         try:
             await _start(settings, ops, callers, context, ops_socket)
             await stop.wait()
-            await _drain(runtime, callers)
+            logger.info("draining, %s requests in flight", runtime.admission.requests)
+            runtime.draining = True
+            await asyncio.sleep(settings.drain_delay_s)
         finally:
-            await callers.cleanup()
+            await callers.cleanup()  # steps 2 and 3
             await ops.cleanup()
     logger.info("stopped")
 
@@ -94,10 +97,11 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
         make_app(runtime),
         limits,
         refuse_unhandled,
+        drain_timeout_s=settings.drain_timeout_s,
         on_refused=runtime.counters.count_unhandled,
+        on_drain_ends=runtime.admission.close,
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is checked
         keepalive_timeout=settings.keepalive_timeout_s,
-        shutdown_timeout=settings.drain_timeout_s / 2,  # aiohttp waits for it twice: for handlers, then for connections
     )
     return make_ops_runner(make_ops_app(runtime), settings), callers
 
@@ -129,15 +133,6 @@ async def _start(
         api_address = f"{port} (TLS)" if context else str(port)
     logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
     logger.info("settings: %s", settings.masked())
-
-
-async def _drain(runtime: Runtime, callers: BoundedRunner) -> None:
-    """Do steps 1 and 2 of the shutdown; the runner's cleanup does step 3."""
-    logger.info("draining, %s requests in flight", runtime.admission.requests)
-    runtime.draining = True
-    await asyncio.sleep(runtime.settings.drain_delay_s)
-    callers.stop_listening()
-    runtime.admission.closed = True
 
 
 def _stop_with_supervisor(stop: asyncio.Event) -> None:

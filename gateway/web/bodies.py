@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from aiohttp import HttpVersion11, hdrs, web
 
 from gateway.errors import (
+    Draining,
     ExpectationFailed,
     GatewayError,
     MalformedHttp,
@@ -34,7 +35,8 @@ def size_to_reserve(request: web.Request) -> int:
 async def read_body(request: web.Request, timeout_s: float) -> bytes:
     """Read the whole body.
 
-    Raises UnsupportedMediaType, PayloadTooLarge, ExpectationFailed, RequestTimeout or MalformedHttp.
+    Raises UnsupportedMediaType, PayloadTooLarge, ExpectationFailed, RequestTimeout, MalformedHttp, or Draining when
+    the process ends before the body has arrived.
     """
     if not _is_plain_json(request):
         raise UnsupportedMediaType
@@ -65,6 +67,9 @@ async def _read_into(body: bytearray, request: web.Request, timeout_s: float) ->
     except TimeoutError as error:
         drop_tracebacks(error)
         return RequestTimeout()
+    except Draining as error:
+        drop_tracebacks(error)
+        return Draining()
     except (web.RequestPayloadError, ConnectionError) as error:  # a broken chunk, or the caller hung up
         drop_tracebacks(error)
         return MalformedHttp()

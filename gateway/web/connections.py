@@ -16,6 +16,8 @@ At `max_connections`, a new connection takes the place of one without a request.
 for a request head, then idle ones; the oldest first. A normal caller sends its head at once, so slow or silent
 connections evict each other. A new connection is refused only if every other one is in a request.
 
+In a drain, idle connections are closed. A request of which a byte has arrived is read to its end and answered.
+
 tests/integration/test_aiohttp_contract.py names every private name used here, and fails when aiohttp drops one.
 """
 
@@ -34,7 +36,15 @@ from aiohttp import HttpVersion10, HttpVersion11, web
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
-from gateway.errors import GatewayError, InternalError, MalformedHttp, Overloaded, RequestTimeout, drop_tracebacks
+from gateway.errors import (
+    Draining,
+    GatewayError,
+    InternalError,
+    MalformedHttp,
+    Overloaded,
+    RequestTimeout,
+    drop_tracebacks,
+)
 from gateway.ingest.admission import Slot
 from gateway.web.sockets import Limits, RepeatLog, fit_descriptors, open_tcp, open_unix
 
@@ -52,6 +62,9 @@ COST_OF_BYTE, COST_OF_LINE = 3, 350
 # Of the body of a request that waits. One read of the event loop (256 kB) comes on top.
 READ_AHEAD = 64 * 1024
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
+# At the end of a drain, so long is kept for the answers to requests that cannot be served any more.
+LAST_ANSWERS_S, LAST_ANSWERS_SHARE = 2.0, 0.25  # and at most this share of the drain
+CLOSE_S = 0.1  # then connections are closed; aiohttp waits twice for this time
 EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
@@ -89,14 +102,28 @@ class BoundedRunner(web.AppRunner):
         limits: Limits,
         refuse: Refuse,
         *,
+        drain_timeout_s: float,
         on_refused: OnRefused = lambda status, code: None,
+        on_drain_ends: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> None:
-        """Call `on_refused` with the status and code of each answer that no handler gives."""
-        super().__init__(app, access_log=None, lingering_time=LINGER_S, read_bufsize=READ_AHEAD // 2, **options)
+        """Call `on_refused` with the status and code of each answer that no handler gives.
+
+        `on_drain_ends` is called if requests are left shortly before the end of a drain: it refuses those that wait.
+        """
+        super().__init__(
+            app,
+            access_log=None,
+            lingering_time=LINGER_S,
+            read_bufsize=READ_AHEAD // 2,
+            shutdown_timeout=CLOSE_S,
+            **options,
+        )
         self._limits = limits
         self._refuse = refuse
         self._on_refused = on_refused
+        self._drain_timeout_s = drain_timeout_s
+        self._on_drain_ends = on_drain_ends
         self._listening: list[asyncio.Server] = []
 
     async def listen(
@@ -120,14 +147,13 @@ class BoundedRunner(web.AppRunner):
         """Accept connections on a unix socket. Raises OSError."""
         self._listening.append(await open_unix(await self._set_up(), path))
 
-    def stop_listening(self) -> None:
-        """Accept no more connections; those that are open go on."""
+    async def cleanup(self) -> None:
+        """Stop listening, close idle connections, and serve the requests that have begun for `drain_timeout_s`."""
         while self._listening:
             self._listening.pop().close()
-
-    async def cleanup(self) -> None:
-        """Stop listening, close idle connections, and wait for the requests in flight for `shutdown_timeout`."""
-        self.stop_listening()
+        if isinstance(self.server, _Server):
+            # aiohttp's own shutdown would discard the bodies that are still arriving.
+            await self.server.drain(self._drain_timeout_s, self._on_drain_ends)
         await super().cleanup()
 
     async def _set_up(self) -> web.Server:
@@ -166,6 +192,7 @@ class _Server(web.Server):
         self._on_refused = on_refused
         self._evictable: deque[_Connection] = deque()
         self._is_full = False
+        self._is_draining = False
         self.cost_of_heads = 0  # of the incomplete ones
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
 
@@ -175,11 +202,34 @@ class _Server(web.Server):
     def stop_sweeping(self) -> None:
         self._sweeping.cancel()
 
+    async def drain(self, timeout_s: float, on_end: Callable[[], None]) -> None:
+        """Close idle connections, and wait until the others are closed. Call `on_end` shortly before the timeout."""
+        self._is_draining = True  # the sweep closes what becomes idle
+        await asyncio.sleep(0)  # what has arrived by now gets its handler
+        for connection in list(self._connections):
+            connection.close_if_idle()
+        last_answers_s = min(LAST_ANSWERS_S, LAST_ANSWERS_SHARE * timeout_s)
+        await self._all_closed(timeout_s - last_answers_s)
+        if self._connections:
+            on_end()
+            for connection in list(self._connections):
+                connection.end_body()
+            await self._all_closed(last_answers_s)
+
+    async def _all_closed(self, timeout_s: float) -> None:
+        """Return when all connections are closed, or after the timeout."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while tasks := [each.task for each in self._connections if each.task is not None]:
+                    await asyncio.wait(tasks)
+
     def _sweep(self) -> None:
         now = self.loop.time()
         for connection in self._connections:
             if connection.head_due < now:
                 connection.time_out()
+            elif self._is_draining:
+                connection.close_if_idle()
         self._evictable.clear()  # some may be in a request by now
         self._is_full = False
         self.refusals.log_repeats(now)
@@ -350,6 +400,11 @@ class _Connection(RequestHandler):
         """True without a request in progress: the connection waits for a head or for its rest."""
         return self._waiter is not None and not self._waiter.done()
 
+    @property
+    def task(self) -> "asyncio.Task[None] | None":
+        """The task that serves the requests; None once it has ended."""
+        return self._task_handler
+
     def cost_of_head(self) -> int:
         """Return the memory of an incomplete head."""
         return self._head_cost
@@ -365,6 +420,17 @@ class _Connection(RequestHandler):
         self._server.refusals.note("connection closed to make room for another")
         self._refuse_head(Overloaded(TOO_MANY))
         return True
+
+    def close_if_idle(self) -> None:
+        """Close this connection if no byte of a request has arrived."""
+        if self.is_waiting and not self._head_bytes:
+            self.force_close()
+
+    def end_body(self) -> None:
+        """Let the reader of a body that is still arriving fail with Draining."""
+        request = self._current_request
+        if request is not None and not request.content.is_eof():
+            request.content.set_exception(Draining())
 
     def time_out(self) -> None:
         """Close this connection: its head has not arrived in time."""
@@ -434,13 +500,14 @@ class _Connection(RequestHandler):
         if isinstance(response, web.Response):
             response.body = None  # aiohttp keeps the response until the connection's next request
         self._unread = request.content
-        if request.content.exception() is not None:
+        is_body_broken = request.content.exception() is not None
+        if is_body_broken:
             self._end_unread()
         if self._is_half_closed and not self._messages:
             self.close()
         if (
-            request.keep_alive
-            and not response.keep_alive  # the caller learns only now that we close, and may have sent more
+            # The caller learns only now that we close, and may have sent more.
+            (is_body_broken or (request.keep_alive and not response.keep_alive))
             and request.content.is_eof()  # otherwise aiohttp reads the rest of the body
             and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
         ):

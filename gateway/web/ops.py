@@ -10,13 +10,13 @@ from gateway.web.connections import BoundedRunner
 from gateway.web.sockets import Limits
 
 CONNECTIONS = 64  # for probes and a few operators
-SHUTDOWN_TIMEOUT_S = 1.0  # for probes and scrapes; the API has been drained by then
+DRAIN_TIMEOUT_S = 1.0  # for probes and scrapes; the API has been drained by then
 
 
 def make_ops_runner(app: web.Application, settings: Settings) -> BoundedRunner:
     """Return the runner of an application for operators; it listens nowhere yet."""
     limits = Limits(settings.header_timeout_s, settings.answer_timeout_s, CONNECTIONS)
-    return BoundedRunner(app, limits, refuse_unhandled, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
+    return BoundedRunner(app, limits, refuse_unhandled, drain_timeout_s=DRAIN_TIMEOUT_S)
 
 
 def make_ops_app(runtime: Runtime) -> web.Application:

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from itertools import count, takewhile
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -16,6 +16,7 @@ from tests.support.callers import SEND_PATH, Caller
 from tests.support.eventually import eventually
 
 CONNECT_TIMEOUT_S = 2.0
+UPLOAD_S, PIECES = 3.0, 12
 AFTER_A_FAILURE_S = 0.1  # short, so that the moment of recovery is seen
 IN_PROGRESS = "idempotency_in_progress"
 
@@ -29,6 +30,7 @@ class Load(NamedTuple):
     # Send again with the same Idempotency-Key, perhaps to another gateway, until nothing is unknown.
     keyed: bool = False
     patience_s: float = 30.0
+    uploads: int = 0  # more workers per gateway, whose bodies take UPLOAD_S to arrive
 
 
 class SteadyLoad:
@@ -47,7 +49,7 @@ class SteadyLoad:
         self._in_flight: set[float] = set()  # the moment at which each request without an answer was sent
 
     async def __aenter__(self) -> Self:
-        workers = self._load.workers * len(self._targets)
+        workers = (self._load.workers + self._load.uploads) * len(self._targets)
         timeout = aiohttp.ClientTimeout(total=self._load.patience_s, sock_connect=CONNECT_TIMEOUT_S)
         self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         self._tasks = [asyncio.create_task(self._work(number)) for number in range(workers)]
@@ -92,12 +94,13 @@ class SteadyLoad:
         # Evenly spread, not all at once.
         await asyncio.sleep(self._load.every_s * number / len(self._tasks))
         target = number % len(self._targets)
+        is_slow = number >= self._load.workers * len(self._targets)
         while not self._stopping.is_set():
             began = time.monotonic()
             if self._load.keyed:
                 await self._send_until_counted(target)
             else:
-                attempt, _ = await self._send(target, next(self._batches), 0)
+                attempt, _ = await self._send(target, next(self._batches), 0, is_slow=is_slow)
                 if attempt.status != 200:
                     await asyncio.sleep(AFTER_A_FAILURE_S)
             await asyncio.sleep(max(0.0, began + self._load.every_s - time.monotonic()))
@@ -113,7 +116,7 @@ class SteadyLoad:
                 target = (target + 1) % len(self._targets)
             await asyncio.sleep(retry_after_s)
 
-    async def _send(self, target: int, batch: int, number: int) -> tuple[Attempt, float]:
+    async def _send(self, target: int, batch: int, number: int, *, is_slow: bool = False) -> tuple[Attempt, float]:
         """Send one request and record it. Return the record, and the delay before a retry."""
         size = self._load.batch
         request_id = f"{self.name}.{batch}.{number}"
@@ -128,13 +131,16 @@ class SteadyLoad:
         headers = self._caller.headers | {"X-Request-Id": request_id}
         if self._load.keyed:
             headers["Idempotency-Key"] = f"{self.name}.{batch}"
+        body = msgspec.json.encode({"messages": messages})
+        if is_slow:
+            headers["Content-Length"] = str(len(body))
         every_index = frozenset(range(size))
         retry_after_s = AFTER_A_FAILURE_S
         sent_at = time.monotonic()
         self._in_flight.add(sent_at)
         try:
             async with self._session.post(
-                self._targets[target] + SEND_PATH, data=msgspec.json.encode({"messages": messages}), headers=headers
+                self._targets[target] + SEND_PATH, data=_in_pieces(body) if is_slow else body, headers=headers
             ) as response:
                 answer = msgspec.json.decode(await response.read())
                 status, replayed = response.status, "Idempotent-Replayed" in response.headers
@@ -148,6 +154,14 @@ class SteadyLoad:
         attempt = Attempt(request_id, target, batch, size, sent_at, time.monotonic(), **told)
         self.attempts.append(attempt)
         return attempt, retry_after_s
+
+
+async def _in_pieces(body: bytes) -> AsyncIterator[bytes]:
+    """Yield the body in PIECES pieces, over UPLOAD_S."""
+    size = len(body) // PIECES + 1
+    for start in range(0, len(body), size):
+        yield body[start : start + size]
+        await asyncio.sleep(UPLOAD_S / PIECES)
 
 
 def _told(status: int, answer: dict[str, Any], size: int) -> dict[str, Any]:

@@ -373,8 +373,8 @@ ROLLING = Scenario(
     gateways=3,
     balanced=True,
     flawless=True,
-    # Many small requests: at any moment some are in flight.
-    load=Load(workers=24, batch=5, every_s=0.02),
+    # Many small requests: at any moment some are in flight. And slow uploads, which begin before a drain and end in it.
+    load=Load(workers=24, batch=5, every_s=0.02, uploads=6),
 )
 # The default settings, as in production: every wait takes its full time.
 DEFAULTS = [

@@ -233,6 +233,18 @@ async def _(opened: Opened) -> None:
     assert opened.protocol._waiter is not None, "an idle connection could not be evicted"
 
 
+@relied_on("RequestHandler._task_handler")
+async def _(opened: Opened) -> None:
+    task = opened.protocol._task_handler
+    assert task is not None
+    await opened.receive(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+    assert not task.done(), "a drain would not wait for the answer"
+    await opened.answer()
+    assert task.done(), "a drain would wait until its end"
+    assert opened.protocol._task_handler is None
+    assert opened.wire.is_closed
+
+
 @relied_on("RequestHandler._request_count")
 async def _(opened: Opened) -> None:
     fresh = opened.server()

@@ -2,10 +2,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,13 @@ import psutil
 import pytest
 
 from testbed import Port, Servers
-from tests.support.callers import RECIPIENT, Caller, Client
+from testbed.processes import http_get
+from tests.support.callers import RECIPIENT, SEND_PATH, Caller, Client
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.outbound_queue import OutboundQueue
+from tests.support.raw_http import connect
+from tests.support.scripted_broker import ScriptedBroker
 from tests.support.secrecy import BODY, PASSWORD
 
 
@@ -80,6 +85,119 @@ async def test_sigterm_loses_no_confirm(process: GatewayProcess, client: Client,
     assert len(told_to_leave) == 8
     assert sum(counted) == await queue.depth()
     assert '"message":"stopped"' in process.log.read_text()
+
+
+def head(caller: Caller, body: bytes) -> bytes:
+    """Return the head of a request with this body."""
+    lines = (
+        "POST /api/v2/send/bulk HTTP/1.1",
+        "Host: x",
+        f"X-Api-Key: {caller.key}",
+        f"Content-Length: {len(body)}",
+        "\r\n",
+    )
+    return "\r\n".join(lines).encode()
+
+
+async def test_a_request_that_has_begun_at_sigterm_is_read_to_its_end_and_served(
+    process: GatewayProcess, client: Client, queue: OutboundQueue
+) -> None:
+    """With half a head, a head, or a part of the body; the rest comes after the listener is closed."""
+    body = client.caller.body(3)
+    begun = head(client.caller, body)
+    request, cuts = begun + body, (10, len(begun), len(begun) + 20)
+    async with AsyncExitStack() as stack:
+        idle, *uploads = [await stack.enter_async_context(connect(client.url)) for _ in range(1 + len(cuts))]
+        await idle.send(request)
+        assert (await idle.read_answer()).status == 200
+        for upload, cut in zip(uploads, cuts, strict=True):
+            await upload.send(request[:cut])
+        await asyncio.sleep(0.2)  # it has arrived
+        os.kill(process.pid, signal.SIGTERM)
+        assert await idle.is_closed()
+        await asyncio.sleep(1.0)
+        for upload, cut in zip(uploads, cuts, strict=True):
+            await upload.send(request[cut:])
+        answers = [await upload.read_answer() for upload in uploads]
+    assert [answer.status for answer in answers] == [200] * len(cuts)
+    assert all(b"\r\nConnection: close\r\n" in answer.raw for answer in answers)
+    await eventually(lambda: not process.is_running, timeout=2)
+    assert await queue.depth() == 3 * (1 + len(cuts))
+
+
+async def test_a_request_that_waits_at_sigterm_gets_its_turn(settings: dict[str, str], caller: Caller) -> None:
+    async with full_window(settings, caller) as (process, broker, first), connect(f"{process.url}{SEND_PATH}") as late:
+        body = caller.body()
+        await late.send(head(caller, body) + body[:20])
+        await eventually(lambda: waiting(process) == 1)
+        os.kill(process.pid, signal.SIGTERM)
+        await asyncio.sleep(1.5)  # the drain's delay is half a second
+        broker.mode = "ack"
+        broker.sessions[0].ack(FULL, multiple=True)
+        await eventually(lambda: waiting(process) == 0)
+        await late.send(body[20:])
+        answer = await late.read_answer()
+        assert (answer.status, answer.json()["queued_count"]) == (200, 1)
+        assert (await first)[0] == 200
+        await eventually(lambda: not process.is_running, timeout=2)
+        assert len(broker.published) == FULL + 1
+
+
+async def test_what_cannot_be_served_before_the_drain_ends_is_answered_as_draining(
+    settings: dict[str, str], caller: Caller
+) -> None:
+    short = settings | {"GATEWAY_DRAIN_TIMEOUT_S": "2"}
+    async with full_window(short, caller) as (process, broker, first), AsyncExitStack() as stack:
+        arrives, waits = [await stack.enter_async_context(connect(f"{process.url}{SEND_PATH}")) for _ in range(2)]
+        broker.sessions[0].ack(FULL, multiple=True)
+        assert (await first)[0] == 200
+        body = caller.body(FULL)
+        await arrives.send(head(caller, body) + body[:20])
+        await asyncio.sleep(0.5)  # it has had its turn
+        fills = await stack.enter_async_context(connect(f"{process.url}{SEND_PATH}"))
+        await fills.send(head(caller, body) + body)
+        await broker.wait_published(2 * FULL)
+        await waits.send(head(caller, body) + body)
+        await eventually(lambda: waiting(process) == 1)
+        os.kill(process.pid, signal.SIGTERM)
+        began = time.monotonic()
+        for conversation in (arrives, waits):
+            answer = await conversation.read_answer()
+            assert (answer.status, answer.json()["code"]) == (503, "draining")
+            assert b"\r\nConnection: close\r\n" in answer.raw
+        await eventually(lambda: not process.is_running, timeout=5)
+        assert time.monotonic() - began < 0.5 + 2 + 1
+        assert len(broker.published) == 2 * FULL
+
+
+FULL = 1_000  # messages in the confirm window
+
+
+@asynccontextmanager
+async def full_window(
+    settings: dict[str, str], caller: Caller
+) -> "AsyncIterator[tuple[GatewayProcess, ScriptedBroker, asyncio.Task[tuple[int, Any, Any]]]]":
+    """Yield a gateway process, its broker, which has not confirmed FULL messages, and the request that sent them."""
+    async with ScriptedBroker() as broker, aiohttp.ClientSession() as session:
+        one = {"GATEWAY_AMQP_CONNECTIONS": "1", "GATEWAY_MAX_UNCONFIRMED_MESSAGES": str(FULL)}
+        async with running(GatewayProcess(settings | one | {"GATEWAY_AMQP_URL": broker.url})) as process:
+            broker.mode = "silent"
+            first = asyncio.create_task(Client(process.url, session, caller).post(caller.body(FULL)))
+            await broker.wait_published(FULL)
+            try:
+                yield process, broker, first
+            finally:
+                first.cancel()
+                await asyncio.gather(first, return_exceptions=True)
+
+
+def waiting(process: GatewayProcess) -> int:
+    """Return the number of requests that wait for room."""
+    answer = http_get(process.ops_port, "/metrics")
+    assert answer is not None
+    found = re.search(rb"^gateway_requests_waiting ([0-9.]+)$", answer[1], re.MULTILINE)
+    assert found is not None
+    return int(float(found[1]))
 
 
 async def test_the_log_is_json_lines_without_texts_numbers_or_keys(process: GatewayProcess, client: Client) -> None:
@@ -169,6 +287,49 @@ async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.kill()
+        api_port.release()
+        ops_port.release()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sighup_without_a_certificate_is_ignored_from_the_start_on(
+    settings: dict[str, str], caller: Caller, workers: int
+) -> None:
+    async with running(GatewayProcess(settings, workers=workers)) as process, aiohttp.ClientSession() as session:
+        pids = {process.pid, *(process.workers if workers > 1 else ())}
+        for pid in pids:
+            os.kill(pid, signal.SIGHUP)
+        await eventually(lambda: process.log.read_text().count("SIGHUP is ignored") == len(pids), timeout=10)
+        assert pids == {process.pid, *(process.workers if workers > 1 else ())}
+        assert (await Client(process.url, session, caller).post(caller.body()))[0] == 200
+
+
+async def test_sighup_during_the_start_is_ignored(settings: dict[str, str], tmp_path: Path) -> None:
+    """Started without the testbed, which waits until the gateway is ready."""
+    api_port, ops_port = Port(), Port()
+    ports = {"GATEWAY_API_PORT": str(api_port), "GATEWAY_OPS_PORT": str(ops_port)}
+    with (tmp_path / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gateway", "serve"),
+            cwd=Path(__file__).parents[2],
+            env=os.environ | settings | ports,
+            stderr=log,
+        )
+    try:
+        # The first module that the imports load from a library of its own.
+        await eventually(lambda: "asyncpg" in Path(f"/proc/{process.pid}/maps").read_text())
+        async with aiohttp.ClientSession() as session:
+            while not await is_ready(session, f"http://127.0.0.1:{ops_port}/readyz"):
+                assert process.returncode is None
+                process.send_signal(signal.SIGHUP)
+                await asyncio.sleep(0.02)
+        assert "SIGHUP is ignored" in (tmp_path / "log").read_text()
+        process.terminate()
+        assert await process.wait() == 0
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
         api_port.release()
         ops_port.release()
 
