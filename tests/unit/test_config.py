@@ -329,6 +329,11 @@ def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter
             {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=require"},
             ["GATEWAY_DATABASE_URL"],
         ),
+        (
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=verify-ca"},
+            ["GATEWAY_DATABASE_URL"],
+        ),
+        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x"}, []),
     ],
 )
 def test_connections_without_verified_tls_are_reported(changes: dict[str, str], weak: list[str]) -> None:

@@ -1,0 +1,84 @@
+"""The drain of a listener, with an application whose answers do not say `Connection: close`. Promise 11."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from aiohttp import web
+
+from gateway.web.answers import refuse_unhandled
+from gateway.web.connections import BoundedRunner
+from gateway.web.sockets import Limits
+from tests.support.raw_http import Conversation, connect
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Listener:
+    """A listener whose requests are answered once `may_answer` is set."""
+
+    def __init__(self, drain_s: float = 8.0) -> None:
+        self.drain_s = drain_s
+        self.may_answer = asyncio.Event()
+        app = web.Application()
+        app.router.add_get("/", self._answer)
+        self.runner = BoundedRunner(app, Limits(5.0, 5.0, 10), refuse_unhandled, drain_timeout_s=drain_s)
+        self.url = ""
+
+    async def listen(self) -> None:
+        self.url = f"http://127.0.0.1:{await self.runner.listen('127.0.0.1', 0)}/"
+
+    async def _answer(self, _request: web.Request) -> web.Response:
+        await self.may_answer.wait()
+        return web.Response(text="answered", headers={"Server": "test"})
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Listener]:
+    one = Listener()
+    await one.listen()
+    yield one
+    one.may_answer.set()
+    await one.runner.cleanup()
+
+
+@pytest.fixture
+async def caller(listener: Listener) -> AsyncIterator[Conversation]:
+    async with connect(listener.url) as conversation:
+        yield conversation
+
+
+async def test_a_connection_that_becomes_idle_in_a_drain_is_closed(listener: Listener, caller: Conversation) -> None:
+    await caller.send(GET)
+    await asyncio.sleep(0.1)
+    drain = asyncio.create_task(listener.runner.cleanup())
+    await asyncio.sleep(0.2)
+    listener.may_answer.set()
+    answer = await caller.read_answer()
+    assert answer.status == 200
+    assert b"Connection: close" not in answer.raw
+    async with asyncio.timeout(listener.drain_s / 2):
+        await drain
+    assert await caller.is_closed()
+
+
+async def test_idle_connections_do_not_delay_a_drain(listener: Listener, caller: Conversation) -> None:
+    listener.may_answer.set()
+    await caller.send(GET)
+    await caller.read_answer()
+    async with connect(listener.url), asyncio.timeout(0.8):  # and one without a request
+        await asyncio.sleep(0.1)
+        await listener.runner.cleanup()
+    assert await caller.is_closed()
+
+
+async def test_a_request_that_is_never_answered_delays_a_drain_to_its_end_and_no_longer() -> None:
+    listener = Listener(drain_s=1.0)
+    await listener.listen()
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await asyncio.sleep(0.1)
+        began = asyncio.get_running_loop().time()
+        await listener.runner.cleanup()
+        assert 1.0 <= asyncio.get_running_loop().time() - began < 2.0
+        assert await caller.is_closed()
