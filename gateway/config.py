@@ -114,6 +114,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # so this default keeps a process under 512 MB (scripts/bench memory).
     max_bytes_in_flight: Annotated[int, Meta(ge=5_242_880)] = 64 * 1024 * 1024
 
+    # Stored Idempotency-Keys of one account, beyond which new keys are refused. A key takes about 300 bytes for 24 h.
+    max_idempotency_keys: Positive = 1_000_000
+
     # After SIGTERM the gateway serves for this long, while load balancers see that it is not ready.
     drain_delay_s: SecondsOrZero = 3.0
     # Then requests in flight have this long to end. The sum must be below Kubernetes' 30 s.

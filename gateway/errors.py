@@ -17,6 +17,7 @@ GatewayError                    status  code                    the caller may s
 ├── UnsupportedMediaType        415     unsupported_media_type  as plain JSON
 ├── ExpectationFailed           417     expectation_failed      without the Expect header
 ├── IdempotencyKeyReused        422     idempotency_key_reused  with another key
+├── TooManyIdempotencyKeys      429     too_many_idempotency_keys  without a key, or later
 ├── InternalError               500     internal_error          after a fix of the gateway
 ├── Unavailable                 503     (its subclasses)        always: nothing of the request was queued
 │   ├── QueueUnavailable                queue_unavailable
@@ -168,6 +169,13 @@ class IdempotencyKeyReused(GatewayError):
     sentence = "This Idempotency-Key was sent with another body. Use a new key for a new batch"
 
 
+class TooManyIdempotencyKeys(GatewayError):
+    """The account has stored max_idempotency_keys within 24 hours, and this key is new."""
+
+    status, code = 429, "too_many_idempotency_keys"
+    sentence = "This account has used too many Idempotency-Keys in 24 hours. Nothing was queued; send larger batches"
+
+
 class InternalError(GatewayError):
     """An unexpected exception was caught at the outermost handler."""
 
@@ -244,7 +252,10 @@ INVALID_CONTACT_DATA = Refusal(
 )
 INVALID_METADATA = Refusal("invalid_field", "metadata must be an object")
 LIST_NOT_FOUND = Refusal("list_not_found", "No active list of this account has this list_number")
-QUEUE_REJECTED = Refusal("queue_rejected", "The queue refused this message; it is not queued. Send it again")
+QUEUE_REJECTED = Refusal(
+    "queue_rejected",
+    "The queue refused this message; it is not queued. Send it again in a new batch, with a new Idempotency-Key",
+)
 OUTCOME_UNKNOWN = Refusal(
     "outcome_unknown", "The queue did not confirm this message in time: it may or may not be queued"
 )

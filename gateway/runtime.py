@@ -76,7 +76,12 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         publisher = Publisher(settings)
         publisher.start()
         stack.push_async_callback(publisher.close)
-        idempotency = Idempotency(queries, longest_run_s=settings.confirm_timeout_s)
+        idempotency = Idempotency(
+            queries,
+            longest_run_s=settings.confirm_timeout_s,
+            longest_settle_s=settings.database_timeout_s,
+            max_keys=settings.max_idempotency_keys,
+        )
         stack.push_async_callback(idempotency.close)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
         runtime = Runtime(

@@ -44,7 +44,7 @@ SERVICE_RIGHTS = {
     "accounts": "SELECT (id, status)",
     "api_keys": "SELECT (sha256, account_id, revoked_at)",
     "sending_lists": "SELECT (id, account_id, number, status)",
-    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer), DELETE",
+    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
     "schema_migrations": "SELECT",  # for `status`
 }

@@ -6,7 +6,7 @@ that fails: most batches are clean, and the first check costs a fraction of the 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -170,14 +170,23 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
     return None
 
 
-def build(draft: Draft, lists: Mapping[str, int], ids: BatchIds, origin: Origin, *, layout: Layout = PLAIN) -> Batch:
+def build(
+    draft: Draft,
+    lists: Mapping[str, int],
+    ids: BatchIds,
+    origin: Origin,
+    *,
+    lost_lists: Collection[str] = (),
+    layout: Layout = PLAIN,
+) -> Batch:
     """Build the payloads of the messages whose list number is in `lists`: the account's active list ids by number.
 
+    Messages to `lost_lists` become unknown: an earlier run of the batch may have published them.
     A message's id depends only on its index. So it stays the same when the batch runs again under an Idempotency-Key,
     even if another version refuses other messages, or a list has become inactive.
     """
     if not lists.keys() >= set(draft.list_numbers):
-        draft = _drop_unresolved(draft, lists)
+        draft = _drop_unresolved(draft, lists, lost_lists, ids)
     messages, recipients, list_numbers, indexes, rows, _ = draft
     used = ids.messages if len(indexes) == draft.size else [ids.messages[index] for index in indexes]
     account_id, request_id, accepted_at = origin
@@ -221,7 +230,7 @@ def _pack(
     return Outgoing(ids, payloads, [shard for shard, _ in placements], account_id)
 
 
-def _drop_unresolved(draft: Draft, lists: Mapping[str, int]) -> Draft:
+def _drop_unresolved(draft: Draft, lists: Mapping[str, int], lost_lists: Collection[str], ids: BatchIds) -> Draft:
     """Return the draft without the messages whose list number is not in `lists`, and an error row for each."""
     kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size)
     for message, recipient, list_number, index in zip(
@@ -232,6 +241,11 @@ def _drop_unresolved(draft: Draft, lists: Mapping[str, int]) -> Draft:
             kept.recipients.append(recipient)
             kept.list_numbers.append(list_number)
             indexes.append(index)
+        elif list_number in lost_lists:
+            message_id = ids.messages[index]
+            kept.rows.append(
+                ErrorRow(index, recipient, *errors.OUTCOME_UNKNOWN, may_be_queued=True, message_id=message_id)
+            )
         else:
             kept.rows.append(_row(index, recipient, errors.LIST_NOT_FOUND))
     return kept

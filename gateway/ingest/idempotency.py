@@ -1,11 +1,11 @@
 """The Idempotency-Key: a request sent again gets the first answer, or runs again with the same message ids.
 
     absent ──hold──→ held ──keep──→ answered: the answer is stored for 24 hours ──sweep──→ absent
-                      ├── 503 in the first run ──→ absent: nothing was queued
+                      ├── nothing queued in the first run ──→ absent
                       └── unknown outcome, or the process died ──→ free: the next run takes the same ids
 
-The row is written in the query that finds the lists. A hold expires by the database's clock, shortly after the longest
-possible run, so nothing has to clean up after a dead process. (Models: draft-ietf-httpapi-idempotency-key-header, and
+A hold expires by the database's clock, shortly after the longest possible run, so nothing has to clean up after a dead
+process. A batch that has no message to publish gets no row. (Models: draft-ietf-httpapi-idempotency-key-header, and
 Stripe.)
 """
 
@@ -15,9 +15,9 @@ import random
 import re
 import secrets
 from collections import Counter
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gateway.errors import (
     DatabaseUnavailable,
@@ -25,17 +25,18 @@ from gateway.errors import (
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
     OutcomeUnknown,
+    TooManyIdempotencyKeys,
     Unavailable,
 )
 from gateway.ingest.batch import BatchIds
 from gateway.ingest.message_ids import IdBlock, ids_at
 from gateway.ingest.wire import Answer, encode
-from gateway.postgres.queries import HeldKey, Queries
+from gateway.postgres.queries import ANSWER_UNIT, EndedRun, HeldKey, Hold, KnownKey, Queries
 
 log = logging.getLogger(__name__)
 
 HOLD_MARGIN_S = 2.0  # beyond the longest run
-SETTLE_WAIT_S = 0.25  # longest time that an answer waits until its row is settled; the query goes on after it
+LATE_SETTLE_S = 0.25  # how long an answer that is due waits until its row is settled
 SWEEP_INTERVAL_S = 60.0
 MAX_KEPT_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
@@ -58,6 +59,7 @@ class Submission(NamedTuple):
     body_sha256: bytes
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
+    deadline: float  # as in BulkRequest
 
 
 class Claim:
@@ -69,7 +71,7 @@ class Claim:
             encoded = await claim.keep(answer)
     """
 
-    __slots__ = ("_account_id", "_numbers", "_queries", "ids", "is_retry", "kept_answer", "lists")
+    __slots__ = ("_account_id", "_numbers", "_queries", "ids", "is_retry", "kept_answer", "lists", "lost_lists")
 
     def __init__(self, queries: Queries, account_id: int, list_numbers: list[str], ids: BatchIds) -> None:
         self._queries = queries
@@ -78,6 +80,7 @@ class Claim:
         self.ids = ids
         self.lists: Mapping[str, int] = {}  # list number → list id: the account's active lists
         self.is_retry = False  # an earlier run may have published messages
+        self.lost_lists: Collection[str] = ()  # numbers not in `lists`, to which an earlier run may have published
         self.kept_answer: bytes | None = None  # of an earlier run, encoded
 
     async def __aenter__(self) -> "Claim":
@@ -97,7 +100,7 @@ class Claim:
 class KeyedClaim(Claim):
     """A run of a request with an Idempotency-Key: its row is held until the run has ended."""
 
-    __slots__ = ("_block", "_holder", "_idempotency", "_submission")
+    __slots__ = ("_block", "_holder", "_idempotency", "_is_held", "_submission")
 
     def __init__(self, idempotency: "Idempotency", submission: Submission, block: IdBlock, ids: BatchIds) -> None:
         super().__init__(idempotency.queries, submission.account_id, submission.list_numbers, ids)
@@ -105,29 +108,24 @@ class KeyedClaim(Claim):
         self._submission = submission
         self._block = block
         self._holder = secrets.randbits(63)
+        self._is_held = False
 
     async def __aenter__(self) -> "KeyedClaim":
-        """Hold the key, or find the stored answer.
+        """Find the lists, and hold the key or find the stored answer.
 
-        Raises IdempotencyInProgress, IdempotencyKeyReused or DatabaseUnavailable.
+        Raises IdempotencyInProgress, IdempotencyKeyReused, TooManyIdempotencyKeys or DatabaseUnavailable.
         """
-        sent = self._submission
-        known = await self._queries.hold_key(
-            sent.account_id,
-            sent.key,
-            sent.body_sha256,
-            first_id=self._block.first,
-            holder=self._holder,
-            hold_s=self._idempotency.hold_s,
-            numbers=sent.list_numbers,
-        )
+        await super().__aenter__()
         requests = self._idempotency.requests
+        has_room = self._idempotency.has_room(self._account_id)
+        known = await self._hold(may_insert=has_room and bool(self.lists))
         if isinstance(known, HeldKey):
-            self.lists = known.lists
-            self.is_retry = known.first_id != self._block.first
-            requests["again" if self.is_retry else "first"] += 1
-            if self.is_retry:  # envelopes always get new ids: the layout may have changed
-                self.ids = BatchIds(ids_at(known.first_id, sent.size), self.ids.envelopes)
+            self._note_held(known)
+        elif known is None and not self.lists:  # no run has queued anything, and neither will this one
+            requests["first"] += 1
+        elif known is None and not has_room:
+            requests["too_many"] += 1
+            raise TooManyIdempotencyKeys
         elif known is None:  # the row was removed between the two queries: a retry finds the key free
             requests["in_progress"] += 1
             raise IdempotencyInProgress
@@ -142,53 +140,95 @@ class KeyedClaim(Claim):
             self.kept_answer = known.answer
         return self
 
+    async def _hold(self, *, may_insert: bool) -> HeldKey | KnownKey | None:
+        sent = self._submission
+        not_found = [number for number in sent.list_numbers if number not in self.lists]
+        return await self._queries.hold_key(
+            Hold(
+                sent.account_id,
+                sent.key,
+                sent.body_sha256,
+                self._block.first,
+                self._holder,
+                self._idempotency.hold_s,
+                not_found,
+                may_insert,
+            )
+        )
+
+    def _note_held(self, held: HeldKey) -> None:
+        self._is_held = True
+        self.is_retry = held.first_id != self._block.first
+        self._idempotency.requests["again" if self.is_retry else "first"] += 1
+        if self.is_retry:
+            # Envelopes always get new ids: the layout may have changed.
+            self.ids = BatchIds(ids_at(held.first_id, self._submission.size), self.ids.envelopes)
+            self.lost_lists = set(self._numbers).difference(self.lists, held.not_found)
+        else:
+            self._idempotency.stored[self._account_id] += 1
+
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """After an error, delete the row if nothing is queued; otherwise release it, for a run with the same ids."""
         if error is None:
             return
-        if isinstance(error, Unavailable) and not self.is_retry:
-            await self._idempotency.settle(self._queries.forget_key(*self._row))
-            return
-        await self._idempotency.settle(self._queries.release_key(*self._row))
-        if isinstance(error, Unavailable):  # nothing of this run is queued, but the first run may have queued it all
+        await self._end(is_forgotten=isinstance(error, Unavailable) and not self.is_retry)
+        if isinstance(error, Unavailable) and self.is_retry:
+            # Nothing of this run is queued, but the first run may have queued it all.
             raise OutcomeUnknown from error
 
     async def keep(self, answer: Answer) -> bytes:
         """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
         encoded = encode(answer)
         if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
-            await self._idempotency.settle(self._queries.release_key(*self._row))
+            await self._end()
         else:
-            await self._idempotency.settle(self._queries.keep_answer(*self._row, encoded))
+            self._idempotency.stored[self._account_id] += len(encoded) // ANSWER_UNIT
+            await self._end(encoded)
         return encoded
 
-    @property
-    def _row(self) -> tuple[int, str, int]:
-        return self._submission.account_id, self._submission.key, self._holder
+    async def _end(self, answer: bytes | None = None, *, is_forgotten: bool = False) -> None:
+        """Settle the row. The answer waits for that, even if it is late."""
+        if not self._is_held:
+            return
+        sent = self._submission
+        self._is_held = False
+        self._idempotency.stored[self._account_id] -= is_forgotten
+        ended = EndedRun(sent.account_id, sent.key, self._holder, answer, is_forgotten)
+        await self._idempotency.settle(ended, sent.deadline)
 
 
 class Idempotency:
     """The claims of requests with a key. Their rows are in the database that all processes share."""
 
-    def __init__(self, queries: Queries, *, longest_run_s: float) -> None:
+    def __init__(self, queries: Queries, *, longest_run_s: float, longest_settle_s: float, max_keys: int) -> None:
+        """`max_keys` bounds the stored keys of an account."""
         self.queries = queries
         self.hold_s = longest_run_s + HOLD_MARGIN_S
+        self._longest_settle_s = longest_settle_s
+        self._max_keys = max_keys
         self._settling: set[asyncio.Task[None]] = set()
+        self.stored: Counter[int] = Counter()  # account → keys: at the last count, and of this process since
         self.requests: Counter[str] = Counter()  # requests with a key, by result
+        self.unsettled = 0  # answers given before their row was settled
 
     def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> KeyedClaim:
         """Return the claim of a request with a key. Its first run uses `ids`, which come from `block`."""
         return KeyedClaim(self, submission, block, ids)
 
+    def has_room(self, account_id: int) -> bool:
+        """Return True if the account may store another key."""
+        return self.stored[account_id] < self._max_keys
+
     async def sweep_for_ever(self) -> None:
-        """Remove expired rows at random intervals; a task of each process."""
+        """Remove expired rows, and count the others, at random intervals; a task of each process."""
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * SWEEP_INTERVAL_S)  # noqa: S311 - jitter
             try:
                 while await self.queries.sweep_keys():
                     pass
+                self.stored = Counter(await self.queries.count_keys())
             except DatabaseUnavailable:
                 log.warning("expired idempotency keys stay until the next sweep")
 
@@ -197,17 +237,24 @@ class Idempotency:
         if self._settling:
             await asyncio.wait(self._settling)
 
-    async def settle(self, settling: Coroutine[Any, Any, None]) -> None:
-        """Run a query that settles a row; wait for it up to SETTLE_WAIT_S.
+    async def settle(self, run: EndedRun, deadline: float) -> None:
+        """Settle a row; wait for that until `deadline`, at least LATE_SETTLE_S, and at most one database timeout.
 
-        A failure costs no message: the hold expires by itself, and the next run takes the same ids.
+        A failure costs no message, and the answer stays true: the hold expires by itself, and the next run takes the
+        same ids.
         """
-        task = asyncio.create_task(settling, name="settle an idempotency key")
+        task = asyncio.create_task(self.queries.settle_key(run), name="settle an idempotency key")
         self._settling.add(task)
         task.add_done_callback(self._settled)
-        await asyncio.wait([task], timeout=SETTLE_WAIT_S)
+        left_s = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait([task], timeout=min(max(left_s, LATE_SETTLE_S), self._longest_settle_s))
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            self.unsettled += 1
 
     def _settled(self, task: "asyncio.Task[None]") -> None:
         self._settling.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.warning("an idempotency key stays held until its hold expires: %s", type(error).__name__)
+            log.warning(
+                "an idempotency key stays held until its hold expires, then a retry runs with the same ids: %s",
+                type(error).__name__,
+            )

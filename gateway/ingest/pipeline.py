@@ -72,7 +72,7 @@ class Pipeline:
                 return claim.kept_answer
             record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, _now())
-            batch = build(draft, claim.lists, claim.ids, origin, layout=self._layout)
+            batch = build(draft, claim.lists, claim.ids, origin, lost_lists=claim.lost_lists, layout=self._layout)
             del draft  # its texts may take four times the memory of the body
             record.payloads = len(batch.outgoing)
             record.mark(BUILD)
@@ -95,7 +95,9 @@ class Pipeline:
         list_numbers = draft.distinct_list_numbers()
         if request.idempotency_key is None:
             return Claim(self._queries, request.account_id, list_numbers, ids)
-        submission = Submission(request.account_id, request.idempotency_key, body_sha256, draft.size, list_numbers)
+        submission = Submission(
+            request.account_id, request.idempotency_key, body_sha256, draft.size, list_numbers, request.deadline
+        )
         return self._idempotency.claim(submission, block, ids)
 
 
@@ -106,14 +108,16 @@ def _now() -> str:
 def answer_for(batch: Batch, outcomes: bytes) -> Answer:
     """Return the answer: the number of confirmed messages, and an error row for each of the others.
 
-    `outcomes` has one Outcome per message. Raises OutcomeUnknown or QueueUnavailable if there are messages and none is
-    confirmed.
+    `outcomes` has one Outcome per message. If none is confirmed, raises OutcomeUnknown if a message is unknown, or
+    QueueUnavailable if the queue refused one.
     """
     queued = outcomes.count(Outcome.ACKED)
     rows = batch.rows
+    if not queued and (Outcome.UNKNOWN in outcomes or any(row.may_be_queued for row in rows)):
+        raise OutcomeUnknown
     if queued < len(outcomes):
         if not queued:
-            raise OutcomeUnknown if Outcome.UNKNOWN in outcomes else QueueUnavailable
+            raise QueueUnavailable
         rows = rows + [
             _unqueued_row(batch, position, outcome)
             for position, outcome in enumerate(outcomes)

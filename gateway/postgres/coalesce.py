@@ -1,42 +1,61 @@
 """Coalescing of lookups: concurrent lookups share one query, as a database's group commit shares one flush.
 
-A lone lookup starts a query at once. A lookup that finds MAX_QUERIES running waits for one to return, and shares the
-next. Under load a request therefore costs fewer queries (scripts/bench compare, batches of 1 and of 10).
+A lone lookup starts a query at once. A lookup that finds all queries running waits for one to return, and shares the
+next. Under load a request therefore costs fewer queries (scripts/bench compare, batches of 1 and of 10). Writes are
+lookups too: their value is what the statement returned for them.
+
+Owners take turns: each adds one lookup to the next query, then each a second one, up to the weight of a query. So one
+owner's many or large lookups do not make the others wait.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from copy import copy
+from itertools import chain
 from typing import Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-MAX_WEIGHT = 2_000  # per query: bounds how long small lookups wait for a large one
-MAX_QUERIES = 2  # at once: one slow query does not delay all others
+MAX_WEIGHT = 2_000  # per query by default: bounds how long small lookups wait for a large one
+MAX_QUERIES = 2  # at once by default: one slow query does not delay all others
 
 
 class Coalescer(Generic[K, V]):
     """Looks up single keys with queries for many keys."""
 
     def __init__(
-        self, fetch_all: Callable[[Sequence[K]], Awaitable[Sequence[V]]], *, weigh: Callable[[K], int] = lambda _: 1
+        self,
+        fetch_all: Callable[[Sequence[K]], Awaitable[Sequence[V]]],
+        *,
+        weigh: Callable[[K], int] = lambda _: 1,
+        owner_of: Callable[[K], Hashable] = lambda _: None,
+        max_weight: int = MAX_WEIGHT,
+        max_queries: int = MAX_QUERIES,
     ) -> None:
-        """`fetch_all` returns one value per key, in order.
+        """`fetch_all` returns one value per key, in order. By default all keys have one owner.
 
         What it raises, every lookup of its query raises as a copy of its own, without the cause. A traceback holds all
         frames up to the request's body: one exception for all lookups would hold the bodies of all.
         """
         self._fetch_all = fetch_all
         self._weigh = weigh
-        self._waiting: list[tuple[K, asyncio.Future[V]]] = []
+        self._owner_of = owner_of
+        self._max_weight = max_weight
+        self._max_queries = max_queries
+        self._waiting: dict[Hashable, deque[tuple[K, asyncio.Future[V]]]] = {}  # by owner, the next in turn first
         self._queries: set[asyncio.Task[None]] = set()
 
     async def get(self, key: K) -> V:
         """Return the value of one key, from a query that starts after this call. No value is cached."""
         value: asyncio.Future[V] = asyncio.get_running_loop().create_future()
-        self._waiting.append((key, value))
-        if len(self._queries) < MAX_QUERIES:
+        owner = self._owner_of(key)
+        if owner in self._waiting:
+            self._waiting[owner].append((key, value))
+        else:
+            self._waiting[owner] = deque([(key, value)])
+        if len(self._queries) < self._max_queries:
             self._queries.add(asyncio.create_task(self._run()))
         try:
             return await value
@@ -60,7 +79,8 @@ class Coalescer(Generic[K, V]):
         except BaseException as error:
             if isinstance(error.__cause__, TimeoutError):
                 # Fail the waiting lookups as well: the next query would time out too, and double their wait.
-                group, self._waiting = group + self._waiting, []
+                group = [*group, *chain.from_iterable(self._waiting.values())]
+                self._waiting.clear()
             for _, value in group:
                 if not value.done():
                     if isinstance(error, Exception):
@@ -75,13 +95,19 @@ class Coalescer(Generic[K, V]):
                     value.set_result(fetched)
 
     def _next_group(self) -> list[tuple[K, asyncio.Future[V]]]:
-        weight = count = 0
-        for key, _ in self._waiting:
-            weight += self._weigh(key)
-            if count and weight > MAX_WEIGHT:
+        """Remove and return the lookups of the next query: one of each owner in turn."""
+        group: list[tuple[K, asyncio.Future[V]]] = []
+        weight = 0
+        while self._waiting:
+            owner, lookups = next(iter(self._waiting.items()))
+            weight += self._weigh(lookups[0][0])
+            if group and weight > self._max_weight:
                 break
-            count += 1
-        group, self._waiting = self._waiting[:count], self._waiting[count:]
+            group.append(lookups.popleft())
+            if not lookups:
+                del self._waiting[owner]
+            elif len(self._waiting) > 1:
+                self._waiting[owner] = self._waiting.pop(owner)  # behind the others
         return group
 
 

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -86,15 +86,15 @@ class Pool:
         return int(self._pool.get_idle_size())
 
     @asynccontextmanager
-    async def connection(self, slots: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
+    async def connection(self) -> "AsyncIterator[PoolConnectionProxy]":
         """Yield a connection for one query, for at most database_timeout_s, the wait for the connection included.
 
-        `slots` bounds how many queries of one kind run at once. Raises DatabaseUnavailable from the original error.
+        Raises DatabaseUnavailable from the original error.
         """
         if self._recovery is not None:
             raise DatabaseUnavailable
         try:
-            async with self._bounded_connection(slots) as connection:
+            async with self._bounded_connection() as connection:
                 yield connection
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
@@ -107,8 +107,8 @@ class Pool:
             raise DatabaseUnavailable from error
 
     @asynccontextmanager
-    async def _bounded_connection(self, slots: asyncio.Semaphore | None = None) -> "AsyncIterator[PoolConnectionProxy]":
-        async with asyncio.timeout(self._timeout_s), slots or nullcontext():
+    async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
+        async with asyncio.timeout(self._timeout_s):
             connection = await self._pool.acquire()
             try:
                 yield connection

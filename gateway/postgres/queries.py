@@ -4,9 +4,7 @@ Concurrent requests share queries (coalesce.py). Reads go to the primary, withou
 account is refused from the first request after the commit. Every method raises DatabaseUnavailable, and no other error.
 """
 
-import asyncio
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
@@ -28,37 +26,66 @@ RESOLVE_LISTS = """
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
 
-# Insert or take over the row of an Idempotency-Key, and resolve the lists, in one round trip. Returns no row when
-# another run holds the key, when the key has an answer, or when the body is another one.
-HOLD_KEY = """
-    WITH held AS (
-        INSERT INTO idempotency_keys AS kept (account_id, key, body_sha256, first_id, holder, held_until)
-        VALUES ($1, $2, $3, $4, $5, now() + $6)
-        ON CONFLICT (account_id, key) DO UPDATE SET holder = EXCLUDED.holder, held_until = EXCLUDED.held_until
-        WHERE kept.answer IS NULL AND kept.held_until < now() AND kept.body_sha256 = EXCLUDED.body_sha256
-        RETURNING first_id
+# Insert or take over rows of Idempotency-Keys, each at most once. Returns no row where another run holds the key, where
+# the key has an answer, or where the body is another one. Rows are locked in the order of the primary key, here and in
+# SETTLE_KEYS: statements of several processes would otherwise deadlock.
+HOLD_KEYS = """
+    INSERT INTO idempotency_keys AS kept (account_id, key, body_sha256, first_id, holder, held_until, not_found)
+    SELECT account_id, key, body_sha256, first_id, holder, now() + hold_s * interval '1 second',
+        string_to_array(not_found, ',')
+    FROM unnest(
+        $1::bigint[], $2::text[], $3::bytea[], $4::bigint[], $5::bigint[], $6::float8[], $7::text[], $8::boolean[]
+    ) AS wanted (account_id, key, body_sha256, first_id, holder, hold_s, not_found, may_insert)
+    WHERE may_insert OR EXISTS (
+        SELECT FROM idempotency_keys AS known WHERE known.account_id = wanted.account_id AND known.key = wanted.key
     )
-    SELECT held.first_id, list.number, list.id
-    FROM held
-    LEFT JOIN sending_lists AS list ON list.account_id = $1 AND list.number = ANY($7::text[]) AND list.status = 'active'
+    ORDER BY account_id, key
+    ON CONFLICT (account_id, key) DO UPDATE SET
+        holder = EXCLUDED.holder,
+        held_until = EXCLUDED.held_until,
+        not_found = ARRAY(SELECT unnest(kept.not_found) INTERSECT SELECT unnest(EXCLUDED.not_found))
+    WHERE kept.answer IS NULL AND kept.held_until < now() AND kept.body_sha256 = EXCLUDED.body_sha256
+    RETURNING holder, first_id, not_found
 """
 
-FIND_KEY = """
-    SELECT body_sha256 = $3 AS is_same_body, answer FROM idempotency_keys WHERE account_id = $1 AND key = $2
+FIND_KEYS = """
+    SELECT wanted.holder, kept.body_sha256 = wanted.body_sha256 AS is_same_body, answer
+    FROM unnest($1::bigint[], $2::text[], $3::bytea[], $4::bigint[])
+        AS wanted (account_id, key, body_sha256, holder)
+    JOIN idempotency_keys AS kept USING (account_id, key)
 """
 
-KEEP_ANSWER = """
-    UPDATE idempotency_keys SET answer = $4 WHERE account_id = $1 AND key = $2 AND holder = $3
+# A row without an answer is kept for a later run with the same ids, or forgotten. Only the run that holds a row changes
+# it: a late run must not touch the row of the next one.
+SETTLE_KEYS = """
+    WITH ended AS (
+        SELECT kept.account_id, kept.key, run.answer, run.is_forgotten
+        FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bytea[], $5::boolean[])
+            AS run (account_id, key, holder, answer, is_forgotten)
+        JOIN idempotency_keys AS kept USING (account_id, key, holder)
+        ORDER BY kept.account_id, kept.key
+        FOR UPDATE OF kept
+    ), forgotten AS (
+        DELETE FROM idempotency_keys AS kept USING ended
+        WHERE ended.is_forgotten AND kept.account_id = ended.account_id AND kept.key = ended.key
+    )
+    UPDATE idempotency_keys AS kept SET answer = ended.answer, held_until = '-infinity'
+    FROM ended
+    WHERE NOT ended.is_forgotten AND kept.account_id = ended.account_id AND kept.key = ended.key
 """
 
-RELEASE_KEY = """
-    UPDATE idempotency_keys SET held_until = '-infinity'
-    WHERE account_id = $1 AND key = $2 AND holder = $3 AND answer IS NULL
-"""
-
-FORGET_KEY = """
-    DELETE FROM idempotency_keys WHERE account_id = $1 AND key = $2 AND holder = $3 AND answer IS NULL
-"""
+MAX_RUNS = 128  # per statement of holds or settles: when it returns, all its requests go on at once
+ANSWER_UNIT = 4096  # bytes: an answer counts as one key more for each
+SAMPLE_BYTES = 80 * 1024 * 1024  # of the table: about 300,000 rows. A smaller table is counted completely
+_share = f"least(1.0, {SAMPLE_BYTES}.0 / greatest(1, pg_relation_size('idempotency_keys')))"
+# Neither column is read from TOAST: pg_column_size() takes the size from the row.
+COUNT_KEYS = f"""
+    SELECT account_id, (sum(
+        1 + (coalesce(pg_column_size(answer), 0) + pg_column_size(not_found)) / {ANSWER_UNIT}
+    ) / {_share})::bigint AS keys
+    FROM idempotency_keys TABLESAMPLE SYSTEM (100 * {_share})
+    GROUP BY account_id
+"""  # noqa: S608 - constants of this module
 
 SWEEP_LIMIT = 1000  # rows per statement
 # SKIP LOCKED: several processes may sweep at once.
@@ -78,11 +105,24 @@ class Account(NamedTuple):
     is_active: bool
 
 
-class HeldKey(NamedTuple):
-    """An Idempotency-Key that this run holds: the position of its first message id, and list ids by number."""
+class Hold(NamedTuple):
+    """A run that wants to hold its Idempotency-Key."""
 
-    first_id: int
-    lists: dict[str, int]
+    account_id: int
+    key: str
+    body_sha256: bytes
+    first_id: int  # position of the first message id, should this be the first run
+    holder: int  # unique for each run
+    hold_s: float
+    not_found: Sequence[str]  # list numbers
+    may_insert: bool  # False: hold only a key that has a row already
+
+
+class HeldKey(NamedTuple):
+    """An Idempotency-Key that this run holds."""
+
+    first_id: int  # position of the first message id of the first run
+    not_found: Sequence[str]  # list numbers that no run has found
 
 
 class KnownKey(NamedTuple):
@@ -92,15 +132,39 @@ class KnownKey(NamedTuple):
     answer: bytes | None  # None: another run holds the key
 
 
+class EndedRun(NamedTuple):
+    """A run that held its Idempotency-Key, and what becomes of the row."""
+
+    account_id: int
+    key: str
+    holder: int
+    answer: bytes | None  # to be kept for requests that repeat the key; None: another run may hold the key
+    is_forgotten: bool  # True: the row is deleted, as if the key had never been sent
+
+
 class Queries:
     """The queries of a request, on one pool."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
         self._accounts = Coalescer(self._fetch_accounts)
-        self._lists = Coalescer(self._fetch_lists, weigh=lambda wanted: len(wanted[1]))
-        # Writes wait for disks, and perhaps for a standby: without a bound they would take all connections from reads.
-        self._hold_slots, self._settle_slots = asyncio.Semaphore(2), asyncio.Semaphore(1)
+        self._lists = Coalescer(
+            self._fetch_lists, weigh=lambda wanted: len(wanted[1]), owner_of=lambda wanted: wanted[0]
+        )
+        # Writes wait for disks, and perhaps for a standby: more at once would take all connections from reads.
+        self._holds = Coalescer(
+            self._hold_keys,
+            weigh=lambda hold: 1 + len(hold.not_found),
+            owner_of=lambda hold: hold.account_id,
+            max_weight=MAX_RUNS,
+        )
+        self._ends = Coalescer(
+            self._settle_keys,
+            weigh=lambda run: 1 + len(run.answer or b"") // ANSWER_UNIT,
+            owner_of=lambda run: run.account_id,
+            max_weight=MAX_RUNS,
+            max_queries=1,
+        )
 
     async def find_account(self, key_sha256: bytes) -> Account | None:
         """Return the account of a key; None for an unknown or revoked key."""
@@ -126,51 +190,46 @@ class Queries:
             for account_id, numbers in wanted
         ]
 
-    async def hold_key(
-        self,
-        account_id: int,
-        key: str,
-        body_sha256: bytes,
-        *,
-        first_id: int,
-        holder: int,
-        hold_s: float,
-        numbers: list[str],
-    ) -> HeldKey | KnownKey | None:
-        """Hold an Idempotency-Key for `hold_s` seconds.
+    async def hold_key(self, hold: Hold) -> HeldKey | KnownKey | None:
+        """Hold an Idempotency-Key. Returns KnownKey if another run holds it, or has ended.
 
-        Returns HeldKey on success, otherwise KnownKey; None when the key was removed between the two queries.
+        Returns None if the key has no row, and the hold may not insert one; rarely, if the row has just been removed.
         """
-        async with self._pool.connection(self._hold_slots) as connection:
-            rows = await connection.fetch(
-                HOLD_KEY, account_id, key, body_sha256, first_id, holder, timedelta(seconds=hold_s), numbers
-            )
-            if rows:
-                lists = {number: list_id for _, number, list_id in rows if number is not None}
-                return HeldKey(rows[0][0], lists)
-            known = await connection.fetchrow(FIND_KEY, account_id, key, body_sha256)
-        return known and KnownKey(*known)
+        return await self._holds.get(hold)
 
-    async def keep_answer(self, account_id: int, key: str, holder: int, answer: bytes) -> None:
-        """Store the answer of a held key, for requests that repeat the key."""
-        await self._execute(KEEP_ANSWER, account_id, key, holder, answer)
+    async def _hold_keys(self, holds: Sequence[Hold]) -> list[HeldKey | KnownKey | None]:
+        # Of several runs with one key the first in line takes part: a statement cannot touch a row twice.
+        first = {(hold.account_id, hold.key): hold for hold in reversed(holds)}.values()
+        *columns, not_found, may_insert = map(list, zip(*first, strict=True))
+        async with self._pool.connection() as connection:
+            rows = await connection.fetch(HOLD_KEYS, *columns, list(map(",".join, not_found)), may_insert)
+            found: dict[int, HeldKey | KnownKey] = {holder: HeldKey(*row) for holder, *row in rows}
+            others = [hold for hold in holds if hold.holder not in found]
+            if others:
+                accounts, keys, bodies, _, holders, *_ = map(list, zip(*others, strict=True))
+                rows = await connection.fetch(FIND_KEYS, accounts, keys, bodies, holders)
+                found.update({holder: KnownKey(*row) for holder, *row in rows})
+        return [found.get(hold.holder) for hold in holds]
 
-    async def release_key(self, account_id: int, key: str, holder: int) -> None:
-        """Release a held key: another run may hold it, with the same message ids."""
-        await self._execute(RELEASE_KEY, account_id, key, holder)
+    async def settle_key(self, run: EndedRun) -> None:
+        """Keep, release or forget the row of a key, unless another run has taken it."""
+        await self._ends.get(run)
 
-    async def forget_key(self, account_id: int, key: str, holder: int) -> None:
-        """Delete a held key, as if it had never been sent."""
-        await self._execute(FORGET_KEY, account_id, key, holder)
+    async def _settle_keys(self, runs: Sequence[EndedRun]) -> list[None]:
+        async with self._pool.connection() as connection:
+            await connection.execute(SETTLE_KEYS, *map(list, zip(*runs, strict=True)))
+        return [None] * len(runs)
 
     async def sweep_keys(self) -> bool:
         """Delete up to SWEEP_LIMIT keys older than 24 hours. Returns True when more may be left."""
-        return await self._execute(SWEEP_KEYS) == f"DELETE {SWEEP_LIMIT}"
+        async with self._pool.connection() as connection:
+            status: str = await connection.execute(SWEEP_KEYS)
+        return status == f"DELETE {SWEEP_LIMIT}"
 
-    async def _execute(self, statement: str, *arguments: object) -> str:
-        async with self._pool.connection(self._settle_slots) as connection:
-            status: str = await connection.execute(statement, *arguments)
-        return status
+    async def count_keys(self) -> dict[int, int]:
+        """Return about how many keys each account has stored; a long answer counts as several."""
+        async with self._pool.connection() as connection:
+            return dict(await connection.fetch(COUNT_KEYS))
 
     async def lease_message_ids(self) -> int:
         """Return the number of a new lease of message ids, unique for ever."""

@@ -29,14 +29,14 @@ WORKER = "worker"  # the label that tells the processes of `serve --workers` apa
 
 # Series that exist from the start, at 0: `rate()` misses the first event of a series that begins with a 1.
 _REQUESTS = [(200, OK), CANCELLED, *((kind.status, kind.code) for kind in errors.kinds())]
-# Error rows, and the refusals that can follow the decoding: 409, 422, 5xx.
+# Error rows, and the refusals that can follow the decoding: 409, 422, 429, 5xx.
 _MESSAGES = sorted(
     {QUEUED, REPLAYED, *(refusal.code for refusal in errors.refusals())}
-    | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422)}
+    | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422, 429)}
 )
 _SHED_REASONS = ("account_share", "bytes", "confirm_window", "slots")
 _PROCESS = ProcessCollector(registry=None)  # CPU, memory, descriptors, under the usual names
-_IDEMPOTENT_RESULTS = ("first", "again", "replayed", "in_progress", "conflict")
+_IDEMPOTENT_RESULTS = ("first", "again", "replayed", "in_progress", "conflict", "too_many")
 
 
 class ProcessMetrics(Collector):
@@ -97,9 +97,14 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _counter(
         "gateway_idempotent_requests",
         "Requests with an Idempotency-Key: first, again (a second run with the same message ids), replayed (the stored "
-        "answer), in_progress (409), conflict (422: another body).",
+        "answer), in_progress (409), conflict (422: another body), too_many (429).",
         ("result",),
         {(result,): runtime.idempotency.requests[result] for result in _IDEMPOTENT_RESULTS},
+    )
+    yield _total(
+        "gateway_idempotent_unsettled",
+        "Answers given before the row of their Idempotency-Key was settled: a retry may run again, with the same ids.",
+        runtime.idempotency.unsettled,
     )
 
 

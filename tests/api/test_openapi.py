@@ -153,6 +153,11 @@ async def idempotency_key_reused(stage: Stage) -> RawAnswer:
     return await stage.post(stage.good + b" ", "Idempotency-Key: k")
 
 
+async def too_many_idempotency_keys(stage: Stage) -> RawAnswer:
+    stage.gateway.runtime.idempotency.stored[stage.gateway.caller.account_id] = 1_000_000
+    return await stage.post(None, "Idempotency-Key: k")
+
+
 async def internal_error(stage: Stage) -> RawAnswer:
     del stage.gateway.runtime.pipeline  # a bug of ours
     return await stage.post()
@@ -204,6 +209,7 @@ REFUSALS: dict[str, Refuse] = {
     "unsupported_media_type": lambda stage: stage.post(None, "Content-Type: text/plain"),
     "expectation_failed": lambda stage: stage.post(None, "Expect: miracles"),
     "idempotency_key_reused": idempotency_key_reused,
+    "too_many_idempotency_keys": too_many_idempotency_keys,
     "internal_error": internal_error,
     "queue_unavailable": queue_unavailable,
     "database_unavailable": database_unavailable,

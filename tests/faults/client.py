@@ -29,6 +29,7 @@ class Load(NamedTuple):
     every_s: float = 0.2
     # Send again with the same Idempotency-Key, perhaps to another gateway, until nothing is unknown.
     keyed: bool = False
+    repeated: bool = False  # and then once more: the answer must be the stored one
     patience_s: float = 30.0
     uploads: int = 0  # more workers per gateway, whose bodies take UPLOAD_S to arrive
 
@@ -111,6 +112,9 @@ class SteadyLoad:
         for number in count():
             attempt, retry_after_s = await self._send(target, batch, number)
             if attempt.status == 200 and not attempt.unknown:
+                if self._load.repeated:
+                    again, _ = await self._send(target, batch, number + 1)
+                    assert again.is_replay, f"the answer to {attempt.request_id} was not stored"
                 return
             if attempt.code != IN_PROGRESS:
                 target = (target + 1) % len(self._targets)

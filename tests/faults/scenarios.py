@@ -188,6 +188,17 @@ async def binding_deleted(context: Context) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def slow_commits(context: Context) -> AsyncIterator[None]:
+    """Make every commit of the primary take 10 ms more, as with a synchronous standby."""
+    primary = context.deployment.databases.primary
+    await asyncio.to_thread(primary.set, commit_delay="10000", commit_siblings="0")
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(primary.set, commit_delay="0", commit_siblings="5")
+
+
+@asynccontextmanager
 async def backends_terminated(context: Context) -> AsyncIterator[None]:
     """End the gateways' sessions on the primary, again and again."""
     connection = await asyncpg.connect(context.deployment.databases.primary.url)
@@ -376,6 +387,15 @@ ROLLING = Scenario(
     # Many small requests: at any moment some are in flight. And slow uploads, which begin before a drain and end in it.
     load=Load(workers=24, batch=5, every_s=0.02, uploads=6),
 )
+# Every answer must be stored, so that its repetition is not published again.
+SLOW_COMMITS = Scenario(
+    "slow_commits_exactly_once",
+    slow_commits,
+    promises=(1, 3, 4, 5, 9, 15),
+    settings=PATIENT,
+    flawless=True,
+    load=Load(workers=32, batch=1, every_s=0.1, keyed=True, repeated=True),
+)
 # The default settings, as in production: every wait takes its full time.
 DEFAULTS = [
     replace(scenario, name=f"{scenario.name}_default_settings", settings={}, hold_s=15.0 if scenario.hold_s else 0.0)
@@ -407,6 +427,7 @@ SCENARIOS = {
         ROLLING,
         replace(ROLLING, name="rolling_restart_default_settings", settings={}),
         BOTH,
+        SLOW_COMMITS,
         *DEFAULTS,
     )
 }

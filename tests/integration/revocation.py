@@ -30,7 +30,7 @@ from tests.support.gateways import GatewayProcess, process_environment, run_gate
 from tests.support.outbound_queue import OutboundQueue
 
 CALLERS = 4  # trials at a time, each with an account of its own
-KEYED = 0.25  # of the requests have an Idempotency-Key: their lists are found by another query
+KEYED = 0.25  # of the requests have an Idempotency-Key
 PATIENCE_S = 30.0
 
 

@@ -168,19 +168,3 @@ async def test_one_slow_query_among_quick_ones_is_no_outage(servers: Servers) ->
             await waiting
         assert db.is_up
         assert await ask(db) == 1
-
-
-async def test_queries_of_one_kind_take_turns_within_their_timeout(servers: Servers) -> None:
-    async with opened(servers.database_url, database_timeout_s=0.8) as db:
-        slots = asyncio.Semaphore(1)
-
-        async def slow() -> None:
-            async with db.connection(slots) as connection:
-                await connection.fetchval("SELECT pg_sleep(0.5)")
-
-        outcomes = await asyncio.gather(*(slow() for _ in range(6)), return_exceptions=True)
-        assert [outcome for outcome in outcomes if outcome is None]
-        refused = [outcome for outcome in outcomes if outcome is not None]
-        assert len(refused) == 5
-        assert {type(outcome) for outcome in refused} == {DatabaseUnavailable}
-        assert await ask(db) == 1

@@ -184,3 +184,33 @@ async def test_a_failure_that_cannot_be_copied_still_reaches_every_lookup() -> N
     async with asyncio.timeout(2):
         failures = await asyncio.gather(*map(coalescer.get, range(4)), return_exceptions=True)
     assert [type(failure) for failure in failures] == [Particular] * 4
+
+
+async def test_owners_take_turns_and_their_own_lookups_stay_in_order() -> None:
+    """A neighbour's lookup is in the next query, however many and however large another's are that came first."""
+    oracle = Oracle()
+    coalescer = Coalescer(
+        oracle.fetch_all, weigh=lambda _: MAX_WEIGHT // 4, owner_of=lambda key: key % 100, max_queries=1
+    )
+    many = [100 * number for number in range(20)]
+    answers = [asyncio.create_task(coalescer.get(key)) for key in [*many, 1, 2, 101]]
+    while not all(answer.done() for answer in answers):
+        await turns()
+        oracle.gates[-1].set_result(None)
+        await turns()
+    assert oracle.queries[:3] == [[0, 1, 2, 100], [101, 200, 300, 400], [500, 600, 700, 800]]
+    assert [answer.result() for answer in answers] == [10 * key for key in [*many, 1, 2, 101]]
+
+
+async def test_no_more_queries_run_at_once_than_allowed() -> None:
+    oracle = Oracle()
+    coalescer = Coalescer(oracle.fetch_all, max_queries=1)
+    answers = [asyncio.create_task(coalescer.get(key)) for key in range(3)]
+    await turns()
+    answers.append(asyncio.create_task(coalescer.get(3)))
+    await turns()
+    assert oracle.queries == [[0, 1, 2]]
+    for gate in range(2):
+        oracle.gates[gate].set_result(None)
+        await turns()
+    assert await asyncio.gather(*answers) == [0, 10, 20, 30]
