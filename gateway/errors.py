@@ -245,6 +245,7 @@ INVALID_CONTACT_DATA = Refusal(
 INVALID_METADATA = Refusal("invalid_field", "metadata must be an object")
 LIST_NOT_FOUND = Refusal("list_not_found", "No active list of this account has this list_number")
 QUEUE_REJECTED = Refusal("queue_rejected", "The queue refused this message; it is not queued. Send it again")
+TOO_LARGE = Refusal("queue_rejected", "This message is larger than the queue accepts; it is not queued. Shorten it")
 OUTCOME_UNKNOWN = Refusal(
     "outcome_unknown", "The queue did not confirm this message in time: it may or may not be queued"
 )

@@ -27,6 +27,7 @@ class Outcome(IntEnum):
     NACKED = 3
     RETURNED = 4
     UNKNOWN = 5
+    TOO_LARGE = 6  # never written: the broker is known to take no payload of this size
 
 
 _WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # the unsettled states; all above are settled
@@ -39,7 +40,7 @@ def _table(written: Outcome) -> bytes:
 
 # For a second copy of a message whose first copy may be queued: a refusal of the second says nothing about the first.
 REFUSED_IS_UNKNOWN = bytes(
-    Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED) else state for state in range(256)
+    Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED, Outcome.TOO_LARGE) else state for state in range(256)
 )
 _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import aio_pika
 from yarl import URL
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 CLOSE_TIMEOUT_S = 2.0
 STATES = ("open", "half_open", "blocked", "overdue", "lost")
+# 406: the payload is above the broker's max_message_size. RabbitMQ closes the channel with all that is on it.
+_size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )?max size (\d+)").match
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -37,6 +40,8 @@ class _Pending:
 
 class PublishConnection:
     """A connection with one channel in confirm mode. It is never used again after its loss.
+
+    Where the broker has closed only the channel, a new object opens the next channel on the same socket (`successor`).
 
     States: open → blocked (a broker alarm) → open; open → overdue (a batch is past its deadline); any → lost.
     half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
@@ -60,18 +65,22 @@ class PublishConnection:
         self._blocked_at = 0.0
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
+        self._channel_reply = ""
+        self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
+        self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
-        self._transport = TappedTransport(self._on_event, self._on_lost)
+        self._transport = TappedTransport()
+        self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
         self._framers: list[PublishFramer] = []  # one for each shard
 
     async def open(self) -> None:
         """Connect, declare or check the topology, and open the publish channel. Raises any error of connecting."""
         settings = self._settings
-        self._connection = await prepare_connection(settings, self.node, "sms-gateway")
-        self._connection.kwargs["transport_factory"] = self._transport
-        await self._connection.connect()
+        if self._connection is None:
+            self._connection = await prepare_connection(settings, self.node, "sms-gateway", self._transport)
+            await self._connection.connect()
         async with self._connection.channel() as channel:
             await ensure_topology(channel, settings)
         publish_channel = self._connection.channel(publisher_confirms=True)
@@ -84,6 +93,14 @@ class PublishConnection:
             for queue in settings.queues()
         ]
         self._transport.listen_to(underlay.number)
+
+    def successor(self) -> "PublishConnection":
+        """Return an object for the next channel on the same socket; call its open()."""
+        successor = PublishConnection(self._settings, self.node, self._count_late)
+        successor._transport, successor._connection = self._transport, self._connection
+        successor._transport.report_to(successor._on_event, successor._on_lost)
+        successor._blocked_s, successor.max_payload_bytes = self.blocked_s, self.max_payload_bytes
+        return successor
 
     async def close(self) -> None:
         """Close, with AMQP's closing handshake if the broker still answers. Unconfirmed messages become unknown."""
@@ -109,6 +126,16 @@ class PublishConnection:
     def is_lost(self) -> bool:
         """True from the loss of the connection or its channel on."""
         return self._lost.done()
+
+    @property
+    def is_reopening(self) -> bool:
+        """True if only the channel is lost: the next one can be opened on the same socket."""
+        return bool(self._channel_reply) and not self.is_blocked and not self._transport.is_closing
+
+    @property
+    def close_reply(self) -> str:
+        """Code and text with which the broker has closed the channel or the connection; "" if it has not."""
+        return self._channel_reply or self._transport.close_reply
 
     async def wait_lost(self, *, timeout: float) -> bool:
         """Wait for the connection's loss, at most `timeout` seconds. Return True if it is lost."""
@@ -186,7 +213,16 @@ class PublishConnection:
             await pending.settled
         finally:
             give_up.cancel()
-        return published.outcomes()
+        outcomes = published.outcomes()
+        return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
+
+    def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
+        """Return the outcomes on a channel that a payload's size has closed: larger ones were certainly not queued."""
+        limit = self.max_payload_bytes or 0
+        return bytes(
+            Outcome.NACKED if outcome == Outcome.UNKNOWN and len(payload) > limit else outcome
+            for outcome, payload in zip(outcomes, payloads, strict=True)
+        )
 
     def _pack(self, outgoing: Outgoing) -> bytes:
         """Return one buffer with all frames of the batch; each run of a shard goes through that shard's framer."""
@@ -208,8 +244,8 @@ class PublishConnection:
             case Returned(message_id):
                 if not self._tracker.mark_returned(message_id):
                     log.error("the broker returned message %s, which is not on the wire", message_id)
-            case ChannelClosed():
-                self._on_lost()
+            case ChannelClosed(reply):
+                self._on_channel_closed(reply)
             case Blocked(blocked):
                 log.warning("the broker %s this connection", "blocked" if blocked else "unblocked")
                 self._note_blocked(blocked)
@@ -217,8 +253,17 @@ class PublishConnection:
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked_s, self._blocked_at, self.is_blocked = self.blocked_s, self._loop.time(), blocked
 
+    def _on_channel_closed(self, reply: str) -> None:
+        self._channel_reply = reply
+        if found := _size_limit(reply):
+            self.has_refused_size, self.max_payload_bytes = True, int(found[1])
+        self._lose()
+
     def _on_lost(self) -> None:
         self._note_blocked(False)
+        self._lose()
+
+    def _lose(self) -> None:
         if not self._lost.done():
             self._lost.set_result(None)
         self._settle(self._tracker.lose())
@@ -253,6 +298,6 @@ async def declare_topology(settings: Settings) -> None:
         async with asyncio.timeout(settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
             await connection.open()
     except Exception as error:  # the libraries raise many kinds
-        raise OSError(reason(error)) from error
+        raise OSError(reason(error, connection.close_reply)) from error
     finally:
         await connection.close()

@@ -81,6 +81,15 @@ class PublishConnections:
         """Return True if a batch could be written now."""
         return any(connection.is_usable() for connection in self.open)
 
+    def is_reopening(self) -> bool:
+        """Return True if a connection is about to have a new channel."""
+        return any(connection.is_reopening for connection in self.open)
+
+    @property
+    def max_payload_bytes(self) -> int | None:
+        """The broker's limit on a payload; None until a payload was refused. It is forgotten with its connection."""
+        return min((one.max_payload_bytes for one in self.open if one.max_payload_bytes is not None), default=None)
+
     async def wait_usable(self) -> None:
         """Wait until a connection is usable, or close() is called."""
         while not (self.is_usable() or self.is_closed):
@@ -116,8 +125,14 @@ class PublishConnections:
             try:
                 if await self._open(connection):
                     attempt = 0
-                    if not self.is_closed:  # aiormq may have absorbed a cancellation
+                    self.connected += 1
+                    self.open.append(connection)
+                    self._changed.set()
+                    while not self.is_closed:  # aiormq may have absorbed a cancellation
                         await self._serve(connection)
+                        if (successor := await self._reopen(connection)) is None:
+                            break
+                        connection = successor
                     number += 1  # the next node first: this one has just failed
                 else:
                     attempt += 1
@@ -126,22 +141,33 @@ class PublishConnections:
             await asyncio.sleep(reconnect_delay_s(attempt))
 
     async def _open(self, connection: PublishConnection) -> bool:
-        """Open the connection and offer it for batches. Return False, after a line in the log, if that fails."""
+        """Open the connection. Return False, after a line in the log, if that fails."""
         node = address(connection.node)
         try:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
-            log.warning("cannot connect to the broker at %s: %s", node, reason(error))
+            log.warning("cannot connect to the broker at %s: %s", node, reason(error, connection.close_reply))
             self.connect_failures += 1
             return False
         log.info("connected to the broker at %s", node)
-        self.connected += 1
         self.was_connected = True
         self._unusable_since = None
-        self.open.append(connection)
-        self._changed.set()
         return True
+
+    async def _reopen(self, lost: PublishConnection) -> PublishConnection | None:
+        """Return the connection with a new channel on the same socket. Return None if that cannot be opened.
+
+        Until then the lost one stays in `open`: batches wait for the new channel.
+        """
+        if self.is_closed or not lost.is_reopening:
+            return None
+        successor = lost.successor()
+        if not await self._open(successor):
+            return None
+        self.open = [successor if other is lost else other for other in self.open]
+        self._changed.set()
+        return successor
 
     async def _replace(self, connection: PublishConnection) -> bool:
         """Take the connection out of use. Return True if its successor starts half-open."""
@@ -172,7 +198,8 @@ class PublishConnections:
                 return
             if self._is_abandoned(connection):
                 return
-        log.warning("lost the connection to the broker at %s", node)
+        what = "channel" if connection.is_reopening else "connection"
+        log.warning("lost the %s to the broker at %s: %s", what, node, connection.close_reply or "no reply")
 
     def _is_abandoned(self, connection: PublishConnection) -> bool:
         if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:
