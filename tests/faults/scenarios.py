@@ -8,19 +8,25 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
+import aiohttp
 import asyncpg
 
-from testbed import NET_TICK_S, Gateway, RabbitMQ, Server, in_parallel
-from tests.faults.client import Load
+from gateway.cli.admin import open_admin
+from testbed import NET_TICK_S, Gateway, RabbitMQ, Server, ServerError, in_parallel
+from tests.faults.client import Load, SteadyLoad
 from tests.faults.deployment import QUICK, Deployment, start_all
 from tests.faults.jumping_clock import JumpingClockGateway
 from tests.faults.reader import Reader
+from tests.support.callers import SEND_PATH, make_caller
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
 QUEUE_LIMIT = 200  # messages; quorum queues overshoot it by what is on its way
+SIZE_LIMIT, DEFAULT_SIZE_LIMIT = 262_144, 134_217_728  # bytes of a message; the default is that of RabbitMQ 3.10
+AFTER_RESET_S = 2.0  # then all connections are open again
 REPEAT_EVERY_S = 0.3
 GAP_S = 1.5  # longer than the short heartbeat, so that every connection has lost something
 TERMINATE_BACKENDS = """
@@ -175,6 +181,41 @@ async def queue_full(context: Context) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def poison_message(context: Context) -> AsyncIterator[None]:
+    """Lower the broker's limit on messages, and let an account send larger ones. Not one request of another may fail.
+
+    The connections are reset, because RabbitMQ reads the limit when a channel is opened.
+    """
+    deployment = context.deployment
+    url = deployment.gateways[0].url + SEND_PATH
+    async with open_admin(deployment.databases.primary.url) as admin:
+        sender, clean = await make_caller(admin, "poison"), await make_caller(admin, "clean")
+    body = sender.body(1, body="x" * 2 * SIZE_LIMIT)
+
+    async def send() -> None:
+        async with aiohttp.request("POST", url, data=body, headers=sender.headers) as response:
+            await response.read()
+
+    await _limit_sizes(context, SIZE_LIMIT)
+    await asyncio.sleep(AFTER_RESET_S)
+    try:
+        async with SteadyLoad([deployment.gateways[0].url], clean, CLEAN) as neighbour, _repeated(send):
+            yield
+        if failures := [attempt for attempt in neighbour.attempts if not attempt.is_whole]:
+            raise ServerError(f"{len(failures)} requests of a clean account failed: {failures[0]}")
+    finally:
+        await _limit_sizes(context, DEFAULT_SIZE_LIMIT)
+
+
+async def _limit_sizes(context: Context, limit: int) -> None:
+    setting = f"application:set_env(rabbit, max_message_size, {limit})"
+    nodes = context.deployment.cluster.nodes
+    await asyncio.to_thread(in_parallel, [partial(node.ctl, "eval", f"{setting}.") for node in nodes])
+    for proxy in to_broker(context):
+        proxy.reset()
+
+
+@asynccontextmanager
 async def binding_deleted(context: Context) -> AsyncIterator[None]:
     """Unbind the queue from its exchange; bind it again at the end."""
     name = context.deployment.queue
@@ -304,6 +345,7 @@ def together(*faults: Fault) -> Fault:
 
 
 STEADY = Load()
+CLEAN = Load(batch=5, every_s=0.02)
 KEYED = Load(keyed=True)
 
 
@@ -343,6 +385,7 @@ FAST = [
     Scenario("memory_alarm", alarm("memory"), hurts_broker=True),
     Scenario("disk_alarm", alarm("disk"), hurts_broker=True),
     Scenario("queue_full", queue_full, hold_s=2, hurts_broker=True),
+    Scenario("poison_message", poison_message, promises=(1, 3, 4, 9, 10, 15), hurts_broker=True),
     Scenario("binding_deleted", binding_deleted, hold_s=1),
     Scenario("database_paused", paused(database)),
     Scenario("database_stopped", database_stopped, hold_s=1),
