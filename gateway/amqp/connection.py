@@ -11,7 +11,7 @@ from yarl import URL
 from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
 from gateway.amqp.frames import Blocked, ChannelClosed, Destination, Event, PublishFramer, Returned, Settled
 from gateway.amqp.outgoing import Outgoing
-from gateway.amqp.topology import ensure_topology
+from gateway.amqp.topology import check_may_publish, ensure_topology
 from gateway.amqp.transport import TappedTransport, prepare_connection, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
@@ -23,6 +23,7 @@ CLOSE_TIMEOUT_S = 2.0
 STATES = ("open", "half_open", "blocked", "overdue", "lost")
 # 406: the payload is above the broker's max_message_size. RabbitMQ closes the channel with all that is on it.
 _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )?max size (\d+)").match
+RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -66,6 +67,7 @@ class PublishConnection:
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
         self._channel_reply = ""
+        self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
         self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0
@@ -83,6 +85,8 @@ class PublishConnection:
             await self._connection.connect()
         async with self._connection.channel() as channel:
             await ensure_topology(channel, settings)
+            if self.is_suspect:
+                await check_may_publish(channel, settings)
         publish_channel = self._connection.channel(publisher_confirms=True)
         await publish_channel.initialize()
         underlay = await publish_channel.get_underlay_channel()
@@ -99,6 +103,7 @@ class PublishConnection:
         successor = PublishConnection(self._settings, self.node, self._count_late)
         successor._transport, successor._connection = self._transport, self._connection
         successor._transport.report_to(successor._on_event, successor._on_lost)
+        successor.is_suspect = True
         successor._blocked_s, successor.max_payload_bytes = self.blocked_s, self.max_payload_bytes
         return successor
 
@@ -257,16 +262,24 @@ class PublishConnection:
         self._channel_reply = reply
         if found := _size_limit(reply):
             self.has_refused_size, self.max_payload_bytes = True, int(found[1])
-        self._lose()
+        self._lose(Outcome.NACKED if self._may_not_publish(reply) else Outcome.UNKNOWN)
+
+    def _may_not_publish(self, reply: str) -> bool:
+        """Return True if the broker has refused all that was published here, for want of the right to write.
+
+        RabbitMQ asks for the right once, and keeps the answer while the channel is never idle for a second. So if
+        nothing was settled, and the first message is younger, not one of them was accepted.
+        """
+        return reply.startswith("403") and self._tracker.is_untouched() and self.oldest_age_s() < RIGHTS_KEPT_S
 
     def _on_lost(self) -> None:
         self._note_blocked(False)
         self._lose()
 
-    def _lose(self) -> None:
+    def _lose(self, outcome: Outcome = Outcome.UNKNOWN) -> None:
         if not self._lost.done():
             self._lost.set_result(None)
-        self._settle(self._tracker.lose())
+        self._settle(self._tracker.lose(outcome))
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
         for published in ranges:

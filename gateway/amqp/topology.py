@@ -3,6 +3,7 @@
 from typing import Any
 
 import aio_pika
+import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 
 from gateway.config import Settings
@@ -28,6 +29,22 @@ async def ensure_topology(channel: AbstractChannel, settings: Settings) -> None:
         queue = await channel.declare_queue(name, durable=True, passive=check_only, arguments=arguments)
         if not check_only:
             await queue.bind(exchange, routing_key=name)
+
+
+async def check_may_publish(channel: AbstractChannel, settings: Settings) -> None:
+    """Raise PermissionError if the user may not write to the exchange. Changes nothing, but may close the channel.
+
+    AMQP cannot ask for a right. RabbitMQ checks the right to write to the destination of an unbind before it looks at
+    the source. So what it says about the source of this unbind, which does not exist, is of no interest.
+    """
+    exchange = await channel.get_exchange(settings.amqp_exchange, ensure=False)
+    try:
+        await exchange.unbind("sms-gateway.no-exchange")
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        return
+    except aiormq.exceptions.ChannelAccessRefused as error:
+        if f"'{settings.amqp_exchange}'" in str(error):
+            raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
 
 
 async def _declare_dead_letters(channel: AbstractChannel, settings: Settings) -> None:

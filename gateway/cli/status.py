@@ -18,6 +18,7 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
+from gateway.amqp.topology import check_may_publish
 from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
@@ -186,6 +187,7 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
             state.version = " ".join(str(properties.get(name, "")) for name in ("product", "version")).strip()
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
+                await check_may_publish(await connection.channel(), settings)
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
         state.problem = _one_line(error, broker_reason(error, socket.close_reply))
