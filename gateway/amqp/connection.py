@@ -67,6 +67,7 @@ class PublishConnection:
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
         self._channel_reply = ""
+        self.has_returned = False  # a message since this was last set to False
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
         self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
@@ -83,9 +84,9 @@ class PublishConnection:
         if self._connection is None:
             self._connection = await prepare_connection(settings, self.node, "sms-gateway", self._transport)
             await self._connection.connect()
-        async with self._connection.channel() as channel:
-            await ensure_topology(channel, settings)
-            if self.is_suspect:
+        await self.declare()
+        if self.is_suspect:
+            async with self._connection.channel() as channel:
                 await check_may_publish(channel, settings)
         publish_channel = self._connection.channel(publisher_confirms=True)
         await publish_channel.initialize()
@@ -97,6 +98,12 @@ class PublishConnection:
             for queue in settings.queues()
         ]
         self._transport.listen_to(underlay.number)
+
+    async def declare(self) -> None:
+        """Declare or check the topology, on a channel of its own. Raises any error of the libraries."""
+        assert self._connection is not None  # noqa: S101 - called by open(), and after it
+        async with self._connection.channel() as channel:
+            await ensure_topology(channel, self._settings)
 
     def successor(self) -> "PublishConnection":
         """Return an object for the next channel on the same socket; call its open()."""
@@ -247,6 +254,7 @@ class PublishConnection:
             case Settled(acked, delivery_tag, multiple):
                 self._settle(self._tracker.settle(acked=acked, delivery_tag=delivery_tag, multiple=multiple))
             case Returned(message_id):
+                self.has_returned = True
                 if not self._tracker.mark_returned(message_id):
                     log.error("the broker returned message %s, which is not on the wire", message_id)
             case ChannelClosed(reply):

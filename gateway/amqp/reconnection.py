@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not reconnect at the same moment
 WATCH_INTERVAL_S = 0.25
+RESTORE_EVERY_S = 5.0  # least time between two declarations because of unroutable messages
 # Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
 # would give up after three intervals, too late to publish elsewhere before the deadlines.
 HEARTBEAT_MARGIN_S = 1.0
@@ -40,6 +41,7 @@ class PublishConnections:
         self.connect_failures = 0
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
+        self._warned_of_returns_at = float("-inf")
 
     def start(self) -> None:
         """Start connecting, and go on until close(). Returns at once."""
@@ -192,6 +194,8 @@ class PublishConnections:
             # meanwhile is still unread.
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
+            if connection.has_returned:
+                self._restore_topology(connection)
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
                 log.warning("heard nothing from %s for %.0f s", node, silent_s)
                 connection.abort()
@@ -202,6 +206,26 @@ class PublishConnections:
                 return
         what = "channel" if connection.is_reopening else "connection"
         log.warning("lost the %s to the broker at %s: %s", what, node, connection.close_reply or "no reply")
+
+    def _restore_topology(self, connection: PublishConnection) -> None:
+        """Warn of an unroutable message, and declare the topology again; at most once in RESTORE_EVERY_S."""
+        now = asyncio.get_running_loop().time()
+        if now < self._warned_of_returns_at + RESTORE_EVERY_S:
+            return
+        self._warned_of_returns_at, connection.has_returned = now, False
+        log.warning("the broker at %s could not route a message: no queue is bound", address(connection.node))
+        if self._settings.amqp_topology == "declare":
+            self._start(asyncio.create_task(self._declare(connection), name="amqp-declaring"))
+
+    async def _declare(self, connection: PublishConnection) -> None:
+        node = address(connection.node)
+        try:
+            async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
+                await connection.declare()
+        except Exception as error:  # the libraries raise many kinds
+            log.warning("cannot declare at the broker at %s: %s", node, reason(error, connection.close_reply))
+        else:
+            log.warning("declared exchange and queues again at the broker at %s", node)
 
     def _is_abandoned(self, connection: PublishConnection) -> bool:
         if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:

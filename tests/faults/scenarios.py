@@ -229,6 +229,27 @@ async def binding_deleted(context: Context) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
+async def queue_deleted(context: Context) -> AsyncIterator[None]:
+    """Delete the queue while it is empty and the gateways are stopped. They have to declare it again."""
+    deployment, reader = context.deployment, context.reader
+    assert reader is not None
+    for gateway in deployment.gateways:
+        gateway.pause()
+    try:
+        async with deployment.broker_channel() as channel:
+            queue = await channel.declare_queue(deployment.queue, passive=True)
+            while (await queue.declare()).message_count:  # noqa: ASYNC110 - the broker reports no such event
+                await asyncio.sleep(0.1)
+            await reader.pause()
+            await channel.queue_delete(deployment.queue)
+    finally:
+        for gateway in deployment.gateways:
+            gateway.resume()
+        reader.resume()
+    yield
+
+
+@asynccontextmanager
 async def backends_terminated(context: Context) -> AsyncIterator[None]:
     """End the gateways' sessions on the primary, again and again."""
     connection = await asyncpg.connect(context.deployment.databases.primary.url)
@@ -387,6 +408,7 @@ FAST = [
     Scenario("queue_full", queue_full, hold_s=2, hurts_broker=True),
     Scenario("poison_message", poison_message, promises=(1, 3, 4, 9, 10, 15), hurts_broker=True),
     Scenario("binding_deleted", binding_deleted, hold_s=1),
+    Scenario("queue_deleted", queue_deleted, hold_s=1, stops_gateways=True),
     Scenario("database_paused", paused(database)),
     Scenario("database_stopped", database_stopped, hold_s=1),
     Scenario("database_backends_terminated", backends_terminated, hold_s=2),

@@ -82,6 +82,20 @@ async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, q
     assert answer["queued_count"] == await queue.depth() == 100
 
 
+async def test_a_queue_that_is_deleted_under_a_running_gateway_is_declared_again(
+    gateway: GatewayUnderTest, queue: OutboundQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        await queue.delete()
+        status, answer, _ = await gateway.post(gateway.caller.body())
+        assert (status, answer["code"]) == (503, "queue_unavailable")
+        async with asyncio.timeout(10):
+            while (await gateway.post(gateway.caller.body()))[0] != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await queue.depth() == 1
+    assert caplog.text.count("could not route a message: no queue is bound") == 2
+
+
 async def test_what_a_closed_channel_left_unknown_is_published_once_more(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:

@@ -1,5 +1,6 @@
 """Exchange, queue and dead letters are declared, or only checked."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
+    RETURNED,
     connected,
     publish,
     started,
 )
-from tests.support.scripted_broker import Declare, ScriptedBroker
+from tests.support.scripted_broker import Declare, Published, ScriptedBroker, Session
 
 
 def described(frame: Frame) -> tuple[Any, ...]:
@@ -85,6 +87,23 @@ async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
         assert list(await publish(publisher, 1)) == [ACKED]
     assert "inequivalent arg 'x-queue-type'" in caplog.text
     assert "GATEWAY_AMQP_TOPOLOGY=check" in caplog.text
+
+
+@pytest.mark.parametrize("topology", ["declare", "check"])
+async def test_unroutable_messages_are_warned_of_and_the_topology_declared_again(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture, topology: str
+) -> None:
+    def return_all(session: Session, message: Published) -> None:
+        session.return_(message.delivery_tag, channel=message.channel)
+
+    async with connected(broker.url, amqp_topology=topology) as publisher:
+        asked = len(broker.topology)
+        broker.on_publish = return_all
+        for n in range(10):
+            assert list(await publish(publisher, 1, str(n))) == [RETURNED]
+            await asyncio.sleep(0.06)
+        assert caplog.text.count("could not route a message") == 1, "at most once in some seconds"
+        assert len(broker.topology) == asked * (2 if topology == "declare" else 1)
 
 
 async def test_a_missing_queue_is_logged_and_tried_again(
