@@ -23,6 +23,9 @@ CLOSE_TIMEOUT_S = 2.0
 STATES = ("open", "half_open", "blocked", "overdue", "lost")
 # 406: the payload is above the broker's max_message_size. RabbitMQ closes the channel with all that is on it.
 _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )?max size (\d+)").match
+# RabbitMQ 3.10 goes on nacking on a channel after a full queue (`reject-publish`) has lost its limit. A channel is
+# replaced after so long with nacks alone; with shards, also after so long with nacks of one beside acks of others.
+NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
@@ -66,7 +69,10 @@ class PublishConnection:
         self._blocked_at = 0.0
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
+        self._channel: aio_pika.abc.AbstractChannel | None = None
         self._channel_reply = ""
+        self._nacked_since = self._first_nack_at = float("inf")  # the former: without an ack since
+        self._is_retiring = False
         self.has_returned = False  # a message since this was last set to False
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
         self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
@@ -88,9 +94,11 @@ class PublishConnection:
         if self.is_suspect:
             async with self._connection.channel() as channel:
                 await check_may_publish(channel, settings)
-        publish_channel = self._connection.channel(publisher_confirms=True)
-        await publish_channel.initialize()
-        underlay = await publish_channel.get_underlay_channel()
+        if self._channel is not None:  # the predecessor's; it is closed already, unless it was retired
+            await self._channel.close()
+        self._channel = self._connection.channel(publisher_confirms=True)
+        await self._channel.initialize()
+        underlay = await self._channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max
         message_type = MESSAGE_TYPE if settings.messages_per_envelope == 1 else ENVELOPE_TYPE
         self._framers = [
@@ -109,10 +117,17 @@ class PublishConnection:
         """Return an object for the next channel on the same socket; call its open()."""
         successor = PublishConnection(self._settings, self.node, self._count_late)
         successor._transport, successor._connection = self._transport, self._connection
+        successor._channel = self._channel
         successor._transport.report_to(successor._on_event, successor._on_lost)
-        successor.is_suspect = True
+        successor.is_suspect = self._channel_reply.startswith("403")
         successor._blocked_s, successor.max_payload_bytes = self.blocked_s, self.max_payload_bytes
         return successor
+
+    def retire(self) -> None:
+        """Give up the channel once nothing is unconfirmed on it; until then it takes no batches."""
+        self._is_retiring = True
+        if not self.unconfirmed_messages:
+            self._on_channel_closed("the broker only nacks: a new channel may be served")
 
     async def close(self) -> None:
         """Close, with AMQP's closing handshake if the broker still answers. Unconfirmed messages become unknown."""
@@ -141,8 +156,9 @@ class PublishConnection:
 
     @property
     def is_reopening(self) -> bool:
-        """True if only the channel is lost: the next one can be opened on the same socket."""
-        return bool(self._channel_reply) and not self.is_blocked and not self._transport.is_closing
+        """True if only the channel is lost, or about to be given up: the next one is opened on the same socket."""
+        is_ending = self._is_retiring or bool(self._channel_reply)
+        return is_ending and not self.is_blocked and not self._transport.is_closing
 
     @property
     def close_reply(self) -> str:
@@ -166,6 +182,7 @@ class PublishConnection:
             or self.is_blocked
             or self._transport.is_closing
             or self.is_overdue()
+            or self._is_retiring
             or (self._half_open and self._pending)
         )
 
@@ -184,6 +201,12 @@ class PublishConnection:
     def blocked_s(self) -> float:
         """Seconds that broker alarms have blocked the connection, in total."""
         return self._blocked_s + (self._loop.time() - self._blocked_at if self.is_blocked else 0.0)
+
+    def is_nacked(self) -> bool:
+        """Return True if the broker has nacked for so long that another channel is to be tried."""
+        now = self._loop.time()
+        is_shard_nacked = len(self._framers) > 1 and now - self._first_nack_at > SHARD_NACKED_S
+        return now - self._nacked_since > NACKED_S or is_shard_nacked
 
     def is_overdue(self) -> bool:
         """Return True if an unconfirmed batch is past its deadline, on a connection that is not lost."""
@@ -252,6 +275,11 @@ class PublishConnection:
     def _on_event(self, event: Event) -> None:
         match event:
             case Settled(acked, delivery_tag, multiple):
+                if acked:
+                    self._nacked_since = float("inf")
+                else:
+                    self._nacked_since = min(self._nacked_since, self._loop.time())
+                    self._first_nack_at = min(self._first_nack_at, self._nacked_since)
                 self._settle(self._tracker.settle(acked=acked, delivery_tag=delivery_tag, multiple=multiple))
             case Returned(message_id):
                 self.has_returned = True

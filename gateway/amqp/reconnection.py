@@ -134,7 +134,7 @@ class PublishConnections:
                     while not self.is_closed:  # aiormq may have absorbed a cancellation
                         await self._serve(connection)
                         if (successor := await self._reopen(connection)) is None:
-                            is_suspect = connection.is_reopening
+                            is_suspect = connection.close_reply.startswith("403")
                             break
                         connection = successor
                     number += 1  # the next node first: this one has just failed
@@ -164,7 +164,7 @@ class PublishConnections:
 
         Until then the lost one stays in `open`: batches wait for the new channel.
         """
-        if self.is_closed or not lost.is_reopening:
+        if self.is_closed or not (lost.is_lost and lost.is_reopening):
             return None
         successor = lost.successor()
         if not await self._open(successor):
@@ -194,6 +194,8 @@ class PublishConnections:
             # meanwhile is still unread.
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
+            if connection.is_nacked():
+                connection.retire()
             if connection.has_returned:
                 self._restore_topology(connection)
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Literal
 
 import aiohttp
@@ -26,6 +25,7 @@ from tests.support.tcp_proxy import TcpProxy
 
 QUEUE_LIMIT = 200  # messages; quorum queues overshoot it by what is on its way
 SIZE_LIMIT, DEFAULT_SIZE_LIMIT = 262_144, 134_217_728  # bytes of a message; the default is that of RabbitMQ 3.10
+RECOVERY_S = 10.0  # promise 9
 AFTER_RESET_S = 2.0  # then all connections are open again
 REPEAT_EVERY_S = 0.3
 GAP_S = 1.5  # longer than the short heartbeat, so that every connection has lost something
@@ -167,16 +167,42 @@ def alarm(resource: Literal["memory", "disk"]) -> Fault:
 @asynccontextmanager
 async def queue_full(context: Context) -> AsyncIterator[None]:
     """Limit the queue with `reject-publish`, and stop reading from it."""
+    reader = context.reader
+    assert reader is not None
+    async with _limited_queue(context.deployment):
+        await reader.pause()
+        try:
+            yield
+        finally:
+            reader.resume()
+
+
+@asynccontextmanager
+async def policy_cleared(context: Context) -> AsyncIterator[None]:
+    """Limit the queue as above. Clear the policy before anything is read: the queue must grow again."""
     deployment, reader = context.deployment, context.reader
     assert reader is not None
+    try:
+        async with _limited_queue(deployment):
+            await reader.pause()
+            yield
+        async with deployment.broker_channel() as channel, asyncio.timeout(RECOVERY_S):
+            queue = await channel.declare_queue(deployment.queue, passive=True)
+            full = (await queue.declare()).message_count or 0
+            while (await queue.declare()).message_count == full:  # noqa: ASYNC110 - the broker reports no such event
+                await asyncio.sleep(0.1)
+    finally:
+        reader.resume()
+
+
+@asynccontextmanager
+async def _limited_queue(deployment: Deployment) -> AsyncIterator[None]:
     limit = f'{{"max-length": {QUEUE_LIMIT}, "overflow": "reject-publish"}}'
     ctl = deployment.cluster.nodes[0].ctl
     await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", deployment.queue, f"^{deployment.queue}$", limit)
-    await reader.pause()
     try:
         yield
     finally:
-        reader.resume()
         await asyncio.to_thread(ctl, "clear_policy", deployment.queue)
 
 
@@ -208,9 +234,8 @@ async def poison_message(context: Context) -> AsyncIterator[None]:
 
 
 async def _limit_sizes(context: Context, limit: int) -> None:
-    setting = f"application:set_env(rabbit, max_message_size, {limit})"
-    nodes = context.deployment.cluster.nodes
-    await asyncio.to_thread(in_parallel, [partial(node.ctl, "eval", f"{setting}.") for node in nodes])
+    setting = f"rpc:multicall(application, set_env, [rabbit, max_message_size, {limit}])."  # on all nodes
+    await asyncio.to_thread(context.deployment.cluster.nodes[0].ctl, "eval", setting)
     for proxy in to_broker(context):
         proxy.reset()
 
@@ -406,6 +431,7 @@ FAST = [
     Scenario("memory_alarm", alarm("memory"), hurts_broker=True),
     Scenario("disk_alarm", alarm("disk"), hurts_broker=True),
     Scenario("queue_full", queue_full, hold_s=2, hurts_broker=True),
+    Scenario("policy_cleared", policy_cleared, hold_s=2, hurts_broker=True),
     Scenario("poison_message", poison_message, promises=(1, 3, 4, 9, 10, 15), hurts_broker=True),
     Scenario("binding_deleted", binding_deleted, hold_s=1),
     Scenario("queue_deleted", queue_deleted, hold_s=1, stops_gateways=True),

@@ -66,6 +66,24 @@ async def test_a_full_queue_refuses_and_only_what_it_took_is_counted(
             await queue.delete()
 
 
+async def test_after_the_limit_of_a_full_queue_is_lifted_messages_are_queued_again(
+    servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    if servers.rabbitmq is None:
+        pytest.skip("sets a policy: needs a RabbitMQ of its own")
+    ctl, limit = servers.rabbitmq.ctl, '{"max-length": 5, "overflow": "reject-publish"}'
+    await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", queue.name, f"^{queue.name}$", limit)
+    async with asyncio.timeout(20):
+        while (await gateway.post(gateway.caller.body(100)))[0] != 503:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    counted = await queue.depth()
+    await asyncio.to_thread(ctl, "clear_policy", queue.name)
+    async with asyncio.timeout(10):
+        while (await gateway.post(gateway.caller.body()))[0] != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert await queue.depth() == counted + 1
+
+
 async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
     settings = gateway.runtime.settings
     connection = await aio_pika.connect(settings.amqp_url)
