@@ -61,9 +61,8 @@ class PublishConnection:
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
-        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
-        nacked = Outcome.UNKNOWN if settings.amqp_queue_type == "classic" else Outcome.NACKED
-        self._tracker = ConfirmTracker(nacked=nacked)
+        self._tracker = ConfirmTracker()
+        self.unverified = ""  # the broker's words, if it does not let the user verify the queues' type
         self._pending: dict[PublishedRange, _Pending] = {}
         self.is_blocked = False
         self._blocked_at = 0.0
@@ -90,7 +89,10 @@ class PublishConnection:
         if self._connection is None:
             self._connection = await prepare_connection(settings, self.node, "sms-gateway", self._transport)
             await self._connection.connect()
-        await self.declare()
+        self.unverified = await self.declare()
+        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
+        if settings.amqp_queue_type == "classic" or self.unverified:
+            self._tracker = ConfirmTracker(nacked=Outcome.UNKNOWN)
         if self.is_suspect:
             async with self._connection.channel() as channel:
                 await check_may_publish(channel, settings)
@@ -107,11 +109,10 @@ class PublishConnection:
         ]
         self._transport.listen_to(underlay.number)
 
-    async def declare(self) -> None:
-        """Declare or check the topology, on a channel of its own. Raises any error of the libraries."""
+    async def declare(self) -> str:
+        """Declare or check the topology, as ensure_topology does. Raises any error of the libraries."""
         assert self._connection is not None  # noqa: S101 - called by open(), and after it
-        async with self._connection.channel() as channel:
-            await ensure_topology(channel, self._settings)
+        return await ensure_topology(self._connection, self._settings)
 
     def successor(self) -> "PublishConnection":
         """Return an object for the next channel on the same socket; call its open()."""

@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not reconnect at the same moment
 WATCH_INTERVAL_S = 0.25
+UNVERIFIED = (
+    "type, durability and arguments of the queues are not verified at %s: %s. What the broker nacks is reported as "
+    "unknown. The right to configure them would let the gateway verify them"
+)
 RESTORE_EVERY_S = 5.0  # least time between two declarations because of unroutable messages
 # Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
 # would give up after three intervals, too late to publish elsewhere before the deadlines.
@@ -42,6 +46,7 @@ class PublishConnections:
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
         self._warned_of_returns_at = float("-inf")
+        self._has_warned_of_rights = False
 
     def start(self) -> None:
         """Start connecting, and go on until close(). Returns at once."""
@@ -155,6 +160,9 @@ class PublishConnections:
             self.connect_failures += 1
             return False
         log.info("connected to the broker at %s", node)
+        if connection.unverified and not self._has_warned_of_rights:
+            log.warning(UNVERIFIED, node, connection.unverified)
+            self._has_warned_of_rights = True
         self.was_connected = True
         self._unusable_since = None
         return True

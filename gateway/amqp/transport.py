@@ -164,7 +164,8 @@ def reason(error: BaseException, close_reply: str = "") -> str:
         return f"the broker has closed the connection: {close_reply}"
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
-            f"{error}. A queue or exchange exists with other arguments: remove it, or set GATEWAY_AMQP_TOPOLOGY=check"
+            f"{error}. It exists with other arguments than the gateway's: remove it, and make it with "
+            "`python -m gateway declare`. Set limits by a policy"
         )
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
         return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"

@@ -1,7 +1,7 @@
 """`python -m gateway status`: the state of gateways, broker and database, collected concurrently.
 
-It changes nothing and publishes nothing to an outbound queue: confirms are timed on a temporary queue. AMQP shows
-neither a queue's type nor its bindings, so `status` does not check them. A gateway checks the type when it connects.
+It changes nothing and publishes nothing to an outbound queue: confirms are timed on a temporary queue. AMQP does not
+show bindings, so `status` does not check them. It verifies the queues' type and arguments if the user may configure.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
-from gateway.amqp.topology import check_may_publish
+from gateway.amqp.topology import check_may_publish, verify_topology
 from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
@@ -188,6 +188,8 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
                 await check_may_publish(await connection.channel(), settings)
+                if not any(queue.problem for queue in queues):
+                    await verify_topology(connection, settings)
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
         state.problem = _one_line(error, broker_reason(error, socket.close_reply))
