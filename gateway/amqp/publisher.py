@@ -102,14 +102,15 @@ class Publisher:
         if deadline is None:
             deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
         fitting = self._fitting(outgoing)
-        outcomes = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
         if len(fitting) == len(outgoing):
-            outcomes[:] = await self._publish(outgoing, deadline)
-        elif fitting:
+            outcomes = await self._publish(outgoing, deadline)
+        else:
+            spread = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
             for position, outcome in zip(fitting, await self._publish(outgoing.only(fitting), deadline), strict=True):
-                outcomes[position] = outcome
+                spread[position] = outcome
+            outcomes = bytes(spread)
         self._count(outcomes)
-        return bytes(outcomes)
+        return outcomes
 
     def _fitting(self, outgoing: Outgoing) -> Sequence[int]:
         """Return the positions of the payloads that are not above the broker's limit, as far as that is known."""
@@ -183,7 +184,7 @@ class Publisher:
                 await self.connections.wait_usable()
         return self._least_loaded()
 
-    def _count(self, outcomes: bytes | bytearray) -> None:
+    def _count(self, outcomes: bytes) -> None:
         acked = outcomes.count(Outcome.ACKED)
         self.outcomes[Outcome.ACKED] += acked
         if acked < len(outcomes):
