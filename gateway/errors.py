@@ -256,6 +256,7 @@ QUEUE_REJECTED = Refusal(
     "queue_rejected",
     "The queue refused this message; it is not queued. Send it again in a new batch, with a new Idempotency-Key",
 )
+TOO_LARGE = Refusal("queue_rejected", "This message is larger than the queue accepts; it is not queued. Shorten it")
 OUTCOME_UNKNOWN = Refusal(
     "outcome_unknown", "The queue did not confirm this message in time: it may or may not be queued"
 )

@@ -27,6 +27,7 @@ class Outcome(IntEnum):
     NACKED = 3
     RETURNED = 4
     UNKNOWN = 5
+    TOO_LARGE = 6  # never written: the broker is known to take no payload of this size
 
 
 _WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # the unsettled states; all above are settled
@@ -39,7 +40,7 @@ def _table(written: Outcome) -> bytes:
 
 # For a second copy of a message whose first copy may be queued: a refusal of the second says nothing about the first.
 REFUSED_IS_UNKNOWN = bytes(
-    Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED) else state for state in range(256)
+    Outcome.UNKNOWN if state in (Outcome.NACKED, Outcome.RETURNED, Outcome.TOO_LARGE) else state for state in range(256)
 )
 _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
@@ -131,12 +132,16 @@ class ConfirmTracker:
         """Apply a basic.return; False if no range has the message. Its ack will settle it as RETURNED."""
         return any(published.mark_returned(message_id) for published in self._ranges)
 
-    def lose(self) -> list[PublishedRange]:
-        """Settle all messages after the loss of the channel: as UNKNOWN, or RETURNED if they came back."""
+    def lose(self, outcome: Outcome = Outcome.UNKNOWN) -> list[PublishedRange]:
+        """Settle all messages after the loss of the channel: with `outcome`, or as RETURNED if they came back."""
         lost, self._ranges = [r for r in self._ranges if r.unsettled], []
         for published in lost:
-            published.settle(0, len(published.states), _LOSS)
+            published.settle(0, len(published.states), _table(outcome))
         return lost
+
+    def is_untouched(self) -> bool:
+        """Return True if the broker has settled and returned nothing since the channel was opened."""
+        return bool(self._ranges) and self._ranges[0].first_tag == 1 and not any(any(r.states) for r in self._ranges)
 
     def oldest(self) -> PublishedRange | None:
         """Return the range that has waited longest; None without ranges."""

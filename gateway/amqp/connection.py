@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import aio_pika
 from yarl import URL
@@ -10,7 +11,7 @@ from yarl import URL
 from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
 from gateway.amqp.frames import Blocked, ChannelClosed, Destination, Event, PublishFramer, Returned, Settled
 from gateway.amqp.outgoing import Outgoing
-from gateway.amqp.topology import ensure_topology
+from gateway.amqp.topology import check_may_publish, ensure_topology
 from gateway.amqp.transport import TappedTransport, prepare_connection, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
@@ -20,6 +21,12 @@ log = logging.getLogger(__name__)
 MESSAGE_TYPE, ENVELOPE_TYPE = "sms.v1", "sms.batch.v1"
 CLOSE_TIMEOUT_S = 2.0
 STATES = ("open", "half_open", "blocked", "overdue", "lost")
+# 406: the payload is above the broker's max_message_size. RabbitMQ closes the channel with all that is on it.
+_size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )?max size (\d+)").match
+# RabbitMQ 3.10 goes on nacking on a channel after a full queue (`reject-publish`) has lost its limit. A channel is
+# replaced after so long with nacks alone; with shards, also after so long with nacks of one beside acks of others.
+NACKED_S, SHARD_NACKED_S = 3.0, 30.0
+RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -38,6 +45,8 @@ class _Pending:
 class PublishConnection:
     """A connection with one channel in confirm mode. It is never used again after its loss.
 
+    Where the broker has closed only the channel, a new object opens the next channel on the same socket (`successor`).
+
     States: open → blocked (a broker alarm) → open; open → overdue (a batch is past its deadline); any → lost.
     half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
     """
@@ -52,31 +61,46 @@ class PublishConnection:
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
-        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
-        nacked = Outcome.UNKNOWN if settings.amqp_queue_type == "classic" else Outcome.NACKED
-        self._tracker = ConfirmTracker(nacked=nacked)
+        self._tracker = ConfirmTracker()
+        self.unverified = ""  # the broker's words, if it does not let the user verify the queues' type
         self._pending: dict[PublishedRange, _Pending] = {}
         self.is_blocked = False
         self._blocked_at = 0.0
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
+        self._channel: aio_pika.abc.AbstractChannel | None = None
+        self._channel_reply = ""
+        self._nacked_since = self._first_nack_at = float("inf")  # the former: without an ack since
+        self._is_retiring = False
+        self.has_returned = False  # a message since this was last set to False
+        self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
+        self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
+        self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
-        self._transport = TappedTransport(self._on_event, self._on_lost)
+        self._transport = TappedTransport()
+        self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
         self._framers: list[PublishFramer] = []  # one for each shard
 
     async def open(self) -> None:
         """Connect, declare or check the topology, and open the publish channel. Raises any error of connecting."""
         settings = self._settings
-        self._connection = await prepare_connection(settings, self.node, "sms-gateway")
-        self._connection.kwargs["transport_factory"] = self._transport
-        await self._connection.connect()
-        async with self._connection.channel() as channel:
-            await ensure_topology(channel, settings)
-        publish_channel = self._connection.channel(publisher_confirms=True)
-        await publish_channel.initialize()
-        underlay = await publish_channel.get_underlay_channel()
+        if self._connection is None:
+            self._connection = await prepare_connection(settings, self.node, "sms-gateway", self._transport)
+            await self._connection.connect()
+        self.unverified = await self.declare()
+        # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
+        if settings.amqp_queue_type == "classic" or self.unverified:
+            self._tracker = ConfirmTracker(nacked=Outcome.UNKNOWN)
+        if self.is_suspect:
+            async with self._connection.channel() as channel:
+                await check_may_publish(channel, settings)
+        if self._channel is not None:  # the predecessor's; it is closed already, unless it was retired
+            await self._channel.close()
+        self._channel = self._connection.channel(publisher_confirms=True)
+        await self._channel.initialize()
+        underlay = await self._channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max
         message_type = MESSAGE_TYPE if settings.messages_per_envelope == 1 else ENVELOPE_TYPE
         self._framers = [
@@ -84,6 +108,27 @@ class PublishConnection:
             for queue in settings.queues()
         ]
         self._transport.listen_to(underlay.number)
+
+    async def declare(self) -> str:
+        """Declare or check the topology, as ensure_topology does. Raises any error of the libraries."""
+        assert self._connection is not None  # noqa: S101 - called by open(), and after it
+        return await ensure_topology(self._connection, self._settings)
+
+    def successor(self) -> "PublishConnection":
+        """Return an object for the next channel on the same socket; call its open()."""
+        successor = PublishConnection(self._settings, self.node, self._count_late)
+        successor._transport, successor._connection = self._transport, self._connection
+        successor._channel = self._channel
+        successor._transport.report_to(successor._on_event, successor._on_lost)
+        successor.is_suspect = self._channel_reply.startswith("403")
+        successor._blocked_s, successor.max_payload_bytes = self.blocked_s, self.max_payload_bytes
+        return successor
+
+    def retire(self) -> None:
+        """Give up the channel once nothing is unconfirmed on it; until then it takes no batches."""
+        self._is_retiring = True
+        if not self.unconfirmed_messages:
+            self._on_channel_closed("the broker only nacks: a new channel may be served")
 
     async def close(self) -> None:
         """Close, with AMQP's closing handshake if the broker still answers. Unconfirmed messages become unknown."""
@@ -110,6 +155,17 @@ class PublishConnection:
         """True from the loss of the connection or its channel on."""
         return self._lost.done()
 
+    @property
+    def is_reopening(self) -> bool:
+        """True if only the channel is lost, or about to be given up: the next one is opened on the same socket."""
+        is_ending = self._is_retiring or bool(self._channel_reply)
+        return is_ending and not self.is_blocked and not self._transport.is_closing
+
+    @property
+    def close_reply(self) -> str:
+        """Code and text with which the broker has closed the channel or the connection; "" if it has not."""
+        return self._channel_reply or self._transport.close_reply
+
     async def wait_lost(self, *, timeout: float) -> bool:
         """Wait for the connection's loss, at most `timeout` seconds. Return True if it is lost."""
         await asyncio.wait([self._lost], timeout=timeout)
@@ -127,6 +183,7 @@ class PublishConnection:
             or self.is_blocked
             or self._transport.is_closing
             or self.is_overdue()
+            or self._is_retiring
             or (self._half_open and self._pending)
         )
 
@@ -145,6 +202,12 @@ class PublishConnection:
     def blocked_s(self) -> float:
         """Seconds that broker alarms have blocked the connection, in total."""
         return self._blocked_s + (self._loop.time() - self._blocked_at if self.is_blocked else 0.0)
+
+    def is_nacked(self) -> bool:
+        """Return True if the broker has nacked for so long that another channel is to be tried."""
+        now = self._loop.time()
+        is_shard_nacked = len(self._framers) > 1 and now - self._first_nack_at > SHARD_NACKED_S
+        return now - self._nacked_since > NACKED_S or is_shard_nacked
 
     def is_overdue(self) -> bool:
         """Return True if an unconfirmed batch is past its deadline, on a connection that is not lost."""
@@ -186,7 +249,16 @@ class PublishConnection:
             await pending.settled
         finally:
             give_up.cancel()
-        return published.outcomes()
+        outcomes = published.outcomes()
+        return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
+
+    def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
+        """Return the outcomes on a channel that a payload's size has closed: larger ones were certainly not queued."""
+        limit = self.max_payload_bytes or 0
+        return bytes(
+            Outcome.NACKED if outcome == Outcome.UNKNOWN and len(payload) > limit else outcome
+            for outcome, payload in zip(outcomes, payloads, strict=True)
+        )
 
     def _pack(self, outgoing: Outgoing) -> bytes:
         """Return one buffer with all frames of the batch; each run of a shard goes through that shard's framer."""
@@ -204,12 +276,18 @@ class PublishConnection:
     def _on_event(self, event: Event) -> None:
         match event:
             case Settled(acked, delivery_tag, multiple):
+                if acked:
+                    self._nacked_since = float("inf")
+                else:
+                    self._nacked_since = min(self._nacked_since, self._loop.time())
+                    self._first_nack_at = min(self._first_nack_at, self._nacked_since)
                 self._settle(self._tracker.settle(acked=acked, delivery_tag=delivery_tag, multiple=multiple))
             case Returned(message_id):
+                self.has_returned = True
                 if not self._tracker.mark_returned(message_id):
                     log.error("the broker returned message %s, which is not on the wire", message_id)
-            case ChannelClosed():
-                self._on_lost()
+            case ChannelClosed(reply):
+                self._on_channel_closed(reply)
             case Blocked(blocked):
                 log.warning("the broker %s this connection", "blocked" if blocked else "unblocked")
                 self._note_blocked(blocked)
@@ -217,11 +295,28 @@ class PublishConnection:
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked_s, self._blocked_at, self.is_blocked = self.blocked_s, self._loop.time(), blocked
 
+    def _on_channel_closed(self, reply: str) -> None:
+        self._channel_reply = reply
+        if found := _size_limit(reply):
+            self.has_refused_size, self.max_payload_bytes = True, int(found[1])
+        self._lose(Outcome.NACKED if self._may_not_publish(reply) else Outcome.UNKNOWN)
+
+    def _may_not_publish(self, reply: str) -> bool:
+        """Return True if the broker has refused all that was published here, for want of the right to write.
+
+        RabbitMQ asks for the right once, and keeps the answer while the channel is never idle for a second. So if
+        nothing was settled, and the first message is younger, not one of them was accepted.
+        """
+        return reply.startswith("403") and self._tracker.is_untouched() and self.oldest_age_s() < RIGHTS_KEPT_S
+
     def _on_lost(self) -> None:
         self._note_blocked(False)
+        self._lose()
+
+    def _lose(self, outcome: Outcome = Outcome.UNKNOWN) -> None:
         if not self._lost.done():
             self._lost.set_result(None)
-        self._settle(self._tracker.lose())
+        self._settle(self._tracker.lose(outcome))
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
         for published in ranges:
@@ -253,6 +348,6 @@ async def declare_topology(settings: Settings) -> None:
         async with asyncio.timeout(settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
             await connection.open()
     except Exception as error:  # the libraries raise many kinds
-        raise OSError(reason(error)) from error
+        raise OSError(reason(error, connection.close_reply)) from error
     finally:
         await connection.close()

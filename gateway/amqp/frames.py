@@ -28,9 +28,10 @@ _frame_start = struct.Struct(">BHI")
 _method = struct.Struct(">HH")
 _settlement = struct.Struct(">QB")
 _body_size = struct.Struct(">Q")
+_reply = struct.Struct(">HB")  # a reply code, and the length of the text that follows
 
 _ACK, _NACK, _RETURN = (60, 80), (60, 120), (60, 50)
-_CHANNEL_CLOSE = (20, 40)
+_CHANNEL_CLOSE, _CONNECTION_CLOSE = (20, 40), (10, 50)
 _BLOCKED, _UNBLOCKED = (10, 60), (10, 61)
 
 
@@ -139,6 +140,8 @@ class Returned(NamedTuple):
 class ChannelClosed(NamedTuple):
     """channel.close from the broker. It sends no more confirms on this channel."""
 
+    reply: str  # code and text, such as "404 NOT_FOUND - no exchange 'x' in vhost '/'"
+
 
 class Blocked(NamedTuple):
     """connection.blocked or connection.unblocked: a memory or disk alarm begins or ends."""
@@ -163,6 +166,7 @@ class IncomingFrames:
 
     def __init__(self) -> None:
         self.channel: int | None = None  # the publish channel; None until it is open
+        self.close_reply = ""  # code and text of the broker's connection.close
         self._rest = b""
         self._buffer = b""  # of the feed() in progress, like _events
         self._events: list[Event] = []
@@ -215,6 +219,8 @@ class IncomingFrames:
             if channel == 0:
                 if method in (_BLOCKED, _UNBLOCKED):
                     events.append(Blocked(method == _BLOCKED))
+                elif method == _CONNECTION_CLOSE:
+                    self.close_reply = _read_reply(buffer[at + _method.size : end - len(END)])
                 return False
             if method in (_ACK, _NACK):
                 if size != _method.size + _settlement.size:
@@ -223,7 +229,7 @@ class IncomingFrames:
                 events.append(Settled(method == _ACK, delivery_tag, bool(bits & 1)))
                 return True
             if method == _CHANNEL_CLOSE:
-                events.append(ChannelClosed())
+                events.append(ChannelClosed(_read_reply(buffer[at + _method.size : end - len(END)])))
             self._return_begun = method == _RETURN
             self._returned_bytes = -1
             return self._return_begun
@@ -239,6 +245,14 @@ class IncomingFrames:
             events.append(Returned(self._returned_id or ""))
             self._return_begun = False
         return True
+
+
+def _read_reply(data: bytes) -> str:
+    """Return code and text of a channel.close or connection.close."""
+    if len(data) < _reply.size:
+        return "0 no reply"
+    code, length = _reply.unpack_from(data)
+    return f"{code} {data[_reply.size : _reply.size + length].decode(errors='replace')}"
 
 
 def _read_header(data: bytes) -> tuple[str | None, int]:

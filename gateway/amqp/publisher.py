@@ -5,6 +5,7 @@ reconnection.py keeps the connections open. confirms.py decides what counts as q
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 
 from gateway.amqp.confirms import Outcome
@@ -16,6 +17,7 @@ from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
 
 RETRY_MARGIN_S = 0.5  # time left before the deadline below which a batch is not published again
+REOPEN_S = 2.0  # longest wait for a channel that is being opened again
 TOO_LATE_S = 0.1  # time left below which a batch is not published at all: it would end as unknown
 SHARED_CONNECTION_BYTES = 64 * 1024  # below it all batches share one connection; about 200 messages
 
@@ -62,8 +64,13 @@ class Publisher:
         return max((connection.oldest_age_s() for connection in self.connections.all), default=0.0)
 
     def is_usable(self) -> bool:
-        """Return True if a batch could be written now."""
-        return self.connections.is_usable()
+        """Return True if a batch could be written now, or as soon as a channel is open again."""
+        return self.connections.is_usable() or self.connections.is_reopening()
+
+    @property
+    def max_payload_bytes(self) -> int | None:
+        """The broker's limit on a payload, in bytes; None as long as it is not known."""
+        return self.connections.max_payload_bytes
 
     def weigh(self, messages: int, size: int) -> int:
         """Return the load of a batch with this number of messages, and with `size` bytes."""
@@ -89,17 +96,40 @@ class Publisher:
 
         `deadline` is on the event loop's clock; None means confirm_timeout_s from now. Returns one Outcome per
         message. Raises QueueUnavailable or Overloaded if nothing at all was written. Overloaded means that the batch is
-        larger than `room()`; the caller waits for room (ingest/admission.py).
+        larger than `room()`; the caller waits for room (ingest/admission.py). Payloads above the broker's limit are not
+        written: they are TOO_LARGE.
         """
+        if deadline is None:
+            deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
+        fitting = self._fitting(outgoing)
+        if len(fitting) == len(outgoing):
+            outcomes = await self._publish(outgoing, deadline)
+        else:
+            spread = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
+            for position, outcome in zip(fitting, await self._publish(outgoing.only(fitting), deadline), strict=True):
+                spread[position] = outcome
+            outcomes = bytes(spread)
+        self._count(outcomes)
+        return outcomes
+
+    def _fitting(self, outgoing: Outgoing) -> Sequence[int]:
+        """Return the positions of the payloads that are not above the broker's limit, as far as that is known."""
+        limit = self.max_payload_bytes
+        if limit is None:
+            return range(len(outgoing))
+        return [position for position, payload in enumerate(outgoing.payloads) if len(payload) <= limit]
+
+    async def _publish(self, outgoing: Outgoing, deadline: float) -> bytes:
         if not outgoing:
             return b""
         clock = asyncio.get_running_loop().time
-        written_at = clock()
-        if deadline is None:
-            deadline = written_at + self._settings.confirm_timeout_s
-        elif deadline < written_at + TOO_LATE_S:
+        if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
-        connection = self._least_loaded()
+        if not self.connections.is_usable() and self.connections.is_reopening():
+            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S))
+        else:
+            connection = self._least_loaded()
+        written_at = clock()
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
@@ -108,7 +138,6 @@ class Publisher:
             self.window.adapt(load, unconfirmed=unconfirmed + load, written_at=written_at, now=clock())
         elif not self.connections.is_closed and Outcome.UNKNOWN in outcomes:
             outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
-        self._count(outcomes)
         return outcomes
 
     async def _republish_unknown(self, outgoing: Outgoing, outcomes: bytes, deadline: float) -> bytes:
@@ -117,18 +146,22 @@ class Publisher:
         Called only after a lost connection: a repeated message is better than a lost one. After a timeout, or under a
         broker alarm, the first copy is probably still on its way, and a second would double the load. A message that
         the broker refuses in the second try stays unknown: the first copy may have been queued.
+
+        There is no third try, unless another caller's payload above the broker's limit has closed the channel.
         """
-        unknown = [position for position, outcome in enumerate(outcomes) if outcome == Outcome.UNKNOWN]
-        try:
-            connection = await self._choose_before(deadline - RETRY_MARGIN_S)
-            second = await connection.publish(outgoing.only(unknown), deadline)
-        except QueueUnavailable:
-            return outcomes
-        self.republished += len(unknown)
         merged = bytearray(outcomes)
-        for position, outcome in zip(unknown, second, strict=True):
-            if outcome == Outcome.ACKED:
-                merged[position] = outcome
+        while unknown := [n for n in self._fitting(outgoing) if merged[n] == Outcome.UNKNOWN]:
+            try:
+                connection = await self._choose_before(deadline - RETRY_MARGIN_S)
+                second = await connection.publish(outgoing.only(unknown), deadline)
+            except QueueUnavailable:
+                break
+            self.republished += len(unknown)
+            for position, outcome in zip(unknown, second, strict=True):
+                if outcome == Outcome.ACKED:
+                    merged[position] = outcome
+            if not connection.has_refused_size:
+                break
         return bytes(merged)
 
     def _least_loaded(self) -> PublishConnection:
@@ -155,5 +188,5 @@ class Publisher:
         acked = outcomes.count(Outcome.ACKED)
         self.outcomes[Outcome.ACKED] += acked
         if acked < len(outcomes):
-            for outcome in (Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN):
+            for outcome in (Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN, Outcome.TOO_LARGE):
                 self.outcomes[outcome] += outcomes.count(outcome)

@@ -16,6 +16,11 @@ log = logging.getLogger(__name__)
 
 RECONNECT_DELAYS_S = (0.1, 3.0)  # full jitter between them: replicas do not reconnect at the same moment
 WATCH_INTERVAL_S = 0.25
+UNVERIFIED = (
+    "type, durability and arguments of the queues are not verified at %s: %s. What the broker nacks is reported as "
+    "unknown. The right to configure them would let the gateway verify them"
+)
+RESTORE_EVERY_S = 5.0  # least time between two declarations because of unroutable messages
 # Brokers send a heartbeat every half interval. After one interval and this margin, two in a row are missing. aiormq
 # would give up after three intervals, too late to publish elsewhere before the deadlines.
 HEARTBEAT_MARGIN_S = 1.0
@@ -40,6 +45,8 @@ class PublishConnections:
         self.connect_failures = 0
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
+        self._warned_of_returns_at = float("-inf")
+        self._has_warned_of_rights = False
 
     def start(self) -> None:
         """Start connecting, and go on until close(). Returns at once."""
@@ -81,6 +88,15 @@ class PublishConnections:
         """Return True if a batch could be written now."""
         return any(connection.is_usable() for connection in self.open)
 
+    def is_reopening(self) -> bool:
+        """Return True if a connection is about to have a new channel."""
+        return any(connection.is_reopening for connection in self.open)
+
+    @property
+    def max_payload_bytes(self) -> int | None:
+        """The broker's limit on a payload; None until a payload was refused. It is forgotten with its connection."""
+        return min((one.max_payload_bytes for one in self.open if one.max_payload_bytes is not None), default=None)
+
     async def wait_usable(self) -> None:
         """Wait until a connection is usable, or close() is called."""
         while not (self.is_usable() or self.is_closed):
@@ -109,15 +125,23 @@ class PublishConnections:
         nodes = self._settings.amqp_nodes()
         number += self._first_node
         attempt = 0
-        half_open = False
+        half_open = is_suspect = False
         while not self.is_closed:
             node = URL(nodes[(number + attempt) % len(nodes)])
             connection = PublishConnection(self._settings, node, self._count_late, half_open=half_open)
+            connection.is_suspect = is_suspect
             try:
                 if await self._open(connection):
                     attempt = 0
-                    if not self.is_closed:  # aiormq may have absorbed a cancellation
+                    self.connected += 1
+                    self.open.append(connection)
+                    self._changed.set()
+                    while not self.is_closed:  # aiormq may have absorbed a cancellation
                         await self._serve(connection)
+                        if (successor := await self._reopen(connection)) is None:
+                            is_suspect = connection.close_reply.startswith("403")
+                            break
+                        connection = successor
                     number += 1  # the next node first: this one has just failed
                 else:
                     attempt += 1
@@ -126,22 +150,36 @@ class PublishConnections:
             await asyncio.sleep(reconnect_delay_s(attempt))
 
     async def _open(self, connection: PublishConnection) -> bool:
-        """Open the connection and offer it for batches. Return False, after a line in the log, if that fails."""
+        """Open the connection. Return False, after a line in the log, if that fails."""
         node = address(connection.node)
         try:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
-            log.warning("cannot connect to the broker at %s: %s", node, reason(error))
+            log.warning("cannot connect to the broker at %s: %s", node, reason(error, connection.close_reply))
             self.connect_failures += 1
             return False
         log.info("connected to the broker at %s", node)
-        self.connected += 1
+        if connection.unverified and not self._has_warned_of_rights:
+            log.warning(UNVERIFIED, node, connection.unverified)
+            self._has_warned_of_rights = True
         self.was_connected = True
         self._unusable_since = None
-        self.open.append(connection)
-        self._changed.set()
         return True
+
+    async def _reopen(self, lost: PublishConnection) -> PublishConnection | None:
+        """Return the connection with a new channel on the same socket. Return None if that cannot be opened.
+
+        Until then the lost one stays in `open`: batches wait for the new channel.
+        """
+        if self.is_closed or not (lost.is_lost and lost.is_reopening):
+            return None
+        successor = lost.successor()
+        if not await self._open(successor):
+            return None
+        self.open = [successor if other is lost else other for other in self.open]
+        self._changed.set()
+        return successor
 
     async def _replace(self, connection: PublishConnection) -> bool:
         """Take the connection out of use. Return True if its successor starts half-open."""
@@ -164,6 +202,10 @@ class PublishConnections:
             # meanwhile is still unread.
             silent_s = 0.0 if connection.receptions != receptions else silent_s + WATCH_INTERVAL_S
             receptions = connection.receptions
+            if connection.is_nacked():
+                connection.retire()
+            if connection.has_returned:
+                self._restore_topology(connection)
             if silent_s > self._settings.amqp_heartbeat_s + HEARTBEAT_MARGIN_S:
                 log.warning("heard nothing from %s for %.0f s", node, silent_s)
                 connection.abort()
@@ -172,7 +214,28 @@ class PublishConnections:
                 return
             if self._is_abandoned(connection):
                 return
-        log.warning("lost the connection to the broker at %s", node)
+        what = "channel" if connection.is_reopening else "connection"
+        log.warning("lost the %s to the broker at %s: %s", what, node, connection.close_reply or "no reply")
+
+    def _restore_topology(self, connection: PublishConnection) -> None:
+        """Warn of an unroutable message, and declare the topology again; at most once in RESTORE_EVERY_S."""
+        now = asyncio.get_running_loop().time()
+        if now < self._warned_of_returns_at + RESTORE_EVERY_S:
+            return
+        self._warned_of_returns_at, connection.has_returned = now, False
+        log.warning("the broker at %s could not route a message: no queue is bound", address(connection.node))
+        if self._settings.amqp_topology == "declare":
+            self._start(asyncio.create_task(self._declare(connection), name="amqp-declaring"))
+
+    async def _declare(self, connection: PublishConnection) -> None:
+        node = address(connection.node)
+        try:
+            async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
+                await connection.declare()
+        except Exception as error:  # the libraries raise many kinds
+            log.warning("cannot declare at the broker at %s: %s", node, reason(error, connection.close_reply))
+        else:
+            log.warning("declared exchange and queues again at the broker at %s", node)
 
     def _is_abandoned(self, connection: PublishConnection) -> bool:
         if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:

@@ -3,31 +3,78 @@
 from typing import Any
 
 import aio_pika
-from aio_pika.abc import AbstractChannel
+import aiormq.exceptions
+from aio_pika.abc import AbstractChannel, AbstractConnection, AbstractExchange, AbstractQueue
 
 from gateway.config import Settings
 
 
-async def ensure_topology(channel: AbstractChannel, settings: Settings) -> None:
-    """Declare exchange and queues, or check that they exist (GATEWAY_AMQP_TOPOLOGY).
+async def ensure_topology(connection: AbstractConnection, settings: Settings) -> str:
+    """Declare exchange and queues, or check them (GATEWAY_AMQP_TOPOLOGY).
 
-    Raises the errors of aiormq, which close the channel.
+    Returns the broker's words if it does not let the user verify the queues' type; "" if that is verified. Raises the
+    errors of aiormq.
     """
-    check_only = settings.amqp_topology == "check"
-    exchange = await channel.declare_exchange(
-        settings.amqp_exchange, aio_pika.ExchangeType.DIRECT, durable=True, passive=check_only
-    )
-    arguments: dict[str, Any] = {"x-queue-type": settings.amqp_queue_type}
-    if settings.amqp_queue_type != "stream":  # streams keep all messages and dead-letter none
-        arguments["x-dead-letter-exchange"] = f"{settings.amqp_exchange}.dlx"
-        if not check_only:
+    if settings.amqp_topology == "check":
+        async with connection.channel() as channel:
+            await _exchange(channel, settings, passive=True)
+            await _queues(channel, settings, passive=True)
+        return await verify_topology(connection, settings)
+    async with connection.channel() as channel:
+        exchange = await _exchange(channel, settings)
+        if settings.amqp_queue_type != "stream":  # streams keep all messages and dead-letter none
             await _declare_dead_letters(channel, settings)
+        for queue in await _queues(channel, settings):
+            await queue.bind(exchange, routing_key=queue.name)
+    return ""
+
+
+async def verify_topology(connection: AbstractConnection, settings: Settings) -> str:
+    """Verify type, durability and arguments of exchange and queues, which exist. Return as ensure_topology does.
+
+    A passive declaration looks at none of these. An active one with the same arguments changes nothing; with others it
+    is refused, and ChannelPreconditionFailed raised. It needs the right to configure.
+    """
+    try:
+        async with connection.channel() as channel:
+            await _queues(channel, settings)
+            await _exchange(channel, settings)
+    except aiormq.exceptions.ChannelAccessRefused as error:
+        return str(error)
+    return ""
+
+
+async def _exchange(channel: AbstractChannel, settings: Settings, *, passive: bool = False) -> AbstractExchange:
+    kind = aio_pika.ExchangeType.DIRECT
+    return await channel.declare_exchange(settings.amqp_exchange, kind, durable=True, passive=passive)
+
+
+async def _queues(channel: AbstractChannel, settings: Settings, *, passive: bool = False) -> list[AbstractQueue]:
+    arguments: dict[str, Any] = {"x-queue-type": settings.amqp_queue_type}
+    if settings.amqp_queue_type != "stream":
+        arguments["x-dead-letter-exchange"] = f"{settings.amqp_exchange}.dlx"
     if settings.queue_shards > 1 and settings.amqp_queue_type != "classic":
         arguments["x-queue-leader-locator"] = "balanced"  # spread the leaders, which do the work, over the nodes
-    for name in settings.queues():
-        queue = await channel.declare_queue(name, durable=True, passive=check_only, arguments=arguments)
-        if not check_only:
-            await queue.bind(exchange, routing_key=name)
+    return [
+        await channel.declare_queue(name, durable=True, passive=passive, arguments=arguments)
+        for name in settings.queues()
+    ]
+
+
+async def check_may_publish(channel: AbstractChannel, settings: Settings) -> None:
+    """Raise PermissionError if the user may not write to the exchange. Changes nothing, but may close the channel.
+
+    AMQP cannot ask for a right. RabbitMQ checks the right to write to the destination of an unbind before it looks at
+    the source. So what it says about the source of this unbind, which does not exist, is of no interest.
+    """
+    exchange = await channel.get_exchange(settings.amqp_exchange, ensure=False)
+    try:
+        await exchange.unbind("sms-gateway.no-exchange")
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        return
+    except aiormq.exceptions.ChannelAccessRefused as error:
+        if f"'{settings.amqp_exchange}'" in str(error):
+            raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
 
 
 async def _declare_dead_letters(channel: AbstractChannel, settings: Settings) -> None:

@@ -22,12 +22,15 @@ from gateway.config import Settings
 HEARTBEAT_EVERY_S = 1.0
 
 
-async def prepare_connection(settings: Settings, node: URL, name: str) -> aio_pika.Connection:
-    """Return a connection to one node, with heartbeat and TLS as set, still to be connected.
+async def prepare_connection(
+    settings: Settings, node: URL, name: str, transport: "TappedTransport"
+) -> aio_pika.Connection:
+    """Return a connection to one node over `transport`, with heartbeat and TLS as set, still to be connected.
 
     `name` is shown in RabbitMQ's list of connections. Raises OSError for certificate files that cannot be read.
     """
     connection = aio_pika.Connection(node.update_query(heartbeat=settings.amqp_heartbeat_s, name=name))
+    connection.kwargs["transport_factory"] = transport
     if node.scheme == "amqps":
         connection.kwargs["context"] = await asyncio.to_thread(tls.broker_context, settings)
     return connection
@@ -48,18 +51,20 @@ async def stray_cancellation_is_loss() -> AsyncIterator[None]:
         raise ConnectionResetError("the connection was lost while it was being opened or closed") from None
 
 
+def _ignore(*_: object) -> None:
+    pass
+
+
 class _Tap(asyncio.StreamReaderProtocol):
     """A protocol between the socket and aiormq's reader: turns the publish channel's frames into events."""
 
-    def __init__(
-        self, reader: asyncio.StreamReader, on_event: Callable[[Event], None], on_lost: Callable[[], None]
-    ) -> None:
+    def __init__(self, reader: asyncio.StreamReader) -> None:
         loop = asyncio.get_running_loop()
         super().__init__(reader, loop=loop)
         self.frames = IncomingFrames()
+        self.on_event: Callable[[Event], None] = _ignore
+        self.on_lost: Callable[[], None] = _ignore
         self._now = loop.time
-        self._on_event = on_event
-        self._on_lost = on_lost
         self._passed_on_at = 0.0
         self.receptions = 0
 
@@ -67,7 +72,7 @@ class _Tap(asyncio.StreamReaderProtocol):
         self.receptions += 1
         passed_on, events = self.frames.feed(data)
         for event in events:
-            self._on_event(event)
+            self.on_event(event)
         now = self._now()
         if not passed_on and self.frames.channel and now - self._passed_on_at > HEARTBEAT_EVERY_S:
             passed_on = HEARTBEAT_FRAME
@@ -76,17 +81,23 @@ class _Tap(asyncio.StreamReaderProtocol):
             super().data_received(passed_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._on_lost()
+        self.on_lost()
         super().connection_lost(exc)
 
 
 class TappedTransport(TransportFactory):
     """A transport factory for aiormq that inserts the tap, and keeps the transport for the publisher's writes."""
 
-    def __init__(self, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
-        self._callbacks = (on_event, on_lost)
+    def __init__(self) -> None:
+        self._callbacks: tuple[Callable[[Event], None], Callable[[], None]] = (_ignore, _ignore)
         self._tap: _Tap | None = None
         self._transport: asyncio.Transport | None = None
+
+    def report_to(self, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
+        """Call these two from now on, and no others: for each event, and when the socket is lost."""
+        self._callbacks = (on_event, on_lost)
+        if self._tap is not None:
+            self._tap.on_event, self._tap.on_lost = self._callbacks
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect as asyncio.open_connection does, with the tap as protocol. Called by aiormq."""
@@ -94,14 +105,16 @@ class TappedTransport(TransportFactory):
         context = await context_provider.get_context() if url.scheme == "amqps" else None
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(loop=loop)
-        tap = _Tap(reader, *self._callbacks)
+        tap = _Tap(reader)
+        tap.on_event, tap.on_lost = self._callbacks
+        self._tap = tap
         try:
             transport, _ = await loop.create_connection(
                 lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs
             )
         except OSError as error:
             raise aiormq.exceptions.AMQPConnectionError(*error.args) from error
-        self._tap, self._transport = tap, transport
+        self._transport = transport
         return reader, asyncio.StreamWriter(transport, tap, reader, loop)
 
     def listen_to(self, channel: int) -> None:
@@ -113,6 +126,11 @@ class TappedTransport(TransportFactory):
     def receptions(self) -> int:
         """The number of times that bytes have arrived, heartbeats included."""
         return self._tap.receptions if self._tap is not None else 0
+
+    @property
+    def close_reply(self) -> str:
+        """Code and text with which the broker has closed the connection; "" if it has not."""
+        return self._tap.frames.close_reply if self._tap is not None else ""
 
     @property
     def is_closing(self) -> bool:
@@ -137,11 +155,17 @@ def address(node: URL) -> str:
     return f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"
 
 
-def reason(error: BaseException) -> str:
-    """Return a line for the log: the kind of error, its text, and what to do about it."""
+def reason(error: BaseException, close_reply: str = "") -> str:
+    """Return a line for the log: the kind of error, its text, and what to do about it.
+
+    `close_reply`: the broker's own words, where it has closed the connection. The library's error does not have them.
+    """
+    if close_reply:
+        return f"the broker has closed the connection: {close_reply}"
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
-            f"{error}. A queue or exchange exists with other arguments: remove it, or set GATEWAY_AMQP_TOPOLOGY=check"
+            f"{error}. It exists with other arguments than the gateway's: remove it, and make it with "
+            "`python -m gateway declare`. Set limits by a policy"
         )
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
         return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"

@@ -1,7 +1,7 @@
 """`python -m gateway status`: the state of gateways, broker and database, collected concurrently.
 
-It changes nothing and publishes nothing to an outbound queue: confirms are timed on a temporary queue. AMQP shows
-neither a queue's type nor its bindings, so `status` does not check them. A gateway checks the type when it connects.
+It changes nothing and publishes nothing to an outbound queue: confirms are timed on a temporary queue. AMQP does not
+show bindings, so `status` does not check them. It verifies the queues' type and arguments if the user may configure.
 """
 
 import asyncio
@@ -18,7 +18,8 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
-from gateway.amqp.transport import address, prepare_connection
+from gateway.amqp.topology import check_may_publish, verify_topology
+from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS
@@ -178,26 +179,30 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
     state, queues = Node(address(node)), []
+    socket = TappedTransport()
     try:
-        async with _broker(settings, node) as connection:
+        async with _broker(settings, node, socket) as connection:
             transport = connection.transport
             properties = transport.connection.server_properties if transport else {}
             state.version = " ".join(str(properties.get(name, "")) for name in ("product", "version")).strip()
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
+                await check_may_publish(await connection.channel(), settings)
+                if not any(queue.problem for queue in queues):
+                    await verify_topology(connection, settings)
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
-        state.problem = _one_line(error, broker_reason(error))
+        state.problem = _one_line(error, broker_reason(error, socket.close_reply))
     except asyncio.CancelledError:  # aiormq raises this for a lost connection
         if (task := asyncio.current_task()) is None or task.cancelling():
             raise
-        state.problem = "the connection was lost"
+        state.problem = socket.close_reply or "the connection was lost"
     return state, queues
 
 
 @asynccontextmanager
-async def _broker(settings: Settings, node: URL) -> "AsyncIterator[AbstractConnection]":
-    connection = await prepare_connection(settings, node, "sms-gateway-status")
+async def _broker(settings: Settings, node: URL, socket: TappedTransport) -> "AsyncIterator[AbstractConnection]":
+    connection = await prepare_connection(settings, node, "sms-gateway-status", socket)
     async with asyncio.timeout(ANSWER_TIMEOUT_S):
         await connection.connect()
     try:

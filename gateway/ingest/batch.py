@@ -6,7 +6,7 @@ that fails: most batches are clean, and the first check costs a fraction of the 
 """
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -213,21 +213,39 @@ def build(
         outgoing = Outgoing(used, [encode(content) for content in contents], None, account_id)
         return Batch(used, recipients, indexes, rows, outgoing)
     placements = place([content.list_id for content in contents], layout)
-    outgoing = _pack(contents, placements, ids.envelopes, account_id, layout)
+    placements, outgoing = _pack(contents, placements, ids.envelopes, account_id, layout)
     return Batch(used, recipients, indexes, rows, outgoing, placements)
 
 
 def _pack(
     contents: list[Payload], placements: list[Placement], envelope_ids: list[str], account_id: int, layout: Layout
-) -> Outgoing:
-    """Encode the messages as `placements` has them: each alone, or several of a list in one envelope."""
+) -> tuple[list[Placement], Outgoing]:
+    """Encode the messages as `placements` has them: each alone, or several of a list in one envelope.
+
+    Envelopes above layout.most_bytes are split. Returns the placements of what is sent.
+    """
     if layout.messages_per_envelope == 1:
         carried = [contents[positions[0]] for _, positions in placements]
         ids, payloads = [content.id for content in carried], list(map(encode, carried))
     else:
-        ids = envelope_ids[: len(placements)]
-        payloads = [encode([contents[position] for position in positions]) for _, positions in placements]
-    return Outgoing(ids, payloads, [shard for shard, _ in placements], account_id)
+        envelopes = [part for whole in placements for part in _envelopes(whole, contents, layout.most_bytes)]
+        placements, payloads = [placement for placement, _ in envelopes], [payload for _, payload in envelopes]
+        # A part beyond the ids that were taken for envelopes has the id of its first SMS.
+        surplus = [contents[positions[0]].id for _, positions in placements[len(envelope_ids) :]]
+        ids = envelope_ids[: len(placements)] + surplus
+    return placements, Outgoing(ids, payloads, [shard for shard, _ in placements], account_id)
+
+
+def _envelopes(whole: Placement, contents: list[Payload], most_bytes: int | None) -> Iterator[tuple[Placement, bytes]]:
+    """Yield an envelope with its payload; halved, and halved again, as long as it is above `most_bytes`."""
+    shard, positions = whole
+    payload = encode([contents[position] for position in positions])
+    if most_bytes is None or len(payload) <= most_bytes or len(positions) == 1:
+        yield whole, payload
+        return
+    middle = len(positions) // 2
+    for half in (positions[:middle], positions[middle:]):
+        yield from _envelopes(Placement(shard, half), contents, most_bytes)
 
 
 def _drop_unresolved(draft: Draft, lists: Mapping[str, int], lost_lists: Collection[str], ids: BatchIds) -> Draft:

@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """The number of SMS per AMQP message, and of queues. It is constant for the life of a process."""
+    """The number of SMS per AMQP message, and of queues. Both are constant for the life of a process."""
 
     messages_per_envelope: int = 1
     shards: int = 1
+    most_bytes: int | None = None  # of an envelope; None: the broker's limit is not known
 
     @property
     def is_plain(self) -> bool:

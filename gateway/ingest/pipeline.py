@@ -11,7 +11,7 @@ import msgspec
 
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.amqp.publisher import Publisher
-from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, OutcomeUnknown, QueueUnavailable
+from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, TOO_LARGE, OutcomeUnknown, QueueUnavailable
 from gateway.ingest.admission import Slot
 from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, validate
 from gateway.ingest.envelopes import Layout
@@ -72,7 +72,8 @@ class Pipeline:
                 return claim.kept_answer
             record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, _now())
-            batch = build(draft, claim.lists, claim.ids, origin, lost_lists=claim.lost_lists, layout=self._layout)
+            layout = self._layout._replace(most_bytes=self._publisher.max_payload_bytes)
+            batch = build(draft, claim.lists, claim.ids, origin, lost_lists=claim.lost_lists, layout=layout)
             del draft  # its texts may take four times the memory of the body
             record.payloads = len(batch.outgoing)
             record.mark(BUILD)
@@ -109,14 +110,14 @@ def answer_for(batch: Batch, outcomes: bytes) -> Answer:
     """Return the answer: the number of confirmed messages, and an error row for each of the others.
 
     `outcomes` has one Outcome per message. If none is confirmed, raises OutcomeUnknown if a message is unknown, or
-    QueueUnavailable if the queue refused one.
+    QueueUnavailable if the queue refused one, unless all are too large: to send those again would be of no use.
     """
     queued = outcomes.count(Outcome.ACKED)
     rows = batch.rows
     if not queued and (Outcome.UNKNOWN in outcomes or any(row.may_be_queued for row in rows)):
         raise OutcomeUnknown
     if queued < len(outcomes):
-        if not queued:
+        if not queued and outcomes.count(Outcome.TOO_LARGE) < len(outcomes):
             raise QueueUnavailable
         rows = rows + [
             _unqueued_row(batch, position, outcome)
@@ -131,4 +132,4 @@ def _unqueued_row(batch: Batch, position: int, outcome: int) -> ErrorRow:
     if outcome == Outcome.UNKNOWN:
         code, sentence = OUTCOME_UNKNOWN
         return ErrorRow(index, to, code, sentence, may_be_queued=True, message_id=batch.ids[position])
-    return ErrorRow(index, to, *QUEUE_REJECTED)
+    return ErrorRow(index, to, *(TOO_LARGE if outcome == Outcome.TOO_LARGE else QUEUE_REJECTED))

@@ -164,11 +164,11 @@ def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
     yield _counter(
         "gateway_published",
         "AMQP messages by the broker's response within the deadline: acked, nacked, returned (unroutable), unknown (no "
-        "response; the message may be queued). An envelope counts once.",
+        "response; the message may be queued), too_large (not sent). An envelope counts once.",
         ("outcome",),
         {
             (outcome.name.lower(),): publisher.outcomes[outcome]
-            for outcome in (Outcome.ACKED, Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN)
+            for outcome in (Outcome.ACKED, Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN, Outcome.TOO_LARGE)
         },
     )
     yield _total(

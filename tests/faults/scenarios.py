@@ -10,17 +10,23 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import aiohttp
 import asyncpg
 
-from testbed import NET_TICK_S, Gateway, RabbitMQ, Server, in_parallel
-from tests.faults.client import Load
+from gateway.cli.admin import open_admin
+from testbed import NET_TICK_S, Gateway, RabbitMQ, Server, ServerError, in_parallel
+from tests.faults.client import Load, SteadyLoad
 from tests.faults.deployment import QUICK, Deployment, start_all
 from tests.faults.jumping_clock import JumpingClockGateway
 from tests.faults.reader import Reader
+from tests.support.callers import SEND_PATH, make_caller
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
 QUEUE_LIMIT = 200  # messages; quorum queues overshoot it by what is on its way
+SIZE_LIMIT, DEFAULT_SIZE_LIMIT = 262_144, 134_217_728  # bytes of a message; the default is that of RabbitMQ 3.10
+RECOVERY_S = 10.0  # promise 9
+AFTER_RESET_S = 2.0  # then all connections are open again
 REPEAT_EVERY_S = 0.3
 GAP_S = 1.5  # longer than the short heartbeat, so that every connection has lost something
 TERMINATE_BACKENDS = """
@@ -161,17 +167,77 @@ def alarm(resource: Literal["memory", "disk"]) -> Fault:
 @asynccontextmanager
 async def queue_full(context: Context) -> AsyncIterator[None]:
     """Limit the queue with `reject-publish`, and stop reading from it."""
+    reader = context.reader
+    assert reader is not None
+    async with _limited_queue(context.deployment):
+        await reader.pause()
+        try:
+            yield
+        finally:
+            reader.resume()
+
+
+@asynccontextmanager
+async def policy_cleared(context: Context) -> AsyncIterator[None]:
+    """Limit the queue as above. Clear the policy before anything is read: the queue must grow again."""
     deployment, reader = context.deployment, context.reader
     assert reader is not None
+    try:
+        async with _limited_queue(deployment):
+            await reader.pause()
+            yield
+        async with deployment.broker_channel() as channel, asyncio.timeout(RECOVERY_S):
+            queue = await channel.declare_queue(deployment.queue, passive=True)
+            full = (await queue.declare()).message_count or 0
+            while (await queue.declare()).message_count == full:  # noqa: ASYNC110 - the broker reports no such event
+                await asyncio.sleep(0.1)
+    finally:
+        reader.resume()
+
+
+@asynccontextmanager
+async def _limited_queue(deployment: Deployment) -> AsyncIterator[None]:
     limit = f'{{"max-length": {QUEUE_LIMIT}, "overflow": "reject-publish"}}'
     ctl = deployment.cluster.nodes[0].ctl
     await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", deployment.queue, f"^{deployment.queue}$", limit)
-    await reader.pause()
     try:
         yield
     finally:
-        reader.resume()
         await asyncio.to_thread(ctl, "clear_policy", deployment.queue)
+
+
+@asynccontextmanager
+async def poison_message(context: Context) -> AsyncIterator[None]:
+    """Lower the broker's limit on messages, and let an account send larger ones. Not one request of another may fail.
+
+    The connections are reset, because RabbitMQ reads the limit when a channel is opened.
+    """
+    deployment = context.deployment
+    url = deployment.gateways[0].url + SEND_PATH
+    async with open_admin(deployment.databases.primary.url) as admin:
+        sender, clean = await make_caller(admin, "poison"), await make_caller(admin, "clean")
+    body = sender.body(1, body="x" * 2 * SIZE_LIMIT)
+
+    async def send() -> None:
+        async with aiohttp.request("POST", url, data=body, headers=sender.headers) as response:
+            await response.read()
+
+    await _limit_sizes(context, SIZE_LIMIT)
+    await asyncio.sleep(AFTER_RESET_S)
+    try:
+        async with SteadyLoad([deployment.gateways[0].url], clean, CLEAN) as neighbour, _repeated(send):
+            yield
+        if failures := [attempt for attempt in neighbour.attempts if not attempt.is_whole]:
+            raise ServerError(f"{len(failures)} requests of a clean account failed: {failures[0]}")
+    finally:
+        await _limit_sizes(context, DEFAULT_SIZE_LIMIT)
+
+
+async def _limit_sizes(context: Context, limit: int) -> None:
+    setting = f"rpc:multicall(application, set_env, [rabbit, max_message_size, {limit}])."  # on all nodes
+    await asyncio.to_thread(context.deployment.cluster.nodes[0].ctl, "eval", setting)
+    for proxy in to_broker(context):
+        proxy.reset()
 
 
 @asynccontextmanager
@@ -196,6 +262,27 @@ async def slow_commits(context: Context) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(primary.set, commit_delay="0", commit_siblings="5")
+
+
+@asynccontextmanager
+async def queue_deleted(context: Context) -> AsyncIterator[None]:
+    """Delete the queue while it is empty and the gateways are stopped. They have to declare it again."""
+    deployment, reader = context.deployment, context.reader
+    assert reader is not None
+    for gateway in deployment.gateways:
+        gateway.pause()
+    try:
+        async with deployment.broker_channel() as channel:
+            queue = await channel.declare_queue(deployment.queue, passive=True)
+            while (await queue.declare()).message_count:  # noqa: ASYNC110 - the broker reports no such event
+                await asyncio.sleep(0.1)
+            await reader.pause()
+            await channel.queue_delete(deployment.queue)
+    finally:
+        for gateway in deployment.gateways:
+            gateway.resume()
+        reader.resume()
+    yield
 
 
 @asynccontextmanager
@@ -315,6 +402,7 @@ def together(*faults: Fault) -> Fault:
 
 
 STEADY = Load()
+CLEAN = Load(batch=5, every_s=0.02)
 KEYED = Load(keyed=True)
 
 
@@ -354,7 +442,10 @@ FAST = [
     Scenario("memory_alarm", alarm("memory"), hurts_broker=True),
     Scenario("disk_alarm", alarm("disk"), hurts_broker=True),
     Scenario("queue_full", queue_full, hold_s=2, hurts_broker=True),
+    Scenario("policy_cleared", policy_cleared, hold_s=2, hurts_broker=True),
+    Scenario("poison_message", poison_message, promises=(1, 3, 4, 9, 10, 15), hurts_broker=True),
     Scenario("binding_deleted", binding_deleted, hold_s=1),
+    Scenario("queue_deleted", queue_deleted, hold_s=1, stops_gateways=True),
     Scenario("database_paused", paused(database)),
     Scenario("database_stopped", database_stopped, hold_s=1),
     Scenario("database_backends_terminated", backends_terminated, hold_s=2),

@@ -118,7 +118,8 @@ def read_slowly(stream: bytes) -> tuple[list[frames.Event], bytes]:
         elif channel == CHANNEL and kind == 1:
             in_return, missing = method == (60, 50), -1
             if method == (20, 40):
-                events.append(frames.ChannelClosed())
+                text = payload[7 : 7 + payload[6]].decode(errors="replace") if size >= 7 else "no reply"
+                events.append(frames.ChannelClosed(f"{int.from_bytes(payload[4:6]) if size >= 7 else 0} {text}"))
             if not in_return:
                 passed_on += frame
         elif channel == CHANNEL and in_return and kind in (2, 3):

@@ -8,9 +8,9 @@ import aio_pika
 import asyncpg
 import msgspec
 import pytest
-from pamqp.common import FieldTable
 
 from gateway.amqp.confirms import ConfirmTracker
+from gateway.cli import status
 from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed import Servers
 from tests.support.eventually import eventually
@@ -47,23 +47,67 @@ async def test_the_broker_confirms_many_messages_at_once(
 async def test_a_full_queue_refuses_and_only_what_it_took_is_counted(
     servers: Servers, start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
+    if servers.rabbitmq is None:
+        pytest.skip("sets a policy: needs a RabbitMQ of its own")
+    settings = make_settings()
+    name, limit = settings.amqp_queue, '{"max-length": 20, "overflow": "reject-publish"}'
+    await asyncio.to_thread(servers.rabbitmq.ctl, "set_policy", "--apply-to", "queues", name, f"^{name}$", limit)
+    gateway = await start_gateway(settings)
+    async with OutboundQueue(servers.amqp_url, name) as queue:
+        _, answer = await gateway.send([gateway.message(body=str(n)) for n in range(1000)])
+        assert 20 <= answer["queued_count"] < 1000
+        rejected = {row["index"] for row in answer["errors"]}
+        assert {row["code"] for row in answer["errors"]} == {"queue_rejected"}
+        taken = await queue.take_payloads()
+        assert {payload["index"] for payload in taken} == set(range(1000)) - rejected
+        assert len(taken) == answer["queued_count"]
+        await queue.delete()
+    await asyncio.to_thread(servers.rabbitmq.ctl, "clear_policy", name)
+
+
+UNSUITABLE: dict[str, dict[str, Any]] = {
+    "not durable": {"durable": False, "arguments": {}},
+    "classic": {"durable": True, "arguments": {}},
+    "holds one": {"durable": True, "arguments": {"x-queue-type": "quorum", "x-max-length": 1}},
+}
+
+
+@pytest.mark.parametrize("kind", UNSUITABLE)
+async def test_a_queue_that_would_lose_messages_is_not_accepted_by_a_check(
+    start_gateway: StartGateway, make_settings: MakeSettings, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     settings = make_settings(amqp_topology="check")
-    connection = await aio_pika.connect(servers.amqp_url)
+    name, made = settings.amqp_queue, UNSUITABLE[kind]
+    arguments = made["arguments"] | {"x-dead-letter-exchange": f"{settings.amqp_exchange}.dlx"}
+    connection = await aio_pika.connect(settings.amqp_url)
     async with connection, connection.channel() as channel:
         exchange = await channel.declare_exchange(settings.amqp_exchange, durable=True)
-        arguments: FieldTable = {"x-queue-type": "quorum", "x-max-length": 20, "x-overflow": "reject-publish"}
-        declared = await channel.declare_queue(settings.amqp_queue, durable=True, arguments=arguments)
-        await declared.bind(exchange, routing_key=settings.amqp_queue)
-        gateway = await start_gateway(settings)
-        async with OutboundQueue(servers.amqp_url, settings.amqp_queue) as queue:
-            _, answer = await gateway.send([gateway.message(body=str(n)) for n in range(1000)])
-            assert 20 <= answer["queued_count"] < 1000
-            rejected = {row["index"] for row in answer["errors"]}
-            assert {row["code"] for row in answer["errors"]} == {"queue_rejected"}
-            taken = await queue.take_payloads()
-            assert {payload["index"] for payload in taken} == set(range(1000)) - rejected
-            assert len(taken) == answer["queued_count"]
-            await queue.delete()
+        queue = await channel.declare_queue(name, durable=made["durable"], arguments=arguments)
+        await queue.bind(exchange, routing_key=name)
+        gateway = await start_gateway(settings, wait_until_ready=False)
+        await eventually(lambda: "PRECONDITION_FAILED - inequivalent arg" in caplog.text, timeout=10)
+        assert "the broker has not been reached yet" in gateway.runtime.not_ready_reasons()
+        found = await status.collect(settings, [], [])
+        assert any("inequivalent arg" in problem for problem in found.problems)
+        await channel.queue_delete(name)
+
+
+async def test_after_the_limit_of_a_full_queue_is_lifted_messages_are_queued_again(
+    servers: Servers, gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    if servers.rabbitmq is None:
+        pytest.skip("sets a policy: needs a RabbitMQ of its own")
+    ctl, limit = servers.rabbitmq.ctl, '{"max-length": 5, "overflow": "reject-publish"}'
+    await asyncio.to_thread(ctl, "set_policy", "--apply-to", "queues", queue.name, f"^{queue.name}$", limit)
+    async with asyncio.timeout(20):
+        while (await gateway.post(gateway.caller.body(100)))[0] != 503:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    counted = await queue.depth()
+    await asyncio.to_thread(ctl, "clear_policy", queue.name)
+    async with asyncio.timeout(10):
+        while (await gateway.post(gateway.caller.body()))[0] != 200:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert await queue.depth() == counted + 1
 
 
 async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
@@ -80,6 +124,20 @@ async def test_what_cannot_be_routed_is_not_counted(gateway: GatewayUnderTest, q
         await outbound.bind(exchange, routing_key=settings.amqp_queue)
     _, answer = await gateway.send([gateway.message()] * 100)
     assert answer["queued_count"] == await queue.depth() == 100
+
+
+async def test_a_queue_that_is_deleted_under_a_running_gateway_is_declared_again(
+    gateway: GatewayUnderTest, queue: OutboundQueue, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        await queue.delete()
+        status, answer, _ = await gateway.post(gateway.caller.body())
+        assert (status, answer["code"]) == (503, "queue_unavailable")
+        async with asyncio.timeout(10):
+            while (await gateway.post(gateway.caller.body()))[0] != 200:  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert await queue.depth() == 1
+    assert caplog.text.count("could not route a message: no queue is bound") == 2
 
 
 async def test_what_a_closed_channel_left_unknown_is_published_once_more(

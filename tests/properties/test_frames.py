@@ -74,8 +74,13 @@ returns = st.builds(
     st.integers(1, 30),
 )
 
+NOT_FOUND = "NOT_FOUND - no exchange"
 closes = st.just(
-    said(PUBLISH_CHANNEL, commands.Channel.Close(404, "NOT_FOUND - no exchange", 60, 40), event=ChannelClosed())
+    said(
+        PUBLISH_CHANNEL,
+        commands.Channel.Close(404, NOT_FOUND, 60, 40),
+        event=ChannelClosed(f"404 {NOT_FOUND}"),
+    )
 )
 
 others_on_the_channel = st.sampled_from(

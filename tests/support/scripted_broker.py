@@ -555,6 +555,8 @@ class Session(asyncio.Protocol):
             case commands.Exchange.Bind():
                 self.broker.topology.append(frame)
                 answer = commands.Exchange.BindOk()
+            case commands.Exchange.Unbind():
+                answer = commands.Exchange.UnbindOk()
             case commands.Confirm.Select():
                 channel.confirming = True
                 answer = commands.Confirm.SelectOk()

@@ -4,8 +4,11 @@ Promises 1, 3 and 5.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
+from pamqp import commands
+from pamqp.base import Frame
 
 from gateway.amqp import publisher as publisher_module
 from tests.support.eventually import eventually
@@ -56,7 +59,25 @@ async def test_only_the_unknown_are_published_once_more_elsewhere_with_the_same_
         assert is_idle(publisher)
 
 
-@losses
+async def test_after_a_closed_channel_the_connection_gets_a_new_one(broker: ScriptedBroker) -> None:
+    selected = []
+
+    def listen(session: Session, channel: int, frame: Frame) -> bool:
+        if isinstance(frame, commands.Confirm.Select):
+            selected.append(channel)
+        return False
+
+    broker.on_method = listen
+    async with connected(broker.url) as publisher:
+        for n in range(3):
+            opened = len(selected)
+            close_channel(broker.sessions[0])
+            await broker.wait_until(partial(lambda opened: len(selected) > opened, opened))
+            assert list(await publish(publisher, 2, str(n))) == [ACKED] * 2
+        assert len(broker.sessions) == 1
+
+
+@pytest.mark.parametrize("lose", [drop, hang_up, close_connection, send_garbage])
 async def test_a_lost_connection_is_made_anew_and_serves(broker: ScriptedBroker, lose: Script) -> None:
     async with connected(broker.url) as publisher:
         lose(broker.sessions[0])

@@ -1,5 +1,6 @@
 """Exchange, queue and dead letters are declared, or only checked."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -10,11 +11,15 @@ from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
+    RETURNED,
+    UNKNOWN,
+    close_channel,
     connected,
     publish,
     started,
+    usable_connections,
 )
-from tests.support.scripted_broker import Declare, ScriptedBroker
+from tests.support.scripted_broker import Declare, Published, ScriptedBroker, Session
 
 
 def described(frame: Frame) -> tuple[Any, ...]:
@@ -58,11 +63,41 @@ async def test_a_stream_has_no_dead_letters(broker: ScriptedBroker) -> None:
     ]
 
 
-async def test_where_topology_is_only_checked_nothing_is_declared(broker: ScriptedBroker) -> None:
-    """GATEWAY_AMQP_TOPOLOGY=check is for gateways that may not configure the broker."""
+async def test_where_topology_is_only_checked_what_exists_is_verified_and_nothing_made(broker: ScriptedBroker) -> None:
+    """GATEWAY_AMQP_TOPOLOGY=check: the active declarations come only after the passive ones have found everything."""
     async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", amqp_topology="check"):
         pass
-    assert [described(frame)[:2] for frame in broker.topology] == [("check exchange", "ex"), ("check queue", "q")]
+    assert [described(frame)[:2] for frame in broker.topology] == [
+        ("check exchange", "ex"),
+        ("check queue", "q"),
+        ("queue", "q"),
+        ("exchange", "ex"),
+    ]
+    assert described(broker.topology[2])[2] == {"x-queue-type": "quorum", "x-dead-letter-exchange": "ex.dlx"}
+
+
+async def test_without_the_right_to_configure_nacks_are_unknown_and_one_warning_says_so(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker.on_declare = lambda declare: None if declare.passive else (403, f"ACCESS_REFUSED - access to {declare.name}")
+    broker.on_publish = lambda session, message: session.nack(message.delivery_tag, channel=message.channel)
+    async with connected(broker.url, amqp_connections=2, amqp_topology="check") as publisher:
+        assert list(await publish(publisher, 1)) == [UNKNOWN]
+        close_channel(broker.sessions[0])
+        await eventually(lambda: usable_connections(publisher) == 2)
+    assert caplog.text.count("not verified") == 1
+    assert "ACCESS_REFUSED - access to Queue.Declare" in caplog.text
+
+
+async def test_a_queue_that_is_not_as_expected_is_not_accepted(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'sms.outbound' in vhost '/'"
+    broker.on_declare = lambda declare: None if declare.passive else (406, text)
+    async with started(broker.url, amqp_topology="check") as publisher:
+        await broker.wait_opened(2)
+        assert not publisher.connections.was_connected
+    assert text in caplog.text
 
 
 async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
@@ -84,7 +119,24 @@ async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
         await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]
     assert "inequivalent arg 'x-queue-type'" in caplog.text
-    assert "GATEWAY_AMQP_TOPOLOGY=check" in caplog.text
+    assert "exists with other arguments" in caplog.text
+
+
+@pytest.mark.parametrize("topology", ["declare", "check"])
+async def test_unroutable_messages_are_warned_of_and_the_topology_declared_again(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture, topology: str
+) -> None:
+    def return_all(session: Session, message: Published) -> None:
+        session.return_(message.delivery_tag, channel=message.channel)
+
+    async with connected(broker.url, amqp_topology=topology) as publisher:
+        asked = len(broker.topology)
+        broker.on_publish = return_all
+        for n in range(10):
+            assert list(await publish(publisher, 1, str(n))) == [RETURNED]
+            await asyncio.sleep(0.06)
+        assert caplog.text.count("could not route a message") == 1, "at most once in some seconds"
+        assert len(broker.topology) == asked * (2 if topology == "declare" else 1)
 
 
 async def test_a_missing_queue_is_logged_and_tried_again(

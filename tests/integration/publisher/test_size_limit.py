@@ -1,0 +1,109 @@
+"""A payload above the broker's max_message_size costs only itself. Promises 2, 3, 4 and 10.
+
+RabbitMQ closes the channel with 406, and with it everything that is unconfirmed there.
+"""
+
+import asyncio
+
+import pytest
+from pamqp import commands
+from pamqp.base import Frame
+
+from gateway.amqp.confirms import Outcome
+from tests.support.eventually import eventually
+from tests.support.publishing import ACKED, NACKED, connected, ids, ids_of, is_idle, publish, publish_batch
+from tests.support.scripted_broker import Published, ScriptedBroker, Session
+
+LIMIT = 100
+LARGE = b"x" * (LIMIT + 1)
+
+
+@pytest.fixture
+def limited(broker: ScriptedBroker) -> ScriptedBroker:
+    """Return a broker with a limit: it ignores what follows on the channel, as RabbitMQ does."""
+    refused: set[tuple[int, int]] = set()
+    broker.mode = "silent"
+
+    def refuse_large(session: Session, message: Published) -> None:
+        if len(message.body) > LIMIT:
+            text = f"PRECONDITION_FAILED - message size {len(message.body)} is larger than configured max size {LIMIT}"
+            session.close_channel(406, text)
+            refused.add((message.connection, message.channel))
+        elif message.properties.message_id != "B0000001":
+            session.ack(message.delivery_tag)
+
+    broker.on_publish = refuse_large
+    return broker
+
+
+async def test_only_the_large_one_is_refused_and_the_others_are_queued(limited: ScriptedBroker) -> None:
+    async with connected(limited.url) as publisher:
+        outcomes = await publish_batch(publisher, [b"before", LARGE, b"after"])
+        assert list(outcomes) == [ACKED, NACKED, ACKED]
+        assert ids_of(limited.published) == [*ids(2), ids(3)[2]], "the third was ignored, and published again"
+        assert is_idle(publisher)
+        assert len(limited.sessions) == 1, "a new channel costs no new connection"
+
+
+async def test_once_the_limit_is_known_nothing_larger_is_written(limited: ScriptedBroker) -> None:
+    async with connected(limited.url) as publisher:
+        assert list(await publish_batch(publisher, [LARGE])) == [NACKED]
+        assert publisher.max_payload_bytes == LIMIT
+        outcomes = await publish_batch(publisher, [LARGE, b"x" * LIMIT, LARGE], "C")
+        assert list(outcomes) == [Outcome.TOO_LARGE, ACKED, Outcome.TOO_LARGE]
+        assert list(await publish_batch(publisher, [LARGE] * 2, "D")) == [Outcome.TOO_LARGE] * 2
+        assert ids_of(limited.published)[1:] == [ids(2, "C")[1]]
+        assert publisher.outcomes[Outcome.TOO_LARGE] == 4
+
+
+async def test_another_batch_on_the_channel_is_published_again_as_often_as_it_takes(limited: ScriptedBroker) -> None:
+    """The innocent batch loses its channel on both connections, before the limit is known."""
+    async with connected(limited.url, amqp_connections=2) as publisher:
+        innocent = publish(publisher, 1, "B")
+        await limited.wait_published(1)
+        first, second = publisher.connections.open
+        large = publish(publisher, [LARGE], "L")  # on the same connection
+        await limited.wait_published(3)  # the innocent one again, on the other connection
+        assert list(await large) == [NACKED]
+        session = limited.sessions[limited.published[2].connection]
+        session.close_channel(406, f"PRECONDITION_FAILED - message size 200 is larger than configured max size {LIMIT}")
+        await limited.wait_published(4)
+        last = limited.published[3]
+        limited.sessions[last.connection].ack(last.delivery_tag, channel=last.channel)
+        assert list(await innocent) == [ACKED]
+        assert ids_of(limited.published) == [*ids(1, "B"), *ids(1, "L"), *ids(1, "B") * 2]
+        assert first is not second
+
+
+async def test_while_the_channel_is_reopened_batches_wait(limited: ScriptedBroker) -> None:
+    held: list[tuple[Session, int]] = []
+
+    def hold(session: Session, channel: int, frame: Frame) -> bool:
+        if isinstance(frame, commands.Confirm.Select):
+            held.append((session, channel))
+        return bool(held)
+
+    async with connected(limited.url) as publisher:
+        limited.on_method = hold
+        large = publish(publisher, [LARGE])
+        await limited.wait_until(lambda: bool(held))
+        assert not publisher.connections.is_usable()
+        assert publisher.is_usable()
+        waiting = publish(publisher, 1, "C")
+        await asyncio.sleep(0.05)
+        limited.on_method = None
+        session, channel = held[0]
+        session._channels[channel].confirming = True
+        session.send(channel, commands.Confirm.SelectOk())
+        assert list(await waiting) == [ACKED]
+        assert list(await large) == [NACKED]
+
+
+async def test_the_limit_is_forgotten_with_its_connection(limited: ScriptedBroker) -> None:
+    """A broker's limit changes with its restart."""
+    async with connected(limited.url) as publisher:
+        await publish_batch(publisher, [LARGE])
+        limited.sessions[0].drop()
+        await limited.wait_opened(2)
+        await eventually(publisher.connections.is_usable)
+        assert publisher.max_payload_bytes is None
