@@ -24,7 +24,6 @@ from examples.consumer import Consumer, Settings, open_consumer
 from examples.consumer.consumer import UnsupportedQueue
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
-from examples.consumer.settings import ConfigurationError, load
 from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
@@ -507,42 +506,3 @@ async def test_a_commit_without_an_answer_is_tried_again_and_finds_its_own_ids(w
         proxy.pass_through()
         assert await inbox.hand_on({message.id: message}) == 0
     assert await world.handed_on() == Counter(["AbC12345"])
-
-
-URLS = {"CONSUMER_DATABASE_URL": "postgres://u:secret@h/d", "CONSUMER_AMQP_URL": "amqp://u:secret@h/,amqp://u@h2/"}
-
-
-def test_settings_come_from_the_environment() -> None:
-    settings = load(
-        URLS | {"CONSUMER_QUEUE": "sms.outbound.3", "CONSUMER_GROUP_WAIT_S": "0.2", "CONSUMER_PREFETCH": ""}
-    )
-    assert (settings.queue, settings.group_wait_s, settings.prefetch) == ("sms.outbound.3", 0.2, 1000)
-    assert settings.amqp_nodes() == ["amqp://u:secret@h/", "amqp://u@h2/"]
-    # 24 hours of an Idempotency-Key, and the age limit: the shortest time after which no repeat can come.
-    assert load(URLS | {"CONSUMER_REMEMBER_IDS_S": "88200"}).remember_ids_s == 24 * 3600 + settings.max_age_s
-    assert "secret" not in repr(settings)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("CONSUMER_DATABASE_URL", ""),
-        ("CONSUMER_DATABASE_URL", "mysql://u:secret@h/d"),
-        ("CONSUMER_AMQP_URL", ""),
-        ("CONSUMER_AMQP_URL", "amqp://u:secret@h/,h2"),
-        ("CONSUMER_PREFETCH", "0"),
-        ("CONSUMER_GROUP_SIZE", "many"),
-        ("CONSUMER_REMEMBER_IDS_S", "1800"),
-        ("CONSUMER_REMEMBER_IDS_S", "88199"),
-        ("CONSUMER_REMEMBER_IDS_S", "inf"),
-        ("CONSUMER_MAX_AGE_S", "7200"),  # the default of REMEMBER_IDS_S no longer covers it
-        ("CONSUMER_MAX_AGE_S", "nan"),
-        ("CONSUMER_DATABASE_TIMEOUT_S", "0.0004"),  # PostgreSQL would read it as 0: no timeout
-        ("CONSUMER_AMQP_HEARTBEAT_S", "65536"),
-    ],
-)
-def test_a_bad_setting_is_refused_by_name(variable: str, value: str) -> None:
-    with pytest.raises(ConfigurationError) as refusal:
-        load(URLS | {variable: value})
-    assert variable in str(refusal.value)
-    assert "secret" not in str(refusal.value)
