@@ -79,9 +79,8 @@ class Consumer:
                             await self._settle(group, inbox, subscription)
             except BrokerLost as error:
                 log.warning("cannot consume from the broker: %s", error)
-            if not self._stopping.is_set():
-                failures += 1
-                await _wait(self._stopping, timeout=_retry_delay_s(failures))
+            failures += 1
+            await _wait(self._stopping, timeout=_retry_delay_s(failures))
 
     @asynccontextmanager
     async def _subscribe(self, node: str) -> AsyncIterator["_Subscription"]:
@@ -107,7 +106,6 @@ class Consumer:
             log.info("consuming %s", self._settings.queue)
             yield subscription
         finally:
-            self._subscription = None
             if connection is not None:
                 await _close(connection)
 

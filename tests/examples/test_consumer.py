@@ -21,7 +21,8 @@ from pamqp.common import FieldTable
 from yarl import URL
 
 from examples.consumer import Consumer, Settings, open_consumer
-from examples.consumer.consumer import UnsupportedQueue
+from examples.consumer import consumer as consumer_module
+from examples.consumer.consumer import BrokerLost, UnsupportedQueue
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
 from testbed import Servers
@@ -29,6 +30,8 @@ from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
 T = TypeVar("T")
+
+NOWHERE = "amqp://127.0.0.1:1/"  # nothing listens there
 
 
 def sms(id_: str, *, age_s: float = 0.0, **changes: Any) -> dict[str, Any]:
@@ -442,6 +445,89 @@ async def test_a_queue_that_is_not_there_is_waited_for(world: World, caplog: pyt
         await world.declare_queue(world.queue)
         await world.publish(sms("AbC12346"))
         await eventually(lambda: consumer.delivered == 2)
+
+
+async def test_a_broker_lost_while_nothing_comes_is_found_again(world: World) -> None:
+    proxy, url = proxy_for(world.amqp_url)
+    async with proxy, open_consumer(world.settings(amqp_url=url.format(port=proxy.port))) as consumer:
+        await until_equal(world.consumers, 1)
+        proxy.reset()
+        await world.publish(sms("AbC12345"))
+        await eventually(lambda: consumer.delivered == 1)
+
+
+async def test_it_goes_on_to_the_next_node(world: World) -> None:
+    async with open_consumer(world.settings(amqp_url=f"{NOWHERE},{world.amqp_url}")) as consumer:
+        await world.publish(sms("AbC12345"))
+        await eventually(lambda: consumer.delivered == 1)
+
+
+async def test_it_waits_between_attempts_but_not_when_it_is_stopped(
+    world: World, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumer_module, "RETRY_DELAYS_S", (60.0, 60.0))
+    async with asyncio.timeout(30), open_consumer(world.settings(amqp_url=NOWHERE)):
+        await eventually(lambda: "cannot consume" in caplog.text)
+        await asyncio.sleep(0.2)
+        assert caplog.text.count("cannot consume") == 1
+
+
+def test_delays_double_up_to_the_longest() -> None:
+    for failures, longest_s in [(1, 0.2), (2, 0.4), (3, 0.8), (5, 3.0), (2_000, 3.0)]:
+        delays_s = [consumer_module._retry_delay_s(failures) for _ in range(300)]
+        assert 0.1 <= min(delays_s) <= 0.5
+        assert 0.8 * longest_s <= max(delays_s) <= longest_s
+
+
+async def test_stopped_while_it_subscribes_it_ends(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer = Consumer(world.settings())
+
+    async def connect(*arguments: Any, **options: Any) -> Any:
+        consumer.stop()
+        return await aio_pika_connect(*arguments, **options)
+
+    aio_pika_connect = aio_pika.connect
+    monkeypatch.setattr(aio_pika, "connect", connect)
+    async with asyncio.timeout(30):
+        await consumer.run()
+
+
+async def test_cancelled_while_it_waits_for_the_broker_it_is_cancelled(world: World) -> None:
+    proxy, url = proxy_for(world.amqp_url)
+    async with proxy:
+        proxy.black_hole()
+        running = asyncio.create_task(Consumer(world.settings(amqp_url=url.format(port=proxy.port))).run())
+        await asyncio.sleep(0.3)
+        running.cancel()
+        async with asyncio.timeout(30):
+            await asyncio.wait([running])
+        assert running.cancelled()
+
+
+async def test_a_cancelled_waiter_of_the_library_is_a_lost_broker() -> None:
+    with pytest.raises(BrokerLost):
+        async with consumer_module._broker_errors_are_loss():
+            raise asyncio.CancelledError
+
+
+async def test_an_unknown_error_ends_the_consumer_and_acks_nothing(world: World) -> None:
+    has_failed = asyncio.Event()
+
+    async def fail(_connection: asyncpg.Connection, _messages: list[Sms]) -> None:
+        has_failed.set()
+        raise LookupError
+
+    await world.publish(sms("AbC12345"))
+    running = asyncio.create_task(Consumer(world.settings(), fail).run())
+    async with asyncio.timeout(30):
+        await asyncio.wait([running])
+    assert isinstance(running.exception(), LookupError)
+    has_failed.clear()
+    with pytest.raises(LookupError):
+        async with open_consumer(world.settings(), fail):
+            await has_failed.wait()
+    await until_equal(world.depth, 1)
+    assert not await world.handed_on()
 
 
 async def test_a_stream_is_refused(world: World) -> None:

@@ -22,7 +22,7 @@ from importlib.util import cache_from_source
 from pathlib import Path
 
 from tests.mutations.edits import Edit, edits_of
-from tests.mutations.runs import run_tests
+from tests.mutations.runs import OUTPUT, run_tests
 
 ROOT = Path(__file__).parents[2]
 EXPLAINED = Path(__file__).with_name("survivors.txt")
@@ -52,7 +52,7 @@ def survivors_of(module: str, edits: list[Edit], jobs: int) -> Iterator[Edit]:
             folders.put(shutil.copytree(ROOT, Path(temporary, str(number)), ignore=NOT_COPIED))
         begin = time.monotonic()
         if not run_tests(Path(temporary, "0"), tests, None):
-            sys.exit(f"the tests of {module} fail without a mutation:\n{Path(temporary, '0', 'output').read_text()}")
+            sys.exit(f"the tests of {module} fail without a mutation:\n{Path(temporary, '0', OUTPUT).read_text()}")
         # Other mutants take the processor too.
         timeout_s = 4 * (time.monotonic() - begin) + 10
 

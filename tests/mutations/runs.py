@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+OUTPUT = "output-of-the-tests"
 # Most of a run is importing libraries. So each run is a fork of a process that has imported them.
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
@@ -18,6 +19,7 @@ FORKS.set_forkserver_preload(
 
 def run_tests(folder: Path, tests: list[str], timeout_s: float | None) -> bool:
     """Run tests in a copy of the repository; return False if one fails, or if they take too long."""
+    (folder / OUTPUT).unlink(missing_ok=True)
     process = FORKS.Process(target=_be_pytest, args=(folder, tests))
     process.start()
     process.join(timeout_s)
@@ -25,6 +27,9 @@ def run_tests(folder: Path, tests: list[str], timeout_s: float | None) -> bool:
         # All that the tests have started is in the group as well.
         os.killpg(process.pid or 0, signal.SIGKILL)
         process.join()
+    if not (folder / OUTPUT).exists():
+        # Otherwise it would count as a failed test.
+        raise ChildProcessError("the tests were not started")
     return process.exitcode == 0
 
 
@@ -34,7 +39,7 @@ def _be_pytest(folder: Path, tests: list[str]) -> None:
     sys.path[:] = [str(folder), *(path for path in sys.path if path not in ("", str(ROOT)))]
     for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
         del sys.modules[name]
-    with Path("output").open("w") as output:
+    with Path(OUTPUT).open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
         # pytest warns of plugins that it did not import itself.
