@@ -472,6 +472,24 @@ async def test_it_waits_between_attempts_but_not_when_it_is_stopped(
         assert caplog.text.count("cannot consume") == 1
 
 
+@pytest.mark.parametrize("missing", ["amqp_url", "database_url"])
+async def test_each_failure_in_a_row_makes_the_delay_longer(
+    world: World, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    failures: list[int] = []
+
+    def delay_s(count: int) -> float:
+        failures.append(count)
+        return 0.01
+
+    monkeypatch.setattr(consumer_module, "_retry_delay_s", delay_s)
+    nowhere = {"amqp_url": NOWHERE, "database_url": "postgres://127.0.0.1:1/"}
+    await world.publish(sms("AbC12345"))
+    async with open_consumer(world.settings(**{missing: nowhere[missing]})):
+        await eventually(lambda: len(failures) > 2)
+    assert failures[:3] == [1, 2, 3]
+
+
 def test_delays_double_up_to_the_longest() -> None:
     for failures, longest_s in [(1, 0.2), (2, 0.4), (3, 0.8), (5, 3.0), (2_000, 3.0)]:
         delays_s = [consumer_module._retry_delay_s(failures) for _ in range(300)]
@@ -483,6 +501,7 @@ async def test_stopped_while_it_subscribes_it_ends(world: World, monkeypatch: py
     consumer = Consumer(world.settings())
 
     async def connect(*arguments: Any, **options: Any) -> Any:
+        assert options["heartbeat"] == 10
         consumer.stop()
         return await aio_pika_connect(*arguments, **options)
 
