@@ -18,10 +18,10 @@ async def consume(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, consumer.stop)
     await consumer.run()
     log.info(
-        "%d delivered, %d repeats dropped, %d old ones discarded, %d dead-lettered",
+        "%d delivered, %d repeats dropped, %d too old, %d AMQP messages dead-lettered",
         consumer.delivered,
         consumer.dropped_repeats,
-        consumer.discarded_old,
+        consumer.too_old,
         consumer.dead_lettered,
     )
 

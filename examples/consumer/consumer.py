@@ -48,8 +48,8 @@ class Consumer:
         self._subscription: _Subscription | None = None
         self.delivered = 0  # SMS handed on in transactions whose commit was answered
         self.dropped_repeats = 0
-        self.discarded_old = 0
-        self.dead_lettered = 0  # AMQP messages
+        self.too_old = 0  # SMS that were not handed on, because they were too old
+        self.dead_lettered = 0  # AMQP messages: unreadable, or with an SMS that is too old
 
     def stop(self) -> None:
         """Finish and ack the current group; run() then returns."""
@@ -79,9 +79,8 @@ class Consumer:
                             await self._settle(group, inbox, subscription)
             except BrokerLost as error:
                 log.warning("cannot consume from the broker: %s", error)
-            if not self._stopping.is_set():
-                failures += 1
-                await _wait(self._stopping, timeout=_retry_delay_s(failures))
+            failures += 1
+            await _wait(self._stopping, timeout=_retry_delay_s(failures))
 
     @asynccontextmanager
     async def _subscribe(self, node: str) -> AsyncIterator["_Subscription"]:
@@ -107,7 +106,6 @@ class Consumer:
             log.info("consuming %s", self._settings.queue)
             yield subscription
         finally:
-            self._subscription = None
             if connection is not None:
                 await _close(connection)
 
@@ -128,20 +126,37 @@ class Consumer:
         return group
 
     async def _settle(self, group: list[Delivery], inbox: Inbox, subscription: "_Subscription") -> None:
-        """Hand the group on. After the commit, reject its unreadable messages and ack the others in one frame."""
+        """Hand the group on. After the commit, reject unreadable and old messages, and ack the others in one frame."""
         messages = [sms for delivery in group for sms in delivery.contents]
-        if not await self._hand_on(messages, inbox, subscription):
+        too_old = await self._hand_on(messages, inbox, subscription)
+        if too_old is None:
             return
+        self._warn_of_old(too_old)
+        good: list[AbstractIncomingMessage] = []
         async with _broker_errors_are_loss():
-            for message in [message for message, contents in group if not contents]:
-                await message.reject(requeue=False)
-                self.dead_lettered += 1
+            for message, contents in group:
+                if contents and not any(sms.id in too_old for sms in contents):
+                    good.append(message)
+                else:
+                    await message.reject(requeue=False)
+                    self.dead_lettered += 1
             # It comes after the rejections, because it acks everything before it.
-            if good := [message for message, contents in group if contents]:
+            if good:
                 await good[-1].ack(multiple=True)
 
-    async def _hand_on(self, messages: list[Sms], inbox: Inbox, subscription: "_Subscription") -> bool:
-        """Try until the transaction is committed. Return False if the subscription, and the right to ack, ended first.
+    def _warn_of_old(self, too_old: dict[str, Sms]) -> None:
+        if too_old:
+            self.too_old += len(too_old)
+            oldest = min(sms.accepted_at for sms in too_old.values())
+            log.warning(
+                "%d SMS go to the dead letters: they were accepted more than %g s ago, the oldest %.0f s ago",
+                *(len(too_old), self._settings.max_age_s, (datetime.now(UTC) - oldest).total_seconds()),
+            )
+
+    async def _hand_on(self, messages: list[Sms], inbox: Inbox, subscription: "_Subscription") -> dict[str, Sms] | None:
+        """Try until the transaction is committed; return the SMS that are too old, by id.
+
+        Return None if the subscription, and with it the right to ack, ended first.
 
         Meanwhile the group stays without an ack. Requeueing would bring it back at once, and quorum queues count
         redeliveries: with a delivery limit (20 by default from RabbitMQ 4.0) an outage would dead-letter the group.
@@ -149,23 +164,26 @@ class Consumer:
         failures = 0
         while True:
             oldest = datetime.now(UTC) - timedelta(seconds=self._settings.max_age_s)
-            recent = [sms for sms in messages if sms.accepted_at >= oldest]
-            by_id: dict[str, Sms] = {}
-            for sms in recent:
-                by_id.setdefault(sms.id, sms)
+            recent: dict[str, Sms] = {}
+            for sms in messages:
+                if sms.accepted_at >= oldest:
+                    recent.setdefault(sms.id, sms)
+            old = {sms.id: sms for sms in messages if sms.id not in recent}
             try:
-                delivered = await inbox.hand_on(by_id) if by_id else 0
+                # An old repeat of an SMS that was handed on is a repeat, not a loss.
+                handed_on_before = await inbox.find_known(list(old)) if old else set()
+                delivered = await inbox.hand_on(recent) if recent else 0
             except DATABASE_ERRORS as error:
                 failures += 1
-                log.warning("%d SMS wait for the database: %s %s", len(by_id), type(error).__name__, error)
+                log.warning("%d SMS wait for the database: %s %s", len(messages), type(error).__name__, error)
             else:
+                too_old = {id_: sms for id_, sms in old.items() if id_ not in handed_on_before}
                 self.delivered += delivered
-                self.dropped_repeats += len(recent) - delivered
-                self.discarded_old += len(messages) - len(recent)
-                return True
+                self.dropped_repeats += len(messages) - delivered - len(too_old)
+                return too_old
             await _wait(subscription.is_over, timeout=_retry_delay_s(failures))
             if subscription.is_over.is_set():
-                return False
+                return None
 
     async def _keep_sweeping(self, inbox: Inbox) -> None:
         while True:

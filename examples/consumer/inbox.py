@@ -29,6 +29,8 @@ REMEMBER_IDS = """
     RETURNING id
 """
 
+FIND_IDS = "SELECT id FROM inbox WHERE id = ANY ($1::text[])"
+
 INSERT_DELIVERIES = """
     INSERT INTO deliveries (id, list_number, recipient, body)
     SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[])
@@ -104,6 +106,11 @@ class Inbox:
             if new:
                 await self._deliver(connection, [sms for id_, sms in messages.items() if id_ in new])
         return len(new)
+
+    async def find_known(self, ids: list[str]) -> set[str]:
+        """Return those of the ids whose SMS were handed on. Raises one of DATABASE_ERRORS."""
+        async with self._transaction() as connection:
+            return {row["id"] for row in await connection.fetch(FIND_IDS, ids)}
 
     async def sweep(self) -> int:
         """Remove expired ids; return their number. Several replicas may sweep at once."""

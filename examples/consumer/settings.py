@@ -10,7 +10,9 @@ from msgspec import Meta
 PREFIX = "CONSUMER_"
 
 Positive = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(gt=0)]
+Seconds = Annotated[float, Meta(gt=0, le=1e8)]  # three years; PostgreSQL's intervals and Python's have an end
+
+KEY_LIFETIME_S = 24 * 3600.0  # for so long the gateway repeats a batch with the same ids (docs/api.md, Idempotency-Key)
 
 
 class ConfigurationError(Exception):
@@ -23,20 +25,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_url: str
     amqp_url: str  # several nodes: separated by commas
     queue: str = "sms.outbound"  # with shards: a consumer for each, `sms.outbound.0` and so on
-    amqp_heartbeat_s: Positive = 10  # a dead peer is noticed after 3 × (heartbeat + 1) s
+    amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=65_535)] = 10  # a dead peer is noticed after 3 × (heartbeat + 1) s
     prefetch: Annotated[int, Meta(ge=1, le=65_535)] = 1000  # AMQP messages the broker hands over before an ack
     group_size: Positive = 500  # SMS in one transaction; one envelope may go beyond it
     group_wait_s: Seconds = 0.05  # the longest wait for a group to fill: extra latency under low load
-    max_age_s: Seconds = 1800.0  # since `accepted_at`; older SMS are discarded
+    max_age_s: Seconds = 1800.0  # since `accepted_at`; older SMS go to the dead letters
     # A request repeated with its Idempotency-Key, within 24 h, publishes the same ids with a new `accepted_at`. They
     # may wait in the queue for another max_age_s. Only after both can an id not come again; the rest is for clocks.
     remember_ids_s: Seconds = 25 * 3600.0
     sweep_interval_s: Seconds = 60.0
-    database_timeout_s: Seconds = 5.0  # for one transaction, including the wait for a connection
+    # For one transaction, including the wait for a connection. PostgreSQL takes milliseconds, and 0 as no timeout.
+    database_timeout_s: Annotated[float, Meta(ge=0.001, le=3600)] = 5.0
 
     def __post_init__(self) -> None:
-        if self.remember_ids_s < self.max_age_s:
-            raise ValueError("remember_ids_s is below max_age_s: a repeat could come after its id was forgotten")
+        if self.remember_ids_s < (shortest := KEY_LIFETIME_S + self.max_age_s):
+            raise ValueError(
+                f"{PREFIX}REMEMBER_IDS_S={self.remember_ids_s:g} is below {shortest:g}, which is 24 hours plus "
+                f"{PREFIX}MAX_AGE_S: a repeat could come after its id was forgotten, and be handed on twice"
+            )
 
     def __repr__(self) -> str:
         return f"Settings(queue={self.queue!r})"  # the URLs hold passwords
@@ -65,4 +71,4 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     try:
         return msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
-        raise ConfigurationError(f"{PREFIX}…: {error}") from None
+        raise ConfigurationError(str(error)) from None

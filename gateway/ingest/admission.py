@@ -97,9 +97,9 @@ class Admission:
             self.refuse_beyond_share(account_id, key)
 
     def refuse_beyond_share(self, account_id: int, key: str) -> None:
-        """Raise Overloaded if the account holds its share of slots. The account's only request always fits."""
+        """Raise Overloaded if the account holds its share of slots. SHARE requests always fit."""
         requests = self.requests_of[account_id] + 1
-        if requests > 1 and requests > SHARE * (self._max_requests - self.requests + 1):
+        if requests > SHARE * (self._max_requests - self.requests + 1):
             if len(self._refused_keys) >= MAX_REFUSED_KEYS:
                 self._refused_keys.clear()
             self._refused_keys[hash(key)] = account_id

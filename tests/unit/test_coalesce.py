@@ -92,21 +92,55 @@ async def test_a_failed_query_fails_its_own_lookups_only() -> None:
     assert await asyncio.gather(*others) == [1, 2, 3, 4]
 
 
-async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again() -> None:
+async def looked_up(cause: BaseException | None) -> tuple[list[object], int]:
+    """Let the queries fail while three more lookups wait; return all outcomes and the number of queries."""
     gate: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-    queries = []
+    queries = 0
 
     async def fetch_all(questions: Sequence[int]) -> list[int]:
-        queries.append(questions)
+        nonlocal queries
+        queries += 1
+        if queries > MAX_QUERIES:
+            return list(questions)
         await asyncio.shield(gate)
-        raise LookupError from TimeoutError()
+        raise LookupError from cause
 
     coalescer = Coalescer(fetch_all)
-    answers = [asyncio.create_task(coalescer.get(question)) for question in range(5)]
+    answers = []
+    for question in range(MAX_QUERIES + 3):
+        answers.append(asyncio.create_task(coalescer.get(question)))
+        await turns()
+    answers[0].cancel()  # a lookup that is over does not disturb the others
     await turns()
     gate.set_result(None)
-    assert [type(answer) for answer in await asyncio.gather(*answers, return_exceptions=True)] == [LookupError] * 5
-    assert len(queries) <= MAX_QUERIES
+    outcomes = (await asyncio.gather(*answers, return_exceptions=True))[1:]
+    return [type(each) if isinstance(each, Exception) else each for each in outcomes], queries
+
+
+async def test_a_lookup_that_waited_behind_a_silent_server_does_not_wait_again() -> None:
+    assert await looked_up(TimeoutError()) == ([LookupError] * 4, MAX_QUERIES)
+
+
+async def test_a_lookup_that_waited_behind_another_failure_is_asked_for() -> None:
+    assert await looked_up(OSError()) == ([LookupError, 2, 3, 4], MAX_QUERIES + 1)
+
+
+async def test_a_cancelled_query_cancels_its_lookups_and_ends() -> None:
+    """As at the end of the event loop."""
+    oracle = Oracle()
+    coalescer = Coalescer(oracle.fetch_all)
+    answers = []
+    for question in range(MAX_QUERIES + 1):
+        answers.append(asyncio.create_task(coalescer.get(question)))
+        await turns()
+    queries = list(coalescer._queries)
+    for query in queries:
+        query.cancel()
+    await turns()
+    assert [query.cancelled() for query in queries] == [True] * MAX_QUERIES
+    assert [answer.cancelled() for answer in answers] == [True, True, False]
+    assert len(oracle.queries) == MAX_QUERIES
+    answers[-1].cancel()
 
 
 async def test_each_failed_lookup_raises_an_exception_of_its_own_and_leaves_no_cycle() -> None:
@@ -157,7 +191,7 @@ async def test_a_cancelled_lookup_does_not_disturb_the_others() -> None:
 async def test_a_query_takes_at_most_its_limit_and_at_least_one_lookup() -> None:
     oracle = Oracle()
     coalescer = Coalescer(oracle.fetch_all, weigh=lambda question: question)
-    weights = [1, 1, 2 * MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT // 2, 1]
+    weights = [1, 1, 2 * MAX_WEIGHT, MAX_WEIGHT // 2, MAX_WEIGHT // 2, 1, MAX_WEIGHT]
     answers = []
     for weight in weights:
         answers.append(asyncio.create_task(coalescer.get(weight)))
@@ -167,7 +201,18 @@ async def test_a_query_takes_at_most_its_limit_and_at_least_one_lookup() -> None
             if not gate.done():
                 gate.set_result(None)
         await turns()
-    assert oracle.queries[2:] == [[2 * MAX_WEIGHT], [MAX_WEIGHT // 2, MAX_WEIGHT // 2], [1]]
+    assert oracle.queries[2:] == [[2 * MAX_WEIGHT], [MAX_WEIGHT // 2, MAX_WEIGHT // 2], [1], [MAX_WEIGHT]]
+
+
+async def test_a_query_takes_so_many_lookups_of_no_special_weight() -> None:
+    oracle = Oracle()
+    coalescer = Coalescer(oracle.fetch_all)
+    answers = [asyncio.create_task(coalescer.get(question)) for question in range(MAX_WEIGHT + 1)]
+    await turns()
+    assert list(map(len, oracle.queries)) == [MAX_WEIGHT, 1]
+    for gate in oracle.gates:
+        gate.set_result(None)
+    await asyncio.gather(*answers)
 
 
 async def test_a_failure_that_cannot_be_copied_still_reaches_every_lookup() -> None:

@@ -104,9 +104,29 @@ def test_a_removed_item_does_not_leave() -> None:
     assert drain(queue) == ["a", "c"]
 
 
+def test_an_account_whose_turn_found_it_empty_comes_back() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add(1, 1, "A0")
+    for name in ("B0", "B1", "B2"):
+        queue.add(2, 1, name)
+    assert drain(queue, 3) == ["A0", "B0", "B1"]
+    queue.add(1, 1, "A1")
+    assert sorted(drain(queue)) == ["A1", "B2"]
+
+
+def test_the_past_of_an_account_is_forgotten_once_the_queue_is_empty() -> None:
+    queue: FairQueue[str] = FairQueue()
+    queue.add(1, 1_000, "A0")
+    assert drain(queue, 1) == ["A0"]
+    queue.add(2, 1, "B")
+    queue.add(1, 1, "A1")
+    queue.add(2, 1, "C")
+    assert drain(queue) == ["B", "A1", "C"]
+
+
 def test_nothing_is_remembered_of_accounts_once_the_queue_is_empty() -> None:
     queue: FairQueue[str] = FairQueue()
     for account_id in range(10_000):
         queue.add(account_id, 1, "x")
-        assert drain(queue) == ["x"]
+        assert drain(queue, 1) == ["x"]
     assert not any(vars(queue)[name] for name in ("_items", "_turns", "_virtual_time", "_length"))

@@ -1,5 +1,7 @@
 """The confirm window grows while confirms are quick, and shrinks while they are slow."""
 
+import pytest
+
 from gateway.amqp.window import FLOOR_MESSAGES, START_MESSAGES, UNLIMITED, ConfirmWindow
 
 
@@ -47,8 +49,16 @@ def test_large_messages_weigh_more_and_grow_the_window_as_well() -> None:
 def test_quick_confirms_leave_the_window_at_its_largest() -> None:
     w = window()
     for now in range(1, 50):
-        adapt(w, 1_000, written_at=now - 1.9, now=now)
+        adapt(w, 1_000, written_at=now - 2.0, now=now)  # exactly the target
     assert w.messages == 100_000
+
+
+def test_the_time_to_confirm_is_smoothed() -> None:
+    w = window()
+    assert w.confirm_s == 0
+    adapt(w, 1_000, written_at=10.0, now=11.0)
+    adapt(w, 1_000, written_at=10.0, now=12.0)
+    assert w.confirm_s == pytest.approx(0.1 * 2.0 + 0.9 * 0.1 * 1.0)
 
 
 def test_slow_confirms_narrow_the_window_down_to_its_floor() -> None:
@@ -58,7 +68,7 @@ def test_slow_confirms_narrow_the_window_down_to_its_floor() -> None:
         adapt(w, 1_000, written_at=10.0 * n, now=10.0 * n + 2.1)
         widths.append(w.messages)
     assert widths[:3] == [70_000, 49_000, 34_300]
-    assert widths[-1] == FLOOR_MESSAGES
+    assert widths[-1] == FLOOR_MESSAGES == 2_000, "two full batches"
 
 
 def test_batches_that_were_in_flight_together_narrow_the_window_once() -> None:
@@ -66,6 +76,10 @@ def test_batches_that_were_in_flight_together_narrow_the_window_once() -> None:
     for n in range(90):
         adapt(w, 1_000, written_at=0.001 * n, now=5.0 + 0.001 * n)
     assert w.messages == 70_000
+    adapt(w, 1_000, written_at=5.0, now=9.0)  # written in the moment in which it narrowed
+    assert w.messages == 70_000
+    adapt(w, 1_000, written_at=5.001, now=9.0)
+    assert w.messages == 49_000
 
 
 def test_the_window_grows_again_with_what_is_confirmed_in_time() -> None:
