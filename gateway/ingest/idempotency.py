@@ -179,9 +179,11 @@ class KeyedClaim(Claim):
             raise OutcomeUnknown from error
 
     async def keep(self, answer: Answer) -> bytes:
-        """Store the answer, unless a message is unknown or the answer is too long. Return it encoded."""
+        """Store the answer, unless a message is unknown, none is queued, or it is too long. Return it encoded."""
         encoded = encode(answer)
-        if len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
+        if not answer.queued_count:  # all are too large for the queue
+            await self._end(is_forgotten=not self.is_retry)
+        elif len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
             await self._end()
         else:
             self._idempotency.stored[self._account_id] += len(encoded) // ANSWER_UNIT

@@ -71,6 +71,15 @@ async def test_a_batch_of_which_nothing_is_queued_leaves_no_row_and_runs_again(
     assert (status, answer["code"]) == (422, "idempotency_key_reused")
 
 
+async def test_a_batch_that_is_too_large_for_the_queue_leaves_no_row(gateway: GatewayUnderTest) -> None:
+    for connection in gateway.runtime.publisher.connections.open:
+        connection.max_payload_bytes = 100
+    for _ in range(2):
+        status, answer, headers = await gateway.post(batch(gateway), Idempotency_Key="k")
+        assert (status, answer["queued_count"], headers.get("Idempotent-Replayed")) == (200, 0, None)
+        assert await keys_of(gateway) == []
+
+
 async def test_another_body_under_the_same_key_is_refused(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
     await gateway.post(batch(gateway), Idempotency_Key="k")
     status, answer, _ = await gateway.post(batch(gateway, 2), Idempotency_Key="k")
