@@ -304,8 +304,9 @@ class PublishConnection:
     def _may_not_publish(self, reply: str) -> bool:
         """Return True if the broker has refused all that was published here, for want of the right to write.
 
-        RabbitMQ asks for the right once, and keeps the answer while the channel is never idle for a second. So if
-        nothing was settled, and the first message is younger, not one of them was accepted.
+        RabbitMQ asks for the right once, and keeps a yes while the channel is never idle for a second
+        (rabbit_channel.erl: check_resource_access, handle_pre_hibernate). So if nothing was settled, and the first
+        message is younger, not one of them was accepted.
         """
         return reply.startswith("403") and self._tracker.is_untouched() and self.oldest_age_s() < RIGHTS_KEPT_S
 

@@ -78,7 +78,7 @@ class Publisher:
 
     def load_of(self, outgoing: Outgoing) -> int:
         """Return the load of a batch."""
-        return self.window.weigh(len(outgoing), outgoing.payload_bytes)
+        return self.weigh(len(outgoing), outgoing.payload_bytes)
 
     def room(self, reserved: int = 0) -> int:
         """Return the load that may be written now, beside the unconfirmed load and what is reserved for others."""

@@ -295,7 +295,7 @@ class Slot:
     async def enter(self, account_id: int, size: int, key: str) -> None:
         """Wait for room at the broker, and for `size` bytes of a body; before any of it is read.
 
-        Raises Overloaded or QueueUnavailable.
+        Raises Overloaded, QueueUnavailable, Draining at the end of a drain, or MalformedHttp if the caller hangs up.
         """
         admission = self._admission
         admission.refuse_beyond_share(account_id, key)

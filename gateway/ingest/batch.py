@@ -178,19 +178,30 @@ def build(
     *,
     lost_lists: Collection[str] = (),
     layout: Layout = PLAIN,
+    most_bytes: int | None = None,
 ) -> Batch:
     """Build the payloads of the messages whose list number is in `lists`: the account's active list ids by number.
 
-    Messages to `lost_lists` become unknown: an earlier run of the batch may have published them.
+    Messages to `lost_lists` become unknown: an earlier run of the batch may have published them. Envelopes above
+    `most_bytes` are split; None: the broker's limit is not known.
     A message's id depends only on its index. So it stays the same when the batch runs again under an Idempotency-Key,
     even if another version refuses other messages, or a list has become inactive.
     """
     if not lists.keys() >= set(draft.list_numbers):
         draft = _drop_unresolved(draft, lists, lost_lists, ids)
-    messages, recipients, list_numbers, indexes, rows, _ = draft
-    used = ids.messages if len(indexes) == draft.size else [ids.messages[index] for index in indexes]
+    used = ids.messages if len(draft.indexes) == draft.size else [ids.messages[index] for index in draft.indexes]
+    contents = _payloads(draft, lists, used, origin)
+    if layout.is_plain:
+        placements, outgoing = None, Outgoing(used, [encode(content) for content in contents], None, origin.account_id)
+    else:
+        placements, outgoing = _pack(contents, ids.envelopes, origin.account_id, layout, most_bytes)
+    return Batch(used, draft.recipients, draft.indexes, draft.rows, outgoing, placements)
+
+
+def _payloads(draft: Draft, lists: Mapping[str, int], ids: Sequence[str], origin: Origin) -> list[Payload]:
+    """Return the payload of each message; `ids` has one per message."""
     account_id, request_id, accepted_at = origin
-    contents = [
+    return [
         Payload(
             message_id,
             account_id,
@@ -206,29 +217,21 @@ def build(
             index,
         )
         for message, recipient, list_number, message_id, index in zip(
-            messages, recipients, list_numbers, used, indexes, strict=True
+            draft.messages, draft.recipients, draft.list_numbers, ids, draft.indexes, strict=True
         )
     ]
-    if layout.is_plain:
-        outgoing = Outgoing(used, [encode(content) for content in contents], None, account_id)
-        return Batch(used, recipients, indexes, rows, outgoing)
-    placements = place([content.list_id for content in contents], layout)
-    placements, outgoing = _pack(contents, placements, ids.envelopes, account_id, layout)
-    return Batch(used, recipients, indexes, rows, outgoing, placements)
 
 
 def _pack(
-    contents: list[Payload], placements: list[Placement], envelope_ids: list[str], account_id: int, layout: Layout
+    contents: list[Payload], envelope_ids: list[str], account_id: int, layout: Layout, most_bytes: int | None
 ) -> tuple[list[Placement], Outgoing]:
-    """Encode the messages as `placements` has them: each alone, or several of a list in one envelope.
-
-    Envelopes above layout.most_bytes are split. Returns the placements of what is sent.
-    """
+    """Distribute and encode the messages: each alone, or in envelopes of one list, split above `most_bytes`."""
+    placements = place([content.list_id for content in contents], layout)
     if layout.messages_per_envelope == 1:
         carried = [contents[positions[0]] for _, positions in placements]
         ids, payloads = [content.id for content in carried], list(map(encode, carried))
     else:
-        envelopes = [part for whole in placements for part in _envelopes(whole, contents, layout.most_bytes)]
+        envelopes = [part for whole in placements for part in _envelopes(whole, contents, most_bytes)]
         placements, payloads = [placement for placement, _ in envelopes], [payload for _, payload in envelopes]
         # A part beyond the ids that were taken for envelopes has the id of its first SMS.
         surplus = [contents[positions[0]].id for _, positions in placements[len(envelope_ids) :]]

@@ -12,7 +12,6 @@ class Layout(NamedTuple):
 
     messages_per_envelope: int = 1
     shards: int = 1
-    most_bytes: int | None = None  # of an envelope; None: the broker's limit is not known
 
     @property
     def is_plain(self) -> bool:

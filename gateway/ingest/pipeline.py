@@ -72,8 +72,15 @@ class Pipeline:
                 return claim.kept_answer
             record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, _now())
-            layout = self._layout._replace(most_bytes=self._publisher.max_payload_bytes)
-            batch = build(draft, claim.lists, claim.ids, origin, lost_lists=claim.lost_lists, layout=layout)
+            batch = build(
+                draft,
+                claim.lists,
+                claim.ids,
+                origin,
+                lost_lists=claim.lost_lists,
+                layout=self._layout,
+                most_bytes=self._publisher.max_payload_bytes,
+            )
             del draft  # its texts may take four times the memory of the body
             record.payloads = len(batch.outgoing)
             record.mark(BUILD)

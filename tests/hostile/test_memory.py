@@ -200,7 +200,7 @@ ROWS = [
     Row(chunked_bodies_that_are_too_large, 512, 150),
     Row(malformed_requests, 150, 150),
     Row(answers_that_nobody_reads, 512, is_flood=True),
-    Row(uploads_that_wait, 512, is_flood=True, settings=PATIENT),
+    Row(uploads_that_wait, 260, is_flood=True, settings=PATIENT),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
     Row(a_mix_of_all, 512, is_flood=True),

@@ -401,27 +401,24 @@ async def test_after_too_long_a_wait_a_request_is_refused(resource: str) -> None
     assert_empty(admission)
 
 
-async def test_a_queue_that_has_been_standing_refuses_earlier() -> None:
+@pytest.mark.parametrize(("standing_s", "waits_s", "is_refused"), [(60, 35, True), (60, 25, False), (40, 45, False)])
+async def test_a_queue_that_has_been_standing_refuses_earlier(
+    standing_s: float, waits_s: float, *, is_refused: bool
+) -> None:
+    """With a deadline of 100 s the limits are 50 s, and 30 s once the queue has been standing for 50 s."""
     room = BrokerRoom(1_000)
-    admission = admission_of(room=room, deadline_s=1.0)
     room.unconfirmed = 1_000
-    waited: list[float] = []
-
-    async def request() -> None:
-        began = asyncio.get_running_loop().time()
-        with pytest.raises(Overloaded):
-            async with entered(admission, 1, A):
-                pytest.fail("admitted")
-        waited.append(asyncio.get_running_loop().time() - began)
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(15):
-            group.create_task(request())
-            await asyncio.sleep(0.05)
-    # A tick late at most, unless the machine is: the order of the two kinds of waits is what counts.
-    assert waited[0] >= admission_module.LONG_WAIT
-    assert min(waited) < admission_module.LONG_WAIT
-    assert min(waited) >= admission_module.SHORT_WAIT
+    admission = admission_of(room=room, deadline_s=100)
+    with held_slot(admission) as slot:
+        request = asyncio.create_task(slot.enter(A, 1, KEY))
+        await eventually(lambda: admission.waiting == 1)
+        now = asyncio.get_running_loop().time()
+        vars(admission)["_standing_since"], slot.waits_since = now - standing_s, now - waits_s
+        await asyncio.sleep(3 * admission_module.TICK_S)
+        assert admission.waiting == (0 if is_refused else 1)
+        request.cancel()
+        (result,) = await asyncio.gather(request, return_exceptions=True)
+        assert isinstance(result, Overloaded) is is_refused
     assert_empty(admission)
 
 
