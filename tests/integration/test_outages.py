@@ -84,6 +84,8 @@ async def test_a_hung_broker_means_an_unknown_outcome_in_time_and_then_503(
     start_gateway: StartGateway, make_settings: MakeSettings, rabbitmq: RabbitMQ
 ) -> None:
     gateway = await start_gateway(make_settings(amqp_url=rabbitmq.url, confirm_timeout_s=1.0))
+    connections = gateway.runtime.publisher.connections
+    await eventually(lambda: len(connections.open) == gateway.runtime.settings.amqp_connections)
     rabbitmq.pause()
     try:
         for _ in range(gateway.runtime.settings.amqp_connections):

@@ -491,7 +491,7 @@ async def test_quick_refusals_do_not_shorten_retry_after() -> None:
 async def test_a_broker_that_becomes_unusable_ends_the_wait_at_once() -> None:
     room = BrokerRoom(1_000)
     room.unconfirmed = 1_000
-    admission = admission_of(room=room, deadline_s=3_600)
+    admission = admission_of(room=room)
     request = asyncio.create_task(entered(admission, 1, A).__aenter__())
     await eventually(lambda: admission.waiting == 1)
     room.usable = False
