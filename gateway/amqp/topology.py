@@ -16,9 +16,6 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
     errors of aiormq.
     """
     if settings.amqp_topology == "check":
-        async with connection.channel() as channel:
-            await _exchange(channel, settings, passive=True)
-            await _queues(channel, settings, passive=True)
         return await verify_topology(connection, settings)
     async with connection.channel() as channel:
         exchange = await _exchange(channel, settings)
@@ -30,11 +27,14 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
 
 
 async def verify_topology(connection: AbstractConnection, settings: Settings) -> str:
-    """Verify type, durability and arguments of exchange and queues, which exist. Return as ensure_topology does.
+    """Verify that exchange and queues exist, and their type, durability and arguments. Return as ensure_topology does.
 
-    A passive declaration looks at none of these. An active one with the same arguments changes nothing; with others it
-    is refused, and ChannelPreconditionFailed raised. It needs the right to configure.
+    A passive declaration looks only at the existence. An active one of what exists, with the same arguments, changes
+    nothing; with others it is refused, and ChannelPreconditionFailed raised. It needs the right to configure.
     """
+    async with connection.channel() as channel:
+        await _exchange(channel, settings, passive=True)
+        await _queues(channel, settings, passive=True)
     try:
         async with connection.channel() as channel:
             await _queues(channel, settings)

@@ -74,6 +74,19 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
 
 
+async def test_a_missing_exchange_is_a_problem_and_is_not_made(gateway: GatewayUnderTest) -> None:
+    settings = gateway.runtime.settings
+    async with await aio_pika.connect(settings.amqp_url) as connection:
+        channel = await connection.channel()
+        await channel.exchange_delete(settings.amqp_exchange)
+        code, output = await run_status(gateway, "--json")
+        problems = msgspec.json.decode(output)["problems"]
+        assert code == 1
+        assert any(f"no exchange '{settings.amqp_exchange}'" in problem for problem in problems), problems
+        with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
+            await channel.get_exchange(settings.amqp_exchange)
+
+
 async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
     nowhere = Port()
     broker, database = urlsplit(servers.amqp_url), urlsplit(servers.database_url)
