@@ -14,6 +14,7 @@ from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWA
 from benchmarks.drivers.workers import WorkerError
 from benchmarks.questions import (
     bare_publisher,
+    bodies,
     capacity,
     compare,
     load,
@@ -238,6 +239,20 @@ def refusals_command(
     publish(measured, refusals.report(measured), json_file, report_file)
     if any(reading.void for reading in measured.readings):
         raise typer.Exit(EXIT_VOID)
+
+
+@app.command("bodies")
+def bodies_command(
+    *,
+    like: Annotated[str, typer.Option(help="Only shapes whose name contains this, such as contact_data.")] = "",
+    rounds: Rounds = 1,
+    json_file: JsonFile = None,
+    report_file: ReportFile = None,
+) -> None:
+    """CPU of the gateway for bodies of 5 MB in 275 shapes, beside that of a clean one."""
+    options = bodies.Options(like=like, rounds=rounds)
+    measured = bodies.measure(options, lambda reading: typer.echo(bodies.show(reading)))
+    publish(measured, bodies.report(measured), json_file, report_file)
 
 
 @app.command("neighbour")

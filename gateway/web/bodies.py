@@ -1,7 +1,6 @@
 """Reading a request's body: media type, size, weight, deadline, `Expect: 100-continue`."""
 
 import asyncio
-import re
 from contextlib import nullcontext
 
 from aiohttp import HttpVersion11, hdrs, web
@@ -20,7 +19,6 @@ from gateway.ingest.wire import MAX_BODY_BYTES
 
 # A body with characters beyond ASCII costs up to twice the memory of an ASCII body (tests/hostile/test_memory.py).
 WIDE = 2
-_has_escape = re.compile(rb"\\u").search  # three times as fast as `in`
 _JSON_TYPES = (None, "application/json")
 
 
@@ -84,7 +82,8 @@ def memory_cost(body: bytes) -> int:
 
     Python stores a text with the width of its widest character: with one emoji, four bytes for each character.
     """
-    is_narrow = body.isascii() and not (b"\\" in body and _has_escape(body))
+    # rfind takes less than half the time of `in` (scripts/bench bodies, newlines).
+    is_narrow = body.isascii() and not (b"\\" in body and body.rfind(b"\\u") >= 0)
     return len(body) if is_narrow else WIDE * len(body)
 
 

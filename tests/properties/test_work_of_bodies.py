@@ -15,14 +15,14 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.ingest import batch
 from gateway.ingest.wire import MAX_BODY_BYTES, Answer, decode_bulk, encode
-from tests.support.bodies import PLACES, SHAPES, clean_body
+from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, clean_body
 
 # Of decoding, validating, building and answering alone. Reading a body costs half as much again, whatever is in it.
 MAX_RATIO = 4.0
 MAX_PEAK_MB = 60.0
 ROUNDS = 2
 IDS = [f"{number:08}" for number in range(1_000)]
-LISTS = {"+18005551000": 7}
+LISTS = {LIST_NUMBER.decode(): 7}
 
 
 def process(body: bytes) -> None:

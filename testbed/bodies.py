@@ -6,14 +6,15 @@ from itertools import product
 
 from gateway.ingest.wire import MAX_BODY_BYTES
 
-FIELDS = b'"to":"+14155551234","list_number":"+18005551000","body":"Hi {{messageId}}"'
+LIST_NUMBER = b"+18005551000000"  # of 14 digits, so that any other can take its place
+FIELDS = b'"to":"+14155551234","list_number":"%b","body":"Hi {{messageId}}"' % LIST_NUMBER
 GOOD = b"{" + FIELDS + b"}"
 HEAD, TAIL = b'{"messages":[', b"]}"
 
 
-def clean_body(text: bytes = b"a") -> bytes:
+def clean_body(text: bytes = b"a", list_number: bytes = LIST_NUMBER) -> bytes:
     """Return 1,000 good messages with long texts, just below 5 MB."""
-    empty = b'{"to":"+14155551234","list_number":"+18005551000","body":"{{messageId}}%s"}'
+    empty = b'{"to":"+14155551234","list_number":"%b","body":"{{messageId}}%%b"}' % list_number
     room = MAX_BODY_BYTES // 1_000 - len(empty) - 10
     return HEAD + b",".join([empty % (text * (room // len(text)))] * 1_000) + TAIL
 
@@ -41,9 +42,10 @@ PLACES = {
     "an unknown field of a message": (HEAD + b"{" + FIELDS + b',"unknown":', b"}" + TAIL),
     "an unknown field before a bad one": (HEAD + b'{"unknown":', b',"to":1}' + TAIL),
     "to": (HEAD + b'{"to":', b"}" + TAIL),
-    "body": (HEAD + b'{"to":"+14155551234","list_number":"+18005551000","body":', b"}" + TAIL),
+    "body": (HEAD + b'{"to":"+14155551234","list_number":"%b","body":' % LIST_NUMBER, b"}" + TAIL),
     "metadata": (HEAD + b"{" + FIELDS + b',"metadata":', b"}" + TAIL),
     "contact_data": (HEAD + b"{" + FIELDS + b',"contact_data":', b"}" + TAIL),
+    "contact_data before a bad message": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b'}},{"to":1}' + TAIL),
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }

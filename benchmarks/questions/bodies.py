@@ -1,0 +1,139 @@
+"""CPU of the gateway for a body of 5 MB in any shape, beside that of a clean one.
+
+The event loop serves nobody else meanwhile, so a body that costs more than a clean one would harm other callers.
+"""
+
+import http.client
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from statistics import median
+from urllib.parse import urlsplit
+
+import msgspec
+
+from benchmarks.drivers.backends import Backends, open_backends
+from benchmarks.drivers.generator import PATH
+from benchmarks.drivers.systems import GATEWAY, Setup, serving
+from benchmarks.report import bars, machine
+from benchmarks.report.bars import Bar
+from benchmarks.report.document import Cell, Report, Table
+from benchmarks.report.figures import Figure, short
+from benchmarks.report.machine import Machine
+from testbed.bodies import LIST_NUMBER, SHAPES, clean_body
+
+CLEAN = "a clean body"
+SHOWN = 20  # rows of the report: the most expensive shapes
+
+
+class Options(msgspec.Struct, frozen=True):
+    """The bodies to send."""
+
+    like: str = ""  # only shapes whose name contains it
+    rounds: int = 1
+    bodies: int = 4  # of each shape in a round, in turn with clean ones
+
+
+class Reading(msgspec.Struct):
+    """The bodies of one shape in one round, and the clean ones beside them."""
+
+    shape: str
+    status: int  # of the last answer
+    cpu_ms: float  # of the gateway's process, median
+    clean_cpu_ms: float
+
+
+class Bodies(msgspec.Struct):
+    """The content of the file that `bodies --json` writes."""
+
+    machine: Machine
+    options: Options
+    readings: list[Reading]
+    bars: list[Bar]
+
+
+def measure(options: Options, on_reading: Callable[[Reading], None]) -> Bodies:
+    """Measure all shapes, round by round. `on_reading` is called with each reading."""
+    described = machine.describe()
+    readings: list[Reading] = []
+    with open_backends() as backends:
+        for reading in _read_all(backends, options):
+            readings.append(reading)
+            on_reading(reading)
+    return Bodies(described, options, readings, bars_of(readings))
+
+
+def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
+    clean = clean_body(list_number=backends.list_numbers[0].encode())
+    chosen = [(name, make) for name, make in SHAPES.items() if options.like in name]
+    for _ in range(options.rounds):
+        with (
+            backends.names("quorum", declare=True) as names,
+            serving(GATEWAY, backends, names, Setup()) as server,
+            closing(_Caller(server.url, backends.key, server.pid)) as caller,
+        ):
+            caller.send(clean)  # the first one pays for what is set up once
+            for name, make in chosen:
+                body = make().replace(LIST_NUMBER, backends.list_numbers[0].encode())
+                pairs = [(caller.send(body), caller.send(clean)) for _ in range(options.bodies)]
+                yield Reading(
+                    name,
+                    pairs[-1][0][0],
+                    median(cpu_ms for (_, cpu_ms), _ in pairs),
+                    median(cpu_ms for _, (_, cpu_ms) in pairs),
+                )
+
+
+class _Caller:
+    """Sends bodies one after the other, and reads the CPU time that each takes the server."""
+
+    def __init__(self, url: str, key: str, pid: int) -> None:
+        address = urlsplit(url)
+        self._connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=30)
+        self._headers = {"X-Api-Key": key, "Content-Type": "application/json"}
+        self._threads = Path(f"/proc/{pid}/task")
+
+    def send(self, body: bytes) -> tuple[int, float]:
+        """Return the status of the answer, and the CPU milliseconds of all threads of the server."""
+        before = self._cpu_ns()
+        self._connection.request("POST", PATH, body, self._headers)
+        answer = self._connection.getresponse()
+        answer.read()
+        return answer.status, (self._cpu_ns() - before) / 1e6
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def _cpu_ns(self) -> int:
+        return sum(int(path.read_text(encoding="ascii").split()[0]) for path in self._threads.glob("*/schedstat"))
+
+
+def ratios_of(readings: list[Reading]) -> dict[str, Figure]:
+    """Return the CPU of each shape ÷ that of the clean bodies beside it, the highest first."""
+    found: dict[str, list[float]] = {}
+    for reading in readings:
+        found.setdefault(reading.shape, []).append(reading.cpu_ms / reading.clean_cpu_ms)
+    figures = {shape: Figure.of(ratios) for shape, ratios in found.items()}
+    return dict(sorted(figures.items(), key=lambda item: -item[1].median))
+
+
+def bars_of(readings: list[Reading]) -> list[Bar]:
+    """Return the highest ratio of all shapes."""
+    return [Bar("13", shape, ratio, 1.5, False) for shape, ratio in list(ratios_of(readings).items())[:1]]
+
+
+def show(reading: Reading) -> str:
+    """Return one line about a reading."""
+    ratio = reading.cpu_ms / reading.clean_cpu_ms
+    return f"{reading.shape}: {short(ratio)} of {CLEAN} ({short(reading.clean_cpu_ms)} ms), status {reading.status}"
+
+
+def report(bodies: Bodies) -> Report:
+    """Return the most expensive shapes as a table."""
+    ratios = ratios_of(bodies.readings)
+    rows: list[list[Cell]] = [[shape, ratio] for shape, ratio in list(ratios.items())[:SHOWN]]
+    title = f"CPU ÷ that of {CLEAN}: the highest of {len(ratios)} shapes; median, lowest-highest"
+    return Report(
+        "CPU of a large body", bodies.machine, [Table(title, ["shape", "ratio"], rows), bars.table_of(bodies.bars)]
+    )
