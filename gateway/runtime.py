@@ -20,6 +20,7 @@ from gateway.ingest.pipeline import Pipeline
 from gateway.postgres.pool import Pool
 from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import Counters, Histogram
+from gateway.telemetry.log import direct_writer
 from gateway.telemetry.requests import RequestLog
 from gateway.telemetry.tracing import NoTracing, Tracing
 
@@ -101,7 +102,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
                 deadline_s=settings.confirm_timeout_s,
             ),
             counters=Counters(),
-            request_log=RequestLog(settings.request_log_sample),
+            request_log=RequestLog(settings.request_log_sample, direct_writer()),
             tracing=tracing,
         )
         _run(stack, _reach_database(runtime), "reach the database")

@@ -84,8 +84,8 @@ def measure() -> Observing:
     """Measure the record alone, then the request log and traces at several sample rates."""
     rows = [_measured("record alone", None, None)]
     logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # the span queue overflows here, and says so
-    with _discarded_lines():
-        rows.extend(_measured(f"log, sample {share:g}", RequestLog(share), None) for share in SHARES)
+    with _discarded_lines() as writer:
+        rows.extend(_measured(f"log, sample {share:g}", RequestLog(share, writer), None) for share in SHARES)
     for share in SHARES:
         tracing = Tracing(SETTINGS, DroppingExporter(), sampling.ParentBased(sampling.TraceIdRatioBased(share)))
         rows.append(_measured(f"traces, {share:.0%} recorded", None, tracing))
@@ -94,7 +94,7 @@ def measure() -> Observing:
 
 
 @contextmanager
-def _discarded_lines() -> Iterator[None]:
+def _discarded_lines() -> Iterator[log.WriterThread]:
     """Write the request log as the gateway does, with its format and its thread, but to /dev/null."""
     logger, null = logging.getLogger("gateway.requests"), os.open(os.devnull, os.O_WRONLY)
     handler = log.WriterThread(null)
@@ -104,7 +104,7 @@ def _discarded_lines() -> Iterator[None]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
-        yield
+        yield handler
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])

@@ -5,7 +5,7 @@ kind of the error, but not its text, which may quote a request (`KeyError: '+141
 the form of a key, a whole number, or a password in a URL.
 
 The caller formats a line, and a thread writes it. A slow or stuck reader costs lines, which are counted, and never
-blocks the event loop.
+blocks the event loop. The request log encodes its lines itself, and hands them to the same thread (`direct_writer`).
 """
 
 import logging
@@ -14,6 +14,7 @@ import re
 import select
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
@@ -25,6 +26,9 @@ import msgspec
 STANDARD_ERROR = 2
 GATHER_S = 0.02  # lines that arrive within this time share one wake-up and one write
 MAX_PENDING_BYTES = 4 * 1024 * 1024  # about 10,000 lines
+# Of one write, while no other process of the gateway writes to the same pipe. Each write makes the event loop wait for
+# the thread's turn (scripts/bench observing).
+MAX_WRITE_BYTES = 64 * 1024
 FLUSH_TIMEOUT_S = 2.0  # when the process ends
 FIELDS = "fields"  # attribute of a record: the line's fields beside its message
 
@@ -70,23 +74,28 @@ def trace(error: BaseException) -> str:
     return "\n\nwhich led to:\n\n".join(reversed(parts))
 
 
+def timestamp(seconds: float) -> str:
+    """Return a Unix time as in JSON lines: ISO 8601, UTC, milliseconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
 class JsonLines(logging.Formatter):
     """A JSON object per record: time, level, logger, message, fields, and traceback if there is one."""
 
     def __init__(self, process: str = "") -> None:
         """`process` names one of several workers; "" adds no field."""
         super().__init__()
-        self._process = {"process": process} if process else {}
+        self.process = {"process": process} if process else {}
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without its newline."""
         line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "time": timestamp(record.created),
             "level": record.levelname.lower(),
             "logger": record.name,
             # Bytes over 127 in headers arrive as lone surrogates, which UTF-8 cannot encode.
             "message": redact(record.getMessage()).encode("utf-8", "backslashreplace").decode(),
-            **self._process,
+            **self.process,
             **fields_of(record),
         }
         if record.exc_info and record.exc_info[1]:
@@ -137,9 +146,11 @@ def printable(text: str) -> str:
 class WriterThread(logging.Handler):
     """A handler whose thread writes the lines. Lines beyond MAX_PENDING_BYTES are dropped and counted."""
 
-    def __init__(self, descriptor: int = STANDARD_ERROR) -> None:
+    def __init__(self, descriptor: int = STANDARD_ERROR, *, shares_pipe: bool = False) -> None:
+        """`shares_pipe`: other processes write lines to the same pipe."""
         super().__init__()
         self._descriptor = descriptor
+        self._piece_bytes = select.PIPE_BUF if shares_pipe else MAX_WRITE_BYTES
         self._lines: list[bytes] = []
         self._bytes = 0  # not yet written, including those the thread is writing
         self._dropped = 0
@@ -151,8 +162,11 @@ class WriterThread(logging.Handler):
         self._thread.start()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue the line for the thread, or drop it."""
-        line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+        """Queue the record's line for the thread, or drop it."""
+        self.write_line(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+
+    def write_line(self, line: bytes) -> None:
+        """Queue a line, with its newline, for the thread, or drop it."""
         with self._pending_lock:
             if self._bytes + len(line) > MAX_PENDING_BYTES:
                 self._dropped += 1
@@ -185,7 +199,7 @@ class WriterThread(logging.Handler):
         while True:
             self._waiting.wait()
             if not (self._flushing or self._closing):
-                threading.Event().wait(GATHER_S)
+                time.sleep(GATHER_S)
             self._waiting.clear()
             with self._pending_lock:
                 lines, self._lines = self._lines, []
@@ -193,7 +207,7 @@ class WriterThread(logging.Handler):
             size = sum(map(len, lines))
             if dropped:
                 lines.append(self._dropped_line(dropped))
-            for piece in whole_lines(lines):
+            for piece in whole_lines(lines, self._piece_bytes):
                 self._write(piece)
             with self._pending_lock:
                 self._bytes -= size
@@ -217,14 +231,14 @@ class WriterThread(logging.Handler):
                 return
 
 
-def whole_lines(lines: Sequence[bytes]) -> Iterator[bytes]:
-    """Yield lines joined to pieces of at most PIPE_BUF bytes: a pipe takes these whole, so workers' lines do not mix.
+def whole_lines(lines: Sequence[bytes], most_bytes: int = select.PIPE_BUF) -> Iterator[bytes]:
+    """Yield lines joined to pieces of at most `most_bytes`. A longer line is a piece of its own.
 
-    A longer line is a piece of its own.
+    A pipe takes PIPE_BUF bytes whole, so the lines of several workers do not mix.
     """
     start = size = 0
     for end, line in enumerate(lines):
-        if size and size + len(line) > select.PIPE_BUF:
+        if size and size + len(line) > most_bytes:
             yield b"".join(lines[start:end])
             start, size = end, 0
         size += len(line)
@@ -234,12 +248,19 @@ def whole_lines(lines: Sequence[bytes]) -> Iterator[bytes]:
 
 def configure(level: str, form: str = "json", *, process: str = "") -> None:
     """Send all logs of the process, including those of libraries, to standard error as `json` or `console` lines."""
-    handler = WriterThread()
+    handler = WriterThread(shares_pipe=bool(process))
     handler.setFormatter(ConsoleLines(process) if form == "console" else JsonLines(process))
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for library in SILENCED:
         logging.getLogger(library).setLevel(logging.CRITICAL)
     sys.excepthook = _log_crash
+
+
+def direct_writer() -> WriterThread | None:
+    """Return the handler that `configure` has installed for JSON lines; None for any other configuration."""
+    handlers = logging.getLogger().handlers
+    found = handlers[0] if len(handlers) == 1 else None
+    return found if isinstance(found, WriterThread) and isinstance(found.formatter, JsonLines) else None
 
 
 def _log_crash(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:

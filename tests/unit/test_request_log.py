@@ -1,5 +1,6 @@
 """The request log: the content of a line, and the requests that get one."""
 
+import json
 import logging
 import random
 from collections import Counter
@@ -8,6 +9,7 @@ import pytest
 
 from gateway.telemetry import requests as access
 from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, Counters
+from gateway.telemetry.log import JsonLines, WriterThread, redact
 from gateway.telemetry.requests import MAX_LINES_A_SECOND, RequestLog, RequestRecord
 
 
@@ -73,6 +75,40 @@ def test_a_line_has_counts_and_times_and_the_errors_by_code(caplog: pytest.LogCa
         "body_bytes": 100,
         "trace_id": "abc",
     }
+
+
+def test_a_line_is_the_same_however_it_is_encoded(caplog: pytest.LogCaptureFixture) -> None:
+    """With a writer the line is encoded without `logging`: same fields, in the same order."""
+    caplog.set_level(logging.INFO)
+    for record in (ended(), ended(504, "outcome_unknown"), ended(500, "internal_error"), ended(0), read_a_document()):
+        written: list[bytes] = []
+        writer = WriterThread()
+        writer.setFormatter(form := JsonLines("worker-1"))
+        writer.write_line = written.append  # type: ignore[method-assign, assignment]
+        RequestLog(1, writer).write(record, "abc")
+        writer.close()
+        RequestLog(1).write(record, "abc")
+        direct, formatted = json.loads(written[0]), json.loads(form.format(caplog.records[-1]))
+        assert written[0].endswith(b"}\n")
+        assert direct.pop("time")[:17] == formatted.pop("time")[:17]
+        assert list(direct) == list(formatted)
+        assert direct == formatted
+
+
+@pytest.mark.parametrize("request_id", ["+14155551234", "trk_" + "a" * 32, "amqp://user:secret@host"])
+@pytest.mark.parametrize("direct", [False, True])
+def test_a_callers_request_id_is_redacted(request_id: str, direct: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    record = ended()
+    record.request_id = request_id
+    writer = WriterThread()
+    writer.setFormatter(JsonLines())
+    written: list[bytes] = []
+    writer.write_line = written.append  # type: ignore[method-assign, assignment]
+    RequestLog(1, writer if direct else None).write(record)
+    writer.close()
+    line = json.loads(written[0] if direct else JsonLines().format(caplog.records[0]))
+    assert line["request_id"] == redact(request_id) != request_id
 
 
 def test_successes_are_sampled_and_unknown_or_failed_requests_are_not(
