@@ -31,7 +31,7 @@ from benchmarks.report.document import Cell, Chart, Report, Sentence, Table
 from benchmarks.report.figures import Figure, short
 from benchmarks.report.machine import REPOSITORY, Machine
 from gateway.amqp.confirms import ConfirmTracker
-from gateway.amqp.frames import Destination, IncomingFrames, PublishFramer, Settled
+from gateway.amqp.frames import AckedRange, Destination, IncomingFrames, PublishFramer, Settled
 from gateway.ingest import batch, wire
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
@@ -334,6 +334,8 @@ def _confirm(ids: Sequence[str], chunks: Sequence[bytes]) -> None:
         for event in frames.feed(chunk)[1]:
             if isinstance(event, Settled):
                 tracker.settle(acked=event.acked, delivery_tag=event.delivery_tag, multiple=event.multiple)
+            elif isinstance(event, AckedRange):
+                tracker.ack_range(event.first_tag, event.last_tag)
     if published.unsettled:
         raise AssertionError("the acks do not cover the batch")
 

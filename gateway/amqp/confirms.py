@@ -16,6 +16,7 @@ queued. A message that was written and never settled may be queued. Its outcome 
 from bisect import bisect_right
 from collections.abc import Sequence
 from enum import IntEnum
+from operator import attrgetter
 
 
 class Outcome(IntEnum):
@@ -30,6 +31,7 @@ class Outcome(IntEnum):
     TOO_LARGE = 6  # never written: the broker is known to take no payload of this size
 
 
+_first_tag = attrgetter("first_tag")
 _WRITTEN, _RETURNING = int(Outcome.WRITTEN), int(Outcome.RETURNING)  # the unsettled states; all above are settled
 
 
@@ -115,14 +117,26 @@ class ConfirmTracker:
 
     def settle(self, *, acked: bool, delivery_tag: int, multiple: bool) -> list[PublishedRange]:
         """Apply an ack or a nack. Unknown tags and settled tags change nothing."""
-        table = _ACK if acked else self._nack
-        newest = bisect_right(self._ranges, delivery_tag, key=lambda r: r.first_tag) - 1
-        if newest < 0 or delivery_tag >= self._next_tag:
+        if delivery_tag >= self._next_tag:
             return []
-        touched = [r for r in self._ranges[0 if multiple else newest : newest + 1] if r.unsettled]
+        return self._settle(_ACK if acked else self._nack, 1 if multiple else delivery_tag, delivery_tag)
+
+    def ack_range(self, first_tag: int, last_tag: int) -> list[PublishedRange]:
+        """Apply the acks of consecutive tags, each for one message. Unknown and settled tags change nothing."""
+        return self._settle(_ACK, first_tag, min(last_tag, self._next_tag - 1))
+
+    def _settle(self, table: bytes, first_tag: int, last_tag: int) -> list[PublishedRange]:
+        ranges = self._ranges
+        oldest = newest = bisect_right(ranges, last_tag, key=_first_tag) - 1
+        if newest < 0:
+            return []
+        while oldest and ranges[oldest].first_tag > first_tag:
+            oldest -= 1
+        touched = [r for r in ranges[oldest : newest + 1] if r.unsettled]
         for published in touched:
-            stop = min(delivery_tag, published.last_tag) - published.first_tag + 1
-            published.settle(0 if multiple else delivery_tag - published.first_tag, stop, table)
+            start = max(first_tag - published.first_tag, 0)
+            stop = min(last_tag, published.last_tag) - published.first_tag + 1
+            published.settle(start, stop, table)
         settled = [published for published in touched if not published.unsettled]
         if settled:
             self._forget_settled()

@@ -9,7 +9,7 @@ import aio_pika
 from yarl import URL
 
 from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
-from gateway.amqp.frames import Blocked, ChannelClosed, Destination, Event, PublishFramer, Returned, Settled
+from gateway.amqp.frames import AckedRange, Blocked, ChannelClosed, Destination, Event, PublishFramer, Returned, Settled
 from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.topology import check_may_publish, ensure_topology
 from gateway.amqp.transport import TappedTransport, prepare_connection, reason, stray_cancellation_is_loss
@@ -282,6 +282,9 @@ class PublishConnection:
                     self._nacked_since = min(self._nacked_since, self._loop.time())
                     self._first_nack_at = min(self._first_nack_at, self._nacked_since)
                 self._settle(self._tracker.settle(acked=acked, delivery_tag=delivery_tag, multiple=multiple))
+            case AckedRange(first_tag, last_tag):
+                self._nacked_since = float("inf")
+                self._settle(self._tracker.ack_range(first_tag, last_tag))
             case Returned(message_id):
                 self.has_returned = True
                 if not self._tracker.mark_returned(message_id):

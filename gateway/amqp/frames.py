@@ -4,6 +4,7 @@ A frame has type (1 byte), channel (2), payload size (4), payload, and the end b
 header frame, and body frames of at most frame_max. (AMQP 0-9-1 specification, sections 2.3.5 and 4.2.)
 """
 
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -29,6 +30,8 @@ _method = struct.Struct(">HH")
 _settlement = struct.Struct(">QB")
 _body_size = struct.Struct(">Q")
 _reply = struct.Struct(">HB")  # a reply code, and the length of the text that follows
+NO_TAG = -2  # no delivery tag, nor the one before 0
+_ack = struct.Struct(">11x QB x")  # a whole frame: delivery tag and `multiple`, between head and end byte
 
 _ACK, _NACK, _RETURN = (60, 80), (60, 120), (60, 50)
 _CHANNEL_CLOSE, _CONNECTION_CLOSE = (20, 40), (10, 50)
@@ -131,6 +134,13 @@ class Settled(NamedTuple):
     multiple: bool
 
 
+class AckedRange(NamedTuple):
+    """Several basic.acks, each for one of these consecutive delivery tags."""
+
+    first_tag: int
+    last_tag: int
+
+
 class Returned(NamedTuple):
     """basic.return with its content: the broker could not route this message. Its ack follows later."""
 
@@ -149,7 +159,7 @@ class Blocked(NamedTuple):
     blocked: bool
 
 
-Event = Settled | Returned | ChannelClosed | Blocked
+Event = Settled | AckedRange | Returned | ChannelClosed | Blocked
 
 
 class _NotAFrame(Exception):
@@ -160,12 +170,16 @@ class IncomingFrames:
     """A parser of the broker's bytes. Confirms and returns of one channel become events, all other bytes pass through.
 
     A confirm costs a few struct calls. In the library it costs a stream reader, a marshaller, two queues and a task
-    (scripts/bench stages, row "confirms", without those queues and tasks). After bytes that are no frame (the broker's
-    protocol header, or garbage) all bytes pass through to the library: garbage must never be read as an ack.
+    (scripts/bench stages, row "confirms", without those queues and tasks). RabbitMQ acks the messages of small batches
+    one by one, mostly in order: such acks that arrive together are one event (row "confirms, 1 ack each"). After
+    bytes that are no frame (the broker's protocol header, or garbage) all bytes pass through to the library: garbage
+    must never be read as an ack.
     """
 
     def __init__(self) -> None:
-        self.channel: int | None = None  # the publish channel; None until it is open
+        self._channel: int | None = None
+        self._ack_start = b""
+        self._match_acks = re.compile(b"").match
         self.close_reply = ""  # code and text of the broker's connection.close
         self._rest = b""
         self._buffer = b""  # of the feed() in progress, like _events
@@ -174,6 +188,17 @@ class IncomingFrames:
         self._returned_id: str | None = None
         self._returned_bytes = 0  # bytes of a returned message's body still to come; below 0 before its header
         self._return_begun = False
+
+    @property
+    def channel(self) -> int | None:
+        """The publish channel; None until it is open."""
+        return self._channel
+
+    @channel.setter
+    def channel(self, number: int) -> None:
+        self._channel = number
+        self._ack_start = _frame_start.pack(_METHOD, number, _method.size + _settlement.size) + _method.pack(*_ACK)
+        self._match_acks = re.compile(b"(?:%b.{8}[\0\1]%b)+" % (re.escape(self._ack_start), END), re.DOTALL).match
 
     def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
         """Parse bytes as they arrive. Return the other frames, whole, and the events, both in order."""
@@ -185,6 +210,11 @@ class IncomingFrames:
         start = end = 0
         try:
             while len(buffer) - end >= FRAME_OVERHEAD:
+                if acks_end := self._end_of_acks(end):
+                    self._take_acks(end, acks_end)
+                    passed_on.append(buffer[start:end])
+                    start = end = acks_end
+                    continue
                 kind, channel, size = _frame_start.unpack_from(buffer, end)
                 if kind not in _KINDS:
                     raise _NotAFrame
@@ -193,7 +223,7 @@ class IncomingFrames:
                     break
                 if buffer[next_end - 1] != END[0]:
                     raise _NotAFrame
-                if channel in (self.channel, 0) and self._take(kind, channel, end, next_end):
+                if channel in (self._channel, 0) and self._take(kind, channel, end, next_end):
                     passed_on.append(buffer[start:end])
                     start = next_end
                 end = next_end
@@ -203,6 +233,31 @@ class IncomingFrames:
         passed_on.append(buffer[start:end])
         self._rest, self._buffer = buffer[end:], b""
         return b"".join(passed_on), events
+
+    def _end_of_acks(self, start: int) -> int:
+        """Return the end of the acks that begin at `start`; 0 if there are not at least two."""
+        if not self._channel or not self._buffer.startswith(self._ack_start, start + _ack.size):
+            return 0
+        acks = self._match_acks(self._buffer, start)
+        return acks.end() if acks is not None else 0
+
+    def _take_acks(self, start: int, end: int) -> None:
+        """Add the events of the acks from `start` to `end`."""
+        events = self._events
+        first = last = NO_TAG
+        for tag, multiple in _ack.iter_unpack(memoryview(self._buffer)[start:end]):
+            if tag == last + 1 and not multiple:
+                last = tag
+                continue
+            if first != NO_TAG:
+                events.append(AckedRange(first, last))
+            if multiple:
+                events.append(Settled(True, tag, True))
+                first = last = NO_TAG
+            else:
+                first = last = tag
+        if first != NO_TAG:
+            events.append(AckedRange(first, last))
 
     def _take(self, kind: int, channel: int, start: int, end: int) -> bool:
         """Add the event of the frame from `start` to `end`. Return True if the library must not see the frame.

@@ -75,6 +75,12 @@ class Settle:
 
 
 @dataclass
+class AckRange:
+    first: int
+    last: int
+
+
+@dataclass
 class Return:
     number: int  # of the message, counted over everything ever added; some were never
 
@@ -96,6 +102,7 @@ steps = st.lists(
         st.builds(Settle, st.booleans(), tags, st.booleans()),
         st.builds(Settle, st.booleans(), tags, st.booleans()),
         st.builds(Settle, st.just(True), tags, st.just(False)),
+        st.builds(lambda first, count: AckRange(first, first + count), tags, st.integers(0, 6)),
         st.builds(Return, st.integers(0, 8)),
         st.just(Withdraw()),
     ),
@@ -107,7 +114,7 @@ steps = st.lists(
 @EXAMPLES
 @given(steps=steps, is_lost_at_the_end=st.booleans())
 def test_in_any_order_of_events_every_message_ends_as_the_model_says(
-    steps: list[Add | Settle | Return | Withdraw], is_lost_at_the_end: bool
+    steps: list[Add | Settle | AckRange | Return | Withdraw], is_lost_at_the_end: bool
 ) -> None:
     tracker, model, numbers = ConfirmTracker(), Model(), count()
     ranges: dict[PublishedRange, list[int]] = {}  # to their tags
@@ -127,6 +134,10 @@ def test_in_any_order_of_events_every_message_ends_as_the_model_says(
             case Settle(acked, tag, multiple):
                 settled = tracker.settle(acked=acked, delivery_tag=tag, multiple=multiple)
                 model.settle_up_to(tag, ACKED if acked else NACKED, multiple=multiple)
+            case AckRange(first, last):
+                settled = tracker.ack_range(first, last)
+                for tag in range(first, last + 1):
+                    model.settle(tag, ACKED)
             case Return(number):
                 message_id = f"id{number:06}"
                 assert tracker.mark_returned(message_id) == model.return_(message_id)

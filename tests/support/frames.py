@@ -1,5 +1,6 @@
 """Reads what PublishFramer writes, with pamqp; and frames of a broker, with the events that they must produce."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,10 +12,12 @@ from pamqp.header import ContentHeader
 
 from gateway.amqp.frames import (
     FRAME_OVERHEAD,
+    AckedRange,
     Destination,
     Event,
     IncomingFrames,
     PublishFramer,
+    Settled,
 )
 
 FRAME_MAX = 64  # small, so that bodies of several frames are cheap; heads are never split, and take what they take
@@ -57,6 +60,17 @@ def unpack(buffer: bytes) -> list[Unpacked]:
         assert channel == publishes[-1].channel if publishes else True
     assert not missing
     return publishes
+
+
+def one_by_one(events: Iterable[Event]) -> list[Event]:
+    """Return the events with an ack for each tag of an AckedRange."""
+    singles: list[Event] = []
+    for event in events:
+        if isinstance(event, AckedRange):
+            singles.extend(Settled(True, tag, False) for tag in range(event.first_tag, event.last_tag + 1))
+        else:
+            singles.append(event)
+    return singles
 
 
 def framer(frame_max: int = FRAME_MAX) -> PublishFramer:

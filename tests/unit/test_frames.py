@@ -10,6 +10,7 @@ from pamqp.heartbeat import Heartbeat
 
 from gateway.amqp.frames import (
     HEARTBEAT_FRAME,
+    AckedRange,
     Destination,
     PublishFramer,
     Returned,
@@ -23,6 +24,7 @@ from tests.support.frames import (
     framer,
     ids,
     listening,
+    one_by_one,
     returned,
     said,
 )
@@ -95,12 +97,27 @@ def test_the_heartbeat_frame_is_one() -> None:
     assert marshal(Heartbeat(), 0) == HEARTBEAT_FRAME
 
 
-def test_a_thousand_acks_in_one_read_are_a_thousand_events() -> None:
+def test_a_thousand_acks_in_ten_reads_are_ten_events() -> None:
     acks = [marshal(commands.Basic.Ack(tag), PUBLISH_CHANNEL) for tag in range(1, 1_001)]
     ends = list(accumulate(map(len, acks)))
     passed_on, events = feed_in_pieces(listening(), b"".join(acks), ends[::100])
     assert passed_on == b""
-    assert events == [Settled(True, tag, False) for tag in range(1, 1_001)]
+    assert one_by_one(events) == [Settled(True, tag, False) for tag in range(1, 1_001)]
+    assert len(events) <= 11
+
+
+def test_acks_of_one_read_become_ranges_of_consecutive_tags() -> None:
+    sent = [(4, False), (5, False), (7, False), (6, False), (0, False), (1, False), (9, True), (10, False), (11, False)]
+    acks = b"".join(marshal(commands.Basic.Ack(*ack), PUBLISH_CHANNEL) for ack in sent)
+    other = marshal(commands.Basic.Ack(12), PUBLISH_CHANNEL + 1)
+    nack = marshal(commands.Basic.Nack(12), PUBLISH_CHANNEL)
+    assert listening().feed(other + acks + nack + other) == (
+        other + other,
+        [
+            *(AckedRange(4, 5), AckedRange(7, 7), AckedRange(6, 6), AckedRange(0, 1)),
+            *(Settled(True, 9, True), AckedRange(10, 11), Settled(False, 12, False)),
+        ],
+    )
 
 
 def test_a_broker_without_a_frame_limit_gets_bodies() -> None:
