@@ -27,6 +27,8 @@ _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )
 # replaced after so long with nacks alone; with shards, also after so long with nacks of one beside acks of others.
 NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
+NEVER = float("inf")
+TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer so much earlier
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -82,6 +84,8 @@ class PublishConnection:
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
         self._framers: list[PublishFramer] = []  # one for each shard
+        self._due_at = NEVER  # the earliest deadline of a batch
+        self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         """Connect, declare or check the topology, and open the publish channel. Raises any error of connecting."""
@@ -242,15 +246,30 @@ class PublishConnection:
         self._pending[published] = pending
         self.unconfirmed_messages += len(outgoing)
         self.unconfirmed_bytes += pending.size
+        if deadline < self._due_at:
+            self._wait_until(deadline)
         # The range outlives its waiter. Past the deadline, or if the caller is cancelled, late confirms still reduce
         # the unconfirmed counts, and are counted as late.
-        give_up = self._loop.call_at(deadline, _finish, pending.settled)
-        try:
-            await pending.settled
-        finally:
-            give_up.cancel()
+        await pending.settled
         outcomes = published.outcomes()
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
+
+    def _wait_until(self, deadline: float) -> None:
+        """Look at the deadlines of all batches at this time. One timer for all costs less than one for each."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due_at, self._timer = deadline, self._loop.call_at(deadline, self._give_up_late)
+
+    def _give_up_late(self) -> None:
+        """End the waits of batches that are past their deadline."""
+        self._due_at, self._timer = NEVER, None
+        waiting = [pending for pending in self._pending.values() if not pending.settled.done()]
+        now = self._loop.time() + TIMER_RESOLUTION_S
+        for pending in waiting:
+            if pending.deadline <= now:
+                _finish(pending.settled)
+        if later := [pending.deadline for pending in waiting if pending.deadline > now]:
+            self._wait_until(min(later))
 
     def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
         """Return the outcomes on a channel that a payload's size has closed: larger ones were certainly not queued."""
@@ -320,6 +339,8 @@ class PublishConnection:
     def _lose(self, outcome: Outcome = Outcome.UNKNOWN) -> None:
         if not self._lost.done():
             self._lost.set_result(None)
+        if self._timer is not None:
+            self._timer.cancel()
         self._settle(self._tracker.lose(outcome))
 
     def _settle(self, ranges: list[PublishedRange]) -> None:

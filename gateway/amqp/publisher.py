@@ -86,10 +86,11 @@ class Publisher:
 
     def _load(self) -> int:
         """Return the unconfirmed load, without that of draining connections."""
-        return self.window.weigh(
-            sum(connection.unconfirmed_messages for connection in self.connections.open),
-            sum(connection.unconfirmed_bytes for connection in self.connections.open),
-        )
+        messages = size = 0
+        for connection in self.connections.open:  # a few times per request: twice as fast as sum()
+            messages += connection.unconfirmed_messages
+            size += connection.unconfirmed_bytes
+        return self.window.weigh(messages, size)
 
     async def publish(self, outgoing: Outgoing, *, deadline: float | None = None) -> bytes:
         """Publish one batch, in order, on one channel. Wait until all is confirmed, or until the deadline.
@@ -125,10 +126,12 @@ class Publisher:
         clock = asyncio.get_running_loop().time
         if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
-        if not self.connections.is_usable() and self.connections.is_reopening():
-            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S))
-        else:
+        try:
             connection = self._least_loaded()
+        except QueueUnavailable:
+            if not self.connections.is_reopening():
+                raise
+            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S))
         written_at = clock()
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):

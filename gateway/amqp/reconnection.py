@@ -95,7 +95,8 @@ class PublishConnections:
     @property
     def max_payload_bytes(self) -> int | None:
         """The broker's limit on a payload; None until a payload was refused. It is forgotten with its connection."""
-        return min((one.max_payload_bytes for one in self.open if one.max_payload_bytes is not None), default=None)
+        known = [one.max_payload_bytes for one in self.open if one.max_payload_bytes is not None]
+        return min(known) if known else None
 
     async def wait_usable(self) -> None:
         """Wait until a connection is usable, or close() is called."""

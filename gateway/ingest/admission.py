@@ -108,10 +108,10 @@ class Admission:
     def change(self, account_id: int, requests: int, size: int) -> None:
         """Add to what an account holds; negative amounts are given back."""
         self.reserved_bytes += size
-        for counter, amount in ((self.requests_of, requests), (self.bytes_of, size)):
-            counter[account_id] += amount
-            if not counter[account_id]:
-                del counter[account_id]
+        if requests:
+            _add(self.requests_of, account_id, requests)
+        if size:
+            _add(self.bytes_of, account_id, size)
 
     def fits(self, slot: "Slot", size: int) -> bool:
         """Return True if the slot may hold `size` bytes more: if they are free, and within its account's share.
@@ -206,9 +206,7 @@ class Admission:
 
     def _count_granted(self, slot: "Slot", load: int) -> None:
         self._granted_load += load
-        self._granted_of[slot.account_id] += load
-        if not self._granted_of[slot.account_id]:
-            del self._granted_of[slot.account_id]
+        _add(self._granted_of, slot.account_id, load)
 
     def _end_late_grants(self) -> None:
         given_before = time.monotonic() - GRANT_S
@@ -260,6 +258,15 @@ class Admission:
         if slot.was_granted:  # a quick refusal says nothing about how long the next request will take
             self.held_s += SMOOTHING * (held_s - self.held_s)
         self.wake()
+
+
+def _add(counter: Counter[int], key: int, amount: int) -> None:
+    """Add to a counter that has no zeros."""
+    total = counter.get(key, 0) + amount
+    if total:
+        counter[key] = total
+    else:
+        counter.pop(key, None)
 
 
 class Slot:

@@ -17,17 +17,24 @@ def hash_key(key: str) -> bytes:
     return hashlib.sha256(key.encode("ascii")).digest()
 
 
-async def authenticate(keys: Sequence[str], queries: Queries) -> Account:
-    """Return the account of a request from the values of its X-Api-Key headers.
+def digest(keys: Sequence[str]) -> bytes:
+    """Return the stored form of the key in a request's X-Api-Key headers. Raises MissingApiKey or InvalidApiKey.
 
-    Raises MissingApiKey, InvalidApiKey, AccountSuspended or DatabaseUnavailable. An unknown and a revoked key cost the
-    same: a digest and a query. A malformed key costs neither. Its quick refusal reveals nothing: the form is public.
+    A malformed key costs neither a digest nor a query. Its quick refusal reveals nothing: the form is public.
     """
     if not any(keys):
         raise MissingApiKey
     if len(keys) > 1 or not _is_key(keys[0]):
         raise InvalidApiKey
-    account = await queries.find_account(hash_key(keys[0]))
+    return hash_key(keys[0])
+
+
+async def authenticate(key_sha256: bytes, queries: Queries, list_numbers: Sequence[str] = ()) -> Account:
+    """Return the account of a key, with those of its lists that have one of these numbers.
+
+    Raises InvalidApiKey, AccountSuspended or DatabaseUnavailable. An unknown and a revoked key cost the same.
+    """
+    account = await queries.find_account(key_sha256, list_numbers)
     if account is None:
         raise InvalidApiKey
     if not account.is_active:

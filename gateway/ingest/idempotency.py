@@ -59,6 +59,7 @@ class Submission(NamedTuple):
     body_sha256: bytes
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
+    lists: Mapping[str, int] | None  # as in BulkRequest
     deadline: float  # as in BulkRequest
 
 
@@ -71,12 +72,31 @@ class Claim:
             encoded = await claim.keep(answer)
     """
 
-    __slots__ = ("_account_id", "_numbers", "_queries", "ids", "is_retry", "kept_answer", "lists", "lost_lists")
+    __slots__ = (
+        "_account_id",
+        "_known",
+        "_numbers",
+        "_queries",
+        "ids",
+        "is_retry",
+        "kept_answer",
+        "lists",
+        "lost_lists",
+    )
 
-    def __init__(self, queries: Queries, account_id: int, list_numbers: list[str], ids: BatchIds) -> None:
+    def __init__(
+        self,
+        queries: Queries,
+        account_id: int,
+        list_numbers: list[str],
+        lists: Mapping[str, int] | None,
+        ids: BatchIds,
+    ) -> None:
+        """Of `list_numbers` the account has these `lists`, or it is not known yet: None."""
         self._queries = queries
         self._account_id = account_id
         self._numbers = list_numbers
+        self._known = lists
         self.ids = ids
         self.lists: Mapping[str, int] = {}  # list number → list id: the account's active lists
         self.is_retry = False  # an earlier run may have published messages
@@ -84,7 +104,10 @@ class Claim:
         self.kept_answer: bytes | None = None  # of an earlier run, encoded
 
     async def __aenter__(self) -> "Claim":
-        self.lists = await self._queries.resolve_lists(self._account_id, self._numbers)
+        if self._known is not None:
+            self.lists = self._known
+        else:
+            self.lists = await self._queries.resolve_lists(self._account_id, self._numbers)
         return self
 
     async def __aexit__(
@@ -103,7 +126,7 @@ class KeyedClaim(Claim):
     __slots__ = ("_block", "_holder", "_idempotency", "_is_held", "_submission")
 
     def __init__(self, idempotency: "Idempotency", submission: Submission, block: IdBlock, ids: BatchIds) -> None:
-        super().__init__(idempotency.queries, submission.account_id, submission.list_numbers, ids)
+        super().__init__(idempotency.queries, submission.account_id, submission.list_numbers, submission.lists, ids)
         self._idempotency = idempotency
         self._submission = submission
         self._block = block

@@ -5,13 +5,14 @@ ARCHITECTURE.md has the table of the steps. A bad message becomes an error row; 
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import msgspec
 
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.amqp.publisher import Publisher
-from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, TOO_LARGE, OutcomeUnknown, QueueUnavailable
+from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, TOO_LARGE, GatewayError, OutcomeUnknown, QueueUnavailable
 from gateway.ingest.admission import Slot
 from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, validate
 from gateway.ingest.envelopes import Layout
@@ -25,7 +26,7 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 
 
 class BulkRequest(msgspec.Struct):
-    """An authenticated request whose body has been read. The pipeline empties `body` once it is decoded."""
+    """An authenticated request whose body has been read. The pipeline empties `body` and `draft` once it is decoded."""
 
     account_id: int
     slot: Slot
@@ -33,6 +34,19 @@ class BulkRequest(msgspec.Struct):
     body: bytes
     idempotency_key: str | None
     deadline: float  # the time at which the answer is due, on the event loop's clock
+    draft: Draft | None = None  # of a body that was decoded before its key was looked up
+    lists: Mapping[str, int] | None = None  # list number → list id, for that draft: they were looked up with the key
+
+
+def draft_early(body: bytes) -> Draft | None:
+    """Return the draft of a body that arrived with its head; None if it is refused.
+
+    The refusal is raised in its turn, by Pipeline.run: after those of the key.
+    """
+    try:
+        return validate(decode_bulk(body))
+    except GatewayError:
+        return None
 
 
 class Pipeline:
@@ -61,16 +75,19 @@ class Pipeline:
         Sets `record.is_replayed` if the answer is the stored one of an earlier request. Raises the GatewayErrors of
         decoding, of the Idempotency-Key, of the database, and Unavailable or OutcomeUnknown if nothing is confirmed.
         """
-        draft = validate(decode_bulk(request.body))
+        draft = request.draft
+        if draft is None:
+            draft = validate(decode_bulk(request.body))
+            record.mark(VALIDATE)
         body_sha256 = hashlib.sha256(request.body).digest() if request.idempotency_key is not None else b""
-        request.body = b""
+        request.body, request.draft = b"", None
         record.count_in_flight(draft.size)
-        record.mark(VALIDATE)
         async with await self._claim(request, draft, body_sha256) as claim:
             if claim.kept_answer is not None:
                 record.is_replayed = True
                 return claim.kept_answer
-            record.mark(RESOLVE_LISTS)
+            if request.lists is None or request.idempotency_key is not None:
+                record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, _now())
             batch = build(
                 draft,
@@ -102,9 +119,15 @@ class Pipeline:
         ids = BatchIds(block.ids[: draft.size], block.ids[draft.size :])
         list_numbers = draft.distinct_list_numbers()
         if request.idempotency_key is None:
-            return Claim(self._queries, request.account_id, list_numbers, ids)
+            return Claim(self._queries, request.account_id, list_numbers, request.lists, ids)
         submission = Submission(
-            request.account_id, request.idempotency_key, body_sha256, draft.size, list_numbers, request.deadline
+            request.account_id,
+            request.idempotency_key,
+            body_sha256,
+            draft.size,
+            list_numbers,
+            request.lists,
+            request.deadline,
         )
         return self._idempotency.claim(submission, block, ids)
 

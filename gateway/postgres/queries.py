@@ -4,17 +4,20 @@ Concurrent requests share queries (coalesce.py). Reads go to the primary, withou
 account is refused from the first request after the commit. Every method raises DatabaseUnavailable, and no other error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
 from gateway.postgres.pool import Pool
 
-FIND_ACCOUNTS_BY_KEY = """
-    SELECT key.sha256, account.id, account.status = 'active' AS is_active
-    FROM api_keys AS key
+# A row for each wanted pair whose key is valid. Without a list of that number, its id is null.
+FIND_ACCOUNTS = """
+    SELECT wanted.sha256, account.id, account.status = 'active' AS is_active, wanted.number, list.id
+    FROM unnest($1::bytea[], $2::text[]) AS wanted (sha256, number)
+    JOIN api_keys AS key ON key.sha256 = wanted.sha256 AND key.revoked_at IS NULL
     JOIN accounts AS account ON account.id = key.account_id
-    WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
+    LEFT JOIN sending_lists AS list
+        ON list.account_id = account.id AND list.number = wanted.number AND list.status = 'active'
 """
 
 RESOLVE_LISTS = """
@@ -98,11 +101,15 @@ SWEEP_KEYS = f"""
 """  # noqa: S608 - a constant of this module
 
 
+NO_NUMBER = ("",)  # no list has this number
+
+
 class Account(NamedTuple):
     """An account with a valid key."""
 
     id: int
     is_active: bool
+    lists: Mapping[str, int]  # list number → list id: its active lists among those that were asked for
 
 
 class Hold(NamedTuple):
@@ -142,12 +149,21 @@ class EndedRun(NamedTuple):
     is_forgotten: bool  # True: the row is deleted, as if the key had never been sent
 
 
+def _account_of(found: tuple[int, bool, dict[str, int]] | None, numbers: Sequence[str]) -> Account | None:
+    if found is None:
+        return None
+    account_id, is_active, lists = found
+    return Account(account_id, is_active, {number: lists[number] for number in numbers if number in lists})
+
+
 class Queries:
     """The queries of a request, on one pool."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._accounts = Coalescer(self._fetch_accounts)
+        self._accounts = Coalescer(
+            self._fetch_accounts, weigh=lambda wanted: 1 + len(wanted[1]), owner_of=lambda wanted: wanted[0]
+        )
         self._lists = Coalescer(
             self._fetch_lists, weigh=lambda wanted: len(wanted[1]), owner_of=lambda wanted: wanted[0]
         )
@@ -166,19 +182,28 @@ class Queries:
             max_queries=1,
         )
 
-    async def find_account(self, key_sha256: bytes) -> Account | None:
-        """Return the account of a key; None for an unknown or revoked key."""
-        return await self._accounts.get(key_sha256)
+    async def find_account(self, key_sha256: bytes, numbers: Sequence[str] = ()) -> Account | None:
+        """Return the account of a key, with those of its active lists that have one of these numbers.
+
+        Returns None for an unknown or revoked key.
+        """
+        return await self._accounts.get((key_sha256, numbers))
 
     async def resolve_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
         """Return list ids by number, for the `numbers` that are active lists of this account."""
         return await self._lists.get((account_id, numbers)) if numbers else {}
 
-    async def _fetch_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
+    async def _fetch_accounts(self, wanted: Sequence[tuple[bytes, Sequence[str]]]) -> list[Account | None]:
+        # Concurrent requests of one caller often ask for the same list.
+        pairs = {(key, number) for key, numbers in wanted for number in numbers or NO_NUMBER}
         async with self._pool.connection() as connection:
-            rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
-        accounts = {sha256: Account(account_id, is_active) for sha256, account_id, is_active in rows}
-        return [accounts.get(key) for key in keys]
+            rows = await connection.fetch(FIND_ACCOUNTS, *map(list, zip(*pairs, strict=True)))
+        found: dict[bytes, tuple[int, bool, dict[str, int]]] = {}
+        for key, account_id, is_active, number, list_id in rows:
+            _, _, lists = found.setdefault(key, (account_id, is_active, {}))
+            if list_id is not None:
+                lists[number] = list_id
+        return [_account_of(found.get(key), numbers) for key, numbers in wanted]
 
     async def _fetch_lists(self, wanted: Sequence[tuple[int, list[str]]]) -> list[dict[str, int]]:
         pairs = [(account_id, number) for account_id, numbers in wanted for number in numbers]

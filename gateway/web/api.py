@@ -8,14 +8,14 @@ from aiohttp.typedefs import Handler
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
 from gateway.ingest.admission import Slot
-from gateway.ingest.pipeline import BulkRequest
+from gateway.ingest.pipeline import BulkRequest, draft_early
 from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
-from gateway.telemetry.counters import AUTHENTICATE, READ, WAIT
+from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, WAIT
 from gateway.telemetry.requests import RequestRecord
 from gateway.web import openapi
 from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
-from gateway.web.bodies import expect_later, memory_cost, read_body, size_to_reserve
+from gateway.web.bodies import expect_later, memory_cost, read_arrived, read_body, size_to_reserve
 from gateway.web.connections import SLOT
 
 SEND_BULK = "/api/v2/send/bulk"
@@ -43,26 +43,35 @@ async def send_bulk(request: web.Request) -> web.Response:
     keys = request.headers.getall(API_KEY_HEADER, [])
     for key in keys:
         runtime.admission.refuse_again(key)
-    account = await auth.authenticate(keys, runtime.queries)
+    key_sha256 = auth.digest(keys)
+    body = read_arrived(request)
+    draft = draft_early(body) if body else None
+    if draft is not None:
+        record.mark(VALIDATE)
+    account = await auth.authenticate(key_sha256, runtime.queries, draft.distinct_list_numbers() if draft else ())
     record.account_id = account.id
     record.mark(AUTHENTICATE)
     await slot.enter(account.id, size_to_reserve(request), keys[0])  # without a valid key, no bytes are reserved
     if slot.waited_s:
         record.mark(WAIT)
-    # The pipeline alone holds the body: it can let go of it.
-    answer = await runtime.pipeline.run(await _receive(request, slot, account.id), record)
+    received = await _receive(request, slot, account.id, body)
+    if draft is not None:
+        received.draft, received.lists = draft, account.lists
+    del body, draft  # the pipeline alone holds them: it can let go of them
+    answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
     return json_answer(200, answer, REPLAYED if record.is_replayed else {})
 
 
-async def _receive(request: web.Request, slot: Slot, account_id: int) -> BulkRequest:
-    """Read the body of an authenticated request, and reserve what it costs."""
+async def _receive(request: web.Request, slot: Slot, account_id: int, body: bytes | None) -> BulkRequest:
+    """Read the body of an authenticated request unless it has been read, and reserve what it costs."""
     settings, record = request.app[RUNTIME].settings, request[RECORD]
     key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
-    body = await read_body(request, settings.body_timeout_s)
+    if body is None:
+        body = await read_body(request, settings.body_timeout_s)
+        record.mark(READ)
     record.body_bytes = len(body)
     slot.reserve_total(memory_cost(body))
-    record.mark(READ)
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
     return BulkRequest(account_id, slot, request[REQUEST_ID], body, key, deadline)
 

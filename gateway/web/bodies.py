@@ -19,7 +19,27 @@ from gateway.ingest.wire import MAX_BODY_BYTES
 
 # A body with characters beyond ASCII costs up to twice the memory of an ASCII body (tests/hostile/test_memory.py).
 WIDE = 2
+# Such a body is decoded while it is not known who sends it: key and lists then take one query. Decoded, it may take ten
+# times its bytes, in each slot.
+EARLY_BODY_BYTES = 32 * 1024
 _JSON_TYPES = (None, "application/json")
+
+
+def read_arrived(request: web.Request) -> bytes | None:
+    """Return the body of a small request that has arrived with its head; None for any other request.
+
+    Nothing is refused here: `read_body` does that, after the key is checked.
+    """
+    content = request.content
+    if (
+        not content.is_eof()
+        or content.exception() is not None
+        or content.total_bytes > EARLY_BODY_BYTES
+        or hdrs.EXPECT in request.headers
+        or not _is_plain_json(request)
+    ):
+        return None
+    return content.read_nowait()
 
 
 def size_to_reserve(request: web.Request) -> int:

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -168,10 +168,10 @@ async def test_an_account_beyond_its_share_is_refused_without_a_query(
         queries = 0
         find_account = gateway.runtime.queries.find_account
 
-        async def counted(key_sha256: bytes) -> object:
+        async def counted(key_sha256: bytes, numbers: Sequence[str]) -> object:
             nonlocal queries
             queries += 1
-            return await find_account(key_sha256)
+            return await find_account(key_sha256, numbers)
 
         monkeypatch.setattr(gateway.runtime.queries, "find_account", counted)
         waiting = [asyncio.create_task(gateway.post(gateway.caller.body())) for _ in range(2)]

@@ -17,7 +17,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
-from gateway.postgres.queries import FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS, RESOLVE_LISTS
 from testbed import Servers
 from tests.support.callers import make_caller, new_number
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -160,8 +160,8 @@ async def test_an_absent_a_foreign_and_an_inactive_list_cost_the_same_work(
             lines = [b"Idempotency-Key: " + uuid.uuid4().hex.encode()] if keyed else []
             works[reason] = await watched.work_of(*lines, number=number)
     assert len(set(works.values())) == 1, works
-    # Key and lists; with an Idempotency-Key nothing to hold is found, and a row of the key is looked for.
-    assert works["absent"].statements in (None, 4 if keyed else 2)
+    # Key and lists at once; with an Idempotency-Key nothing to hold is found, and a row of the key is looked for.
+    assert works["absent"].statements in (None, 3 if keyed else 1)
 
 
 async def test_an_unknown_and_a_revoked_key_cost_the_same_work_and_a_malformed_one_none(
@@ -237,12 +237,17 @@ async def test_the_query_plan_for_a_list_is_the_same_in_every_state(
     assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans
     assert "sending_lists" in json.dumps(plans["resolve_lists"])
     assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
+    key = hash_key(gateway.caller.key)
+    plans = {reason: await plan_of(crowded, FIND_ACCOUNTS, [key], [number]) for reason, number in numbers.items()}
+    assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans
+    assert "sending_lists" in json.dumps(plans["resolve_lists"])
+    assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
 
 
 async def test_the_query_plan_for_a_refused_key_is_the_same_in_every_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
     keys = await refused_keys(gateway, admin)
-    plans = {reason: await plan_of(crowded, FIND_ACCOUNTS_BY_KEY, [hash_key(key)]) for reason, key in keys.items()}
+    plans = {reason: await plan_of(crowded, FIND_ACCOUNTS, [hash_key(key)], [""]) for reason, key in keys.items()}
     assert all(plan == plans["unknown"] for plan in plans.values()), plans
     assert "Seq Scan" not in json.dumps(plans["unknown"])

@@ -1,12 +1,13 @@
 """API keys: the form of a key, the query for it, and the refusals."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
 
 from gateway.errors import AccountSuspended, InvalidApiKey, MissingApiKey
-from gateway.ingest.auth import authenticate, hash_key
+from gateway.ingest.auth import authenticate, digest, hash_key
 from gateway.postgres.queries import Account, Queries
 
 KEY = "trk_" + "0aZ9" * 8
@@ -19,19 +20,19 @@ class Accounts:
         self.account = account
         self.asked: list[bytes] = []
 
-    async def find_account(self, key_hash: bytes) -> Account | None:
+    async def find_account(self, key_hash: bytes, _numbers: Sequence[str]) -> Account | None:
         self.asked.append(key_hash)
         return self.account if key_hash == hashlib.sha256(KEY.encode()).digest() else None
 
 
 async def authenticated(*keys: str, is_active: bool = True) -> tuple[Account, list[bytes]]:
     """Return the account, and the hashes that were asked for."""
-    accounts = Accounts(Account(7, is_active))
-    return await authenticate(keys, cast("Queries", accounts)), accounts.asked
+    accounts = Accounts(Account(7, is_active, {}))
+    return await authenticate(digest(keys), cast("Queries", accounts)), accounts.asked
 
 
 async def test_a_key_is_looked_up_by_its_hash() -> None:
-    assert await authenticated(KEY) == (Account(7, True), [hash_key(KEY)])
+    assert await authenticated(KEY) == (Account(7, True, {}), [hash_key(KEY)])
     assert hash_key(KEY) == hashlib.sha256(KEY.encode()).digest()
 
 
@@ -50,9 +51,9 @@ async def test_no_key_is_missing(keys: tuple[str, ...]) -> None:
     ],
 )
 async def test_a_malformed_key_is_invalid_without_a_query(keys: tuple[str, ...]) -> None:
-    accounts = Accounts(Account(7, True))
+    accounts = Accounts(Account(7, True, {}))
     with pytest.raises(InvalidApiKey):
-        await authenticate(keys, cast("Queries", accounts))
+        await authenticate(digest(keys), cast("Queries", accounts))
     assert accounts.asked == []
 
 
