@@ -10,8 +10,15 @@ from typing import NamedTuple
 from gateway.postgres.coalesce import Coalescer
 from gateway.postgres.pool import Pool
 
-# A row for each wanted pair whose key is valid. Without a list of that number, its id is null.
-FIND_ACCOUNTS = """
+FIND_ACCOUNTS_BY_KEY = """
+    SELECT key.sha256, account.id, account.status = 'active' AS is_active
+    FROM api_keys AS key
+    JOIN accounts AS account ON account.id = key.account_id
+    WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
+"""
+
+# A row for each wanted pair whose key is valid. Without an active list of that number, list.id is null.
+FIND_ACCOUNTS_AND_LISTS = """
     SELECT wanted.sha256, account.id, account.status = 'active' AS is_active, wanted.number, list.id
     FROM unnest($1::bytea[], $2::text[]) AS wanted (sha256, number)
     JOIN api_keys AS key ON key.sha256 = wanted.sha256 AND key.revoked_at IS NULL
@@ -101,9 +108,6 @@ SWEEP_KEYS = f"""
 """  # noqa: S608 - a constant of this module
 
 
-NO_NUMBER = ("",)  # no list has this number
-
-
 class Account(NamedTuple):
     """An account with a valid key."""
 
@@ -161,8 +165,9 @@ class Queries:
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._accounts = Coalescer(
-            self._fetch_accounts, weigh=lambda wanted: 1 + len(wanted[1]), owner_of=lambda wanted: wanted[0]
+        self._accounts = Coalescer(self._fetch_accounts)
+        self._accounts_and_lists = Coalescer(
+            self._fetch_accounts_and_lists, weigh=lambda wanted: len(wanted[1]), owner_of=lambda wanted: wanted[0]
         )
         self._lists = Coalescer(
             self._fetch_lists, weigh=lambda wanted: len(wanted[1]), owner_of=lambda wanted: wanted[0]
@@ -183,21 +188,29 @@ class Queries:
         )
 
     async def find_account(self, key_sha256: bytes, numbers: Sequence[str] = ()) -> Account | None:
-        """Return the account of a key, with those of its active lists that have one of these numbers.
+        """Return the account of a key, with those of its active lists that have one of these numbers, in one query.
 
         Returns None for an unknown or revoked key.
         """
-        return await self._accounts.get((key_sha256, numbers))
+        if numbers:
+            return await self._accounts_and_lists.get((key_sha256, numbers))
+        return await self._accounts.get(key_sha256)
 
     async def resolve_lists(self, account_id: int, numbers: list[str]) -> dict[str, int]:
         """Return list ids by number, for the `numbers` that are active lists of this account."""
         return await self._lists.get((account_id, numbers)) if numbers else {}
 
-    async def _fetch_accounts(self, wanted: Sequence[tuple[bytes, Sequence[str]]]) -> list[Account | None]:
-        # Concurrent requests of one caller often ask for the same list.
-        pairs = {(key, number) for key, numbers in wanted for number in numbers or NO_NUMBER}
+    async def _fetch_accounts(self, keys: Sequence[bytes]) -> list[Account | None]:
         async with self._pool.connection() as connection:
-            rows = await connection.fetch(FIND_ACCOUNTS, *map(list, zip(*pairs, strict=True)))
+            rows = await connection.fetch(FIND_ACCOUNTS_BY_KEY, keys)
+        accounts = {sha256: Account(account_id, is_active, {}) for sha256, account_id, is_active in rows}
+        return [accounts.get(key) for key in keys]
+
+    async def _fetch_accounts_and_lists(self, wanted: Sequence[tuple[bytes, Sequence[str]]]) -> list[Account | None]:
+        # Concurrent requests of one caller often ask for the same list.
+        pairs = {(key, number) for key, numbers in wanted for number in numbers}
+        async with self._pool.connection() as connection:
+            rows = await connection.fetch(FIND_ACCOUNTS_AND_LISTS, *map(list, zip(*pairs, strict=True)))
         found: dict[bytes, tuple[int, bool, dict[str, int]]] = {}
         for key, account_id, is_active, number, list_id in rows:
             _, _, lists = found.setdefault(key, (account_id, is_active, {}))

@@ -12,7 +12,7 @@ from aiohttp.typedefs import Handler
 
 from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound, drop_tracebacks
 from gateway.runtime import RUNTIME
-from gateway.web.connections import accept_version, is_chunked
+from gateway.web.connections import JSON_HEADERS, accept_version, is_chunked
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def json_answer(status: int, body: bytes, headers: Mapping[str, str]) -> web.Res
     return web.Response(
         status=status,
         body=body,
-        headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway", **headers},
+        headers={**JSON_HEADERS, **headers},
     )
 
 

@@ -14,9 +14,9 @@ from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, WAIT
 from gateway.telemetry.requests import RequestRecord
 from gateway.web import openapi
-from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request, json_answer
+from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request
 from gateway.web.bodies import expect_later, memory_cost, read_arrived, read_body, size_to_reserve
-from gateway.web.connections import SLOT
+from gateway.web.connections import SLOT, DirectAnswer
 
 SEND_BULK = "/api/v2/send/bulk"
 ALLOWED = {SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
@@ -36,7 +36,7 @@ def make_app(runtime: Runtime) -> web.Application:
     return app
 
 
-async def send_bulk(request: web.Request) -> web.Response:
+async def send_bulk(request: web.Request) -> web.StreamResponse:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
     runtime, record = request.app[RUNTIME], request[RECORD]
     slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
@@ -60,7 +60,7 @@ async def send_bulk(request: web.Request) -> web.Response:
     del body, draft  # the pipeline alone holds them: it can let go of them
     answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
-    return json_answer(200, answer, REPLAYED if record.is_replayed else {})
+    return DirectAnswer(answer, REPLAYED if record.is_replayed else {})
 
 
 async def _receive(request: web.Request, slot: Slot, account_id: int, body: bytes | None) -> BulkRequest:

@@ -3,6 +3,8 @@
 import asyncio
 import gzip
 import hashlib
+import time
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import asyncpg
@@ -15,7 +17,7 @@ from tests.support.admission import entered, held_slot
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
-from tests.support.raw_http import exchange
+from tests.support.raw_http import connect, exchange
 
 
 async def assert_refused(outcome: tuple[int, Any, Any], status: int, code: str) -> str:
@@ -418,3 +420,38 @@ async def test_a_bug_is_answered_without_a_traceback(
     assert "bug-1" in sentence
     assert "NoneType" not in sentence
     assert "bug-1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("version", "lines", "stays_open"),
+    [
+        (b"1.1", [], True),
+        (b"1.1", [b"Connection: close"], False),
+        (b"1.0", [], False),
+        (b"1.0", [b"Connection: keep-alive"], True),
+    ],
+)
+async def test_a_counted_answer_is_complete_in_every_version_of_http(
+    gateway: GatewayUnderTest, version: bytes, lines: list[bytes], stays_open: bool
+) -> None:
+    body = gateway.caller.body()
+    head = [
+        b"POST /api/v2/send/bulk HTTP/" + version,
+        b"Host: x",
+        b"X-Api-Key: " + gateway.caller.key.encode(),
+        b"X-Request-Id: mine",
+        b"Content-Length: %d" % len(body),
+        *lines,
+    ]
+    async with connect(gateway.url) as conversation:
+        for _ in range(2 if stays_open else 1):
+            await conversation.send(b"\r\n".join([*head, b"", b""]) + body)
+            answer = await conversation.read_answer()
+            assert answer.status == 200
+            assert answer.json() == {"queued_count": 1, "error_count": 0, "errors": []}
+            assert answer.headers["x-request-id"] == "mine"
+            assert answer.headers["content-type"] == "application/json"
+            assert answer.headers["server"] == "sms-gateway"
+            assert abs(parsedate_to_datetime(answer.headers["date"]).timestamp() - time.time()) < 3
+        if not stays_open:
+            assert await conversation.is_closed()

@@ -11,7 +11,7 @@ import pytest
 
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.cli import status
-from gateway.postgres.queries import FIND_ACCOUNTS, RESOLVE_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS_AND_LISTS, FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -222,14 +222,14 @@ async def test_a_batch_is_two_queries_one_write_and_one_future(
     _, answer = await gateway.send([gateway.message()] * 1000)
 
     assert answer["queued_count"] == 1000
-    assert queries == [FIND_ACCOUNTS, RESOLVE_LISTS]
+    assert queries == [FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS]
     assert len(writes) == 1
     assert len(futures) == 1
 
     _, answer = await gateway.send([gateway.message()] * 100)
 
     assert answer["queued_count"] == 100
-    assert queries[2:] == [FIND_ACCOUNTS], "a body that has arrived with its head: key and lists in one query"
+    assert queries[2:] == [FIND_ACCOUNTS_AND_LISTS], "a body that has arrived with its head: key and lists in one query"
     assert len(writes) == 2
     assert len(futures) == 2
 

@@ -17,7 +17,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.auth import hash_key
-from gateway.postgres.queries import FIND_ACCOUNTS, RESOLVE_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS_AND_LISTS, FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed import Servers
 from tests.support.callers import make_caller, new_number
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -238,7 +238,9 @@ async def test_the_query_plan_for_a_list_is_the_same_in_every_state(
     assert "sending_lists" in json.dumps(plans["resolve_lists"])
     assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
     key = hash_key(gateway.caller.key)
-    plans = {reason: await plan_of(crowded, FIND_ACCOUNTS, [key], [number]) for reason, number in numbers.items()}
+    plans = {
+        reason: await plan_of(crowded, FIND_ACCOUNTS_AND_LISTS, [key], [number]) for reason, number in numbers.items()
+    }
     assert all(plan == plans["resolve_lists"] for plan in plans.values()), plans
     assert "sending_lists" in json.dumps(plans["resolve_lists"])
     assert "Seq Scan" not in json.dumps(plans["resolve_lists"])
@@ -248,6 +250,7 @@ async def test_the_query_plan_for_a_refused_key_is_the_same_in_every_state(
     gateway: GatewayUnderTest, admin: Admin, crowded: asyncpg.Connection
 ) -> None:
     keys = await refused_keys(gateway, admin)
-    plans = {reason: await plan_of(crowded, FIND_ACCOUNTS, [hash_key(key)], [""]) for reason, key in keys.items()}
-    assert all(plan == plans["unknown"] for plan in plans.values()), plans
-    assert "Seq Scan" not in json.dumps(plans["unknown"])
+    for sql, more in ((FIND_ACCOUNTS_BY_KEY, []), (FIND_ACCOUNTS_AND_LISTS, [[gateway.caller.list_number]])):
+        plans = {reason: await plan_of(crowded, sql, [hash_key(key)], *more) for reason, key in keys.items()}
+        assert all(plan == plans["unknown"] for plan in plans.values()), plans
+        assert "Seq Scan" not in json.dumps(plans["unknown"])

@@ -22,6 +22,12 @@ class RawAnswer(NamedTuple):
         """Return the status of the last answer."""
         return int(self.raw[self.raw.rindex(b"HTTP/1.") :].split(b" ", 2)[1])
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the headers of the last answer, by their names in lower case."""
+        head = self.raw[self.raw.rindex(b"HTTP/1.") : self.raw.rindex(b"\r\n\r\n")].decode("ascii")
+        return {name.lower(): value for name, _, value in (line.partition(": ") for line in head.split("\r\n")[1:])}
+
     def json(self) -> Any:
         """Return the decoded body of the last answer."""
         return msgspec.json.decode(self.raw[self.raw.rindex(b"\r\n\r\n") :])
