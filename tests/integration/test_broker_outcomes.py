@@ -1,22 +1,18 @@
 """Acks, nacks, returns, a closed channel and a lost connection of a real broker: counts are exact. Promises 1 to 3."""
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import aio_pika
-import asyncpg
 import msgspec
 import pytest
 
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.cli import status
-from gateway.postgres.queries import FIND_ACCOUNTS_AND_LISTS, FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS
 from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
-from tests.support.publishing import transport_of
 
 
 async def test_the_queue_holds_exactly_what_was_counted(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
@@ -202,69 +198,3 @@ async def test_every_queue_type_takes_what_is_counted(
             assert len(taken) == 1000
         assert [msgspec.json.decode(message.body)["index"] for message in taken[:1000]] == list(range(1000))
         await queue.delete()
-
-
-async def test_a_batch_is_two_queries_one_write_and_one_future(
-    start_gateway: StartGateway, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gateway = await start_gateway(make_settings(amqp_connections=1))
-    await gateway.send([gateway.message()])  # the statements are prepared, the ids leased
-    queries: list[str] = []
-    for method in ("execute", "executemany", "fetch", "fetchrow", "fetchval"):
-        monkeypatch.setattr(asyncpg.Connection, method, recording(getattr(asyncpg.Connection, method), queries))
-    (connection,) = gateway.runtime.publisher.connections.open
-    transport = transport_of(connection)
-    writes: list[bytes] = []
-    monkeypatch.setattr(transport, "write", recording_writes(transport.write, writes))
-    futures: list[object] = []
-    monkeypatch.setattr(connection, "_loop", CountingLoop(connection._loop, futures))
-
-    _, answer = await gateway.send([gateway.message()] * 1000)
-
-    assert answer["queued_count"] == 1000
-    assert queries == [FIND_ACCOUNTS_BY_KEY, RESOLVE_LISTS]
-    assert len(writes) == 1
-    assert len(futures) == 1
-
-    _, answer = await gateway.send([gateway.message()] * 100)
-
-    assert answer["queued_count"] == 100
-    assert queries[2:] == [FIND_ACCOUNTS_AND_LISTS], "a body that has arrived with its head: key and lists in one query"
-    assert len(writes) == 2
-    assert len(futures) == 2
-
-
-def recording(method: Callable[..., Any], queries: list[str]) -> Callable[..., Any]:
-    """Return the same method of asyncpg's connection, which also records the SQL."""
-
-    async def recorded(self: object, sql: str, *arguments: object, **options: object) -> object:
-        queries.append(sql)
-        return await method(self, sql, *arguments, **options)
-
-    return recorded
-
-
-def recording_writes(write: Callable[[bytes], None], writes: list[bytes]) -> Callable[[bytes], None]:
-    """Return `write`, which now also records what is written."""
-
-    def recorded(data: bytes) -> None:
-        writes.append(data)
-        write(data)
-
-    return recorded
-
-
-class CountingLoop:
-    """The publish connection's event loop; collects the futures made for batches."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, futures: list[object]) -> None:
-        self._loop = loop
-        self._futures = futures
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loop, name)
-
-    def create_future(self) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._futures.append(future)
-        return future
