@@ -6,6 +6,7 @@ import sys
 if sys.argv[1:2] in (["serve"], ["work"]):
     # Before the imports, which take a second: the default of SIGHUP ends the process. server/signals.py handles it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would end the imports with a traceback
 
 from gateway.cli.commands import run
 

@@ -17,7 +17,7 @@ PREFIX = "GATEWAY_"
 ESCAPE_HINT = ", with the special characters of the password percent-encoded"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: a free port
-Positive = Annotated[int, Meta(ge=1)]
+Positive = Annotated[int, Meta(ge=1, le=10**12)]  # far above any use, and loads computed from it fit 64 bits
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=3600)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -65,7 +65,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_cert_file: str = ""
     database_key_file: str = ""
     # Connections per process. Requests share queries, so a larger pool stays idle.
-    database_pool_size: Positive = 5
+    database_pool_size: Annotated[int, Meta(ge=1, le=1_000)] = 5
     # Longest time for one query, the wait for a connection included.
     database_timeout_s: Seconds = 2.0
     # Prepared statements per connection; 0 behind PgBouncer before 1.21.
@@ -95,7 +95,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # A connection with a batch that stays unconfirmed for longer is closed, even while a broker alarm blocks it.
     abandon_timeout_s: Seconds = 30.0
     # Bounds on unconfirmed messages, in number and in bytes. Below 1,000 a full batch would never fit.
-    max_unconfirmed_messages: Annotated[int, Meta(ge=1_000)] = 100_000
+    max_unconfirmed_messages: Annotated[int, Meta(ge=1_000, le=10**9)] = 100_000
     max_unconfirmed_bytes: Positive = 128 * 1024 * 1024
 
     # An idle connection costs about 7 kB. At the limit the oldest waiting one is closed (web/connections.py).

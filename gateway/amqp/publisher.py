@@ -38,6 +38,7 @@ class Publisher:
             target_s=settings.confirm_timeout_s / 16,
         )
         self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told
+        self._load_without_connection = 0  # of batches that wait for a channel or a connection
         self.republished = 0  # messages published again elsewhere after their connection was lost
 
     def start(self) -> None:
@@ -81,8 +82,11 @@ class Publisher:
         return self.weigh(len(outgoing), outgoing.payload_bytes)
 
     def room(self, reserved: int = 0) -> int:
-        """Return the load that may be written now, beside the unconfirmed load and what is reserved for others."""
-        return self.window.room(self._load() + reserved)
+        """Return the load that may be written beside the unconfirmed load and what is reserved for others.
+
+        Batches that wait for a channel count as unconfirmed: all of them are written as soon as it is open.
+        """
+        return self.window.room(self._load() + self._load_without_connection + reserved)
 
     def _load(self) -> int:
         """Return the unconfirmed load, without that of draining connections."""
@@ -131,7 +135,7 @@ class Publisher:
         except QueueUnavailable:
             if not self.connections.is_reopening():
                 raise
-            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S))
+            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S), outgoing)
         written_at = clock()
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
@@ -155,8 +159,9 @@ class Publisher:
         merged = bytearray(outcomes)
         while unknown := [n for n in self._fitting(outgoing) if merged[n] == Outcome.UNKNOWN]:
             try:
-                connection = await self._choose_before(deadline - RETRY_MARGIN_S)
-                second = await connection.publish(outgoing.only(unknown), deadline)
+                again = outgoing.only(unknown)
+                connection = await self._choose_before(deadline - RETRY_MARGIN_S, again)
+                second = await connection.publish(again, deadline)
             except QueueUnavailable:
                 break
             self.republished += len(unknown)
@@ -178,13 +183,18 @@ class Publisher:
             return usable[0]
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
 
-    async def _choose_before(self, deadline: float) -> PublishConnection:
-        """Return the best usable connection; wait for one until `deadline`. Raises QueueUnavailable."""
+    async def _choose_before(self, deadline: float, outgoing: Outgoing) -> PublishConnection:
+        """Return the best usable connection for a batch; wait for one until `deadline`. Raises QueueUnavailable."""
         if asyncio.get_running_loop().time() > deadline:
             raise QueueUnavailable
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(deadline):
-                await self.connections.wait_usable()
+        load = self.load_of(outgoing)
+        self._load_without_connection += load
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self.connections.wait_usable()
+        finally:
+            self._load_without_connection -= load
         return self._least_loaded()
 
     def _count(self, outcomes: bytes) -> None:

@@ -160,8 +160,10 @@ class Admission:
     async def wait(self, slot: "Slot") -> None:
         """Wait for a grant. Raises Overloaded after too long a wait, QueueUnavailable if the broker is gone.
 
-        Waits of one request add up. Raises MalformedHttp if the caller has hung up.
+        Waits of one request add up. Raises MalformedHttp if the caller has hung up, and Draining after close().
         """
+        if self.closed:
+            raise Draining
         loop = asyncio.get_running_loop()
         slot.waits_since = loop.time() - slot.waited_s
         if not self._waiting:

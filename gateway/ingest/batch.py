@@ -13,6 +13,7 @@ import msgspec
 from msgspec import UNSET
 
 from gateway import errors
+from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
@@ -82,11 +83,17 @@ class Batch(msgspec.Struct, frozen=True):
     placements: list[Placement] | None = None  # one per AMQP message; None: one message per AMQP message, one queue
 
     def outcomes_of_messages(self, outcomes: bytes) -> bytes:
-        """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope."""
+        """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope.
+
+        An envelope that is TOO_LARGE says nothing about each of its messages: they are NACKED. It was made before the
+        broker's limit was known.
+        """
         if self.placements is None:
             return outcomes
         spread = bytearray(len(self.ids))
         for (_, positions), outcome in zip(self.placements, outcomes, strict=True):
+            if outcome == Outcome.TOO_LARGE and len(positions) > 1:
+                outcome = Outcome.NACKED
             for position in positions:
                 spread[position] = outcome
         return bytes(spread)

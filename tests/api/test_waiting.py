@@ -9,13 +9,16 @@ from urllib.parse import urlsplit
 
 import msgspec
 import pytest
+from pamqp import commands
+from pamqp.base import Frame
 
+from gateway.amqp import publisher
 from gateway.cli.admin import open_admin
 from tests.support.callers import Caller, make_caller
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import connect
-from tests.support.scripted_broker import ScriptedBroker
+from tests.support.scripted_broker import ScriptedBroker, Session
 
 FULL = 1_000  # messages in the window of these tests
 
@@ -131,6 +134,35 @@ async def test_a_broker_alarm_ends_the_wait(start_gateway: StartGateway, make_se
         broker.sessions[0].blocked()
         status, answer, _ = await request
         assert (status, answer["code"]) == (503, "queue_unavailable")
+
+
+async def test_while_a_channel_is_reopened_requests_wait_for_room_on_the_next_one(
+    start_gateway: StartGateway, make_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise all would be let in at once, and refused at once when the channel is open."""
+    monkeypatch.setattr(publisher, "REOPEN_S", 10.0)  # the machine may be busy
+    held: list[tuple[Session, int]] = []
+
+    def hold(session: Session, channel: int, frame: Frame) -> bool:
+        if isinstance(frame, commands.Confirm.Select):
+            held.append((session, channel))
+        return bool(held)
+
+    async with ScriptedBroker() as broker:
+        settings = make_settings(amqp_url=broker.url, amqp_connections=1, max_unconfirmed_messages=FULL)
+        gateway = await start_gateway(settings)
+        broker.on_method = hold
+        broker.sessions[0].close_channel(404, "NOT_FOUND - no exchange")
+        await broker.wait_until(lambda: bool(held))
+        requests = [asyncio.create_task(gateway.send([gateway.message()] * FULL)) for _ in range(3)]
+        # The first will fill the window.
+        await eventually(lambda: gateway.runtime.publisher.room() == 0 and gateway.runtime.admission.waiting == 2)
+        broker.on_method = None
+        session, channel = held[0]
+        session._channels[channel].confirming = True
+        session.send(channel, commands.Confirm.SelectOk())
+        answers = await asyncio.gather(*requests)
+        assert [(status, answer.get("queued_count")) for status, answer in answers] == [(200, FULL)] * 3
 
 
 async def test_a_batch_whose_body_was_slow_waits_for_room_with_its_body(

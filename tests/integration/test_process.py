@@ -310,6 +310,23 @@ async def test_sighup_without_a_certificate_is_ignored_from_the_start_on(
         assert (await Client(process.url, session, caller).post(caller.body()))[0] == 200
 
 
+@pytest.mark.parametrize("arguments", [["serve"], ["serve", "--workers", "2"]])
+async def test_ctrl_c_during_the_imports_ends_the_process_without_a_traceback(
+    settings: dict[str, str], tmp_path: Path, arguments: list[str]
+) -> None:
+    with (tmp_path / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "gateway", *arguments),
+            cwd=Path(__file__).parents[2],
+            env=os.environ | settings,
+            stderr=log,
+        )
+    await eventually(lambda: "asyncpg" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert await process.wait() == -signal.SIGINT
+    assert (tmp_path / "log").read_text() == ""
+
+
 async def test_sighup_during_the_start_is_ignored(settings: dict[str, str], tmp_path: Path) -> None:
     """Started without the testbed, which waits until the gateway is ready."""
     api_port, ops_port = Port(), Port()

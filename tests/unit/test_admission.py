@@ -149,6 +149,21 @@ async def test_draining_admits_no_new_request_and_ends_none() -> None:
     assert_empty(admission)
 
 
+async def test_at_the_end_of_a_drain_a_request_without_room_is_refused_and_does_not_begin_to_wait() -> None:
+    """The process would end before its turn comes, and the caller would get no answer."""
+    room = BrokerRoom(messages=10)
+    admission = admission_of(room=room)
+    with held_slot(admission) as late, held_slot(admission) as read:
+        await read.enter(A, 10, KEY)
+        room.unconfirmed = 10
+        admission.close()
+        for wait in (late.enter(B, 10, KEY), read.enter_window(5)):
+            with pytest.raises(Draining):
+                async with asyncio.timeout(5):
+                    await wait
+    assert_empty(admission)
+
+
 async def test_a_body_that_costs_more_than_its_size_reserves_more_or_is_refused() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 400, A) as first, entered(admission, 150, B) as second:

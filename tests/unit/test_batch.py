@@ -5,7 +5,11 @@ from typing import Any
 
 import pytest
 
+from gateway.amqp.confirms import Outcome
+from gateway.amqp.outgoing import Outgoing
 from gateway.ingest import batch
+from gateway.ingest.batch import Batch
+from gateway.ingest.envelopes import Placement
 from gateway.ingest.wire import decode_bulk
 from tests.support.batch_model import (
     GOOD,
@@ -220,3 +224,11 @@ def test_the_known_fields_of_contact_data_have_their_types_and_null_is_none(name
 def test_fields_the_contract_does_not_know_go_nowhere(field: str) -> None:
     payload = only_payload(request_of([GOOD | {field: "hostile"}], **{field: "hostile"}))
     assert b"hostile" not in payload
+
+
+def test_an_envelope_that_is_too_large_does_not_say_that_of_each_sms_in_it() -> None:
+    """The broker's limit may become known after the envelopes were made: the next run halves them."""
+    placements = [Placement(0, range(2)), Placement(0, range(2, 3))]
+    batch = Batch([""] * 3, [], [], [], Outgoing([], []), placements)
+    outcomes = batch.outcomes_of_messages(bytes([Outcome.TOO_LARGE] * 2))
+    assert list(outcomes) == [Outcome.NACKED, Outcome.NACKED, Outcome.TOO_LARGE]
