@@ -20,6 +20,7 @@ from gateway.config import Settings
 
 # aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
+JOINED_BYTES = 64 * 1024  # above it, a system call more costs less than a copy
 
 
 async def prepare_connection(
@@ -92,6 +93,8 @@ class TappedTransport(TransportFactory):
         self._callbacks: tuple[Callable[[Event], None], Callable[[], None]] = (_ignore, _ignore)
         self._tap: _Tap | None = None
         self._transport: asyncio.Transport | None = None
+        self._unsent: list[bytes] = []  # written in this turn of the event loop
+        self._unsent_bytes = 0
 
     def report_to(self, on_event: Callable[[Event], None], on_lost: Callable[[], None]) -> None:
         """Call these two from now on, and no others: for each event, and when the socket is lost."""
@@ -138,10 +141,25 @@ class TappedTransport(TransportFactory):
         return self._transport is None or self._transport.is_closing()
 
     def write(self, buffer: bytes) -> None:
-        """Hand whole frames to the socket. Raises ConnectionResetError if it is closing: then no byte was taken."""
-        if self._transport is None or self._transport.is_closing():
+        """Hand whole frames to the socket. Raises ConnectionResetError if it is closing: then no byte was taken.
+
+        Small buffers leave together at the end of the event loop's turn: uvloop makes a system call of each write,
+        which is a fifth of the CPU of a small request (scripts/bench compare, batches of 1).
+        """
+        if self.is_closing:
             raise ConnectionResetError("the connection is closing")
-        self._transport.write(buffer)
+        self._unsent.append(buffer)
+        self._unsent_bytes += len(buffer)
+        if self._unsent_bytes >= JOINED_BYTES:
+            self._send()
+        elif len(self._unsent) == 1:
+            asyncio.get_running_loop().call_soon(self._send)
+
+    def _send(self) -> None:
+        """Write what has been collected. If the connection is closing it is dropped: its outcome is then unknown."""
+        unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
+        if unsent and self._transport is not None and not self._transport.is_closing():
+            self._transport.write(b"".join(unsent))
 
     def abort(self) -> None:
         """Close the socket at once, without writing what is buffered."""
