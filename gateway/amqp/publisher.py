@@ -143,7 +143,7 @@ class Publisher:
         outcomes = await connection.publish(outgoing, deadline)
         if not connection.is_lost:
             self.window.adapt(load, unconfirmed=unconfirmed + load, written_at=written_at, now=clock())
-        elif not self.connections.is_closed and Outcome.UNKNOWN in outcomes:
+        elif Outcome.UNKNOWN in outcomes:
             outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
         return outcomes
 

@@ -51,7 +51,6 @@ SERVICE_RIGHTS = {
 TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
-           rolsuper AS is_superuser,
            pg_has_role(role.oid, relowner, 'MEMBER') OR pg_has_role(role.oid, nspowner, 'MEMBER') AS is_owner,
            has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
            has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
@@ -170,7 +169,7 @@ class Admin:
             raise AdminError(f"there is no database role {role}: CREATE ROLE {role} LOGIN PASSWORD '...' creates it")
         if not found["can_grant"]:
             raise AdminError(f"only the owner of the tables can grant {role} its rights: run migrate as the owner")
-        if found["is_superuser"] or found["is_owner"]:
+        if found["is_owner"]:  # a superuser is a member of every role
             raise AdminError(
                 f"{role} owns the tables or their schema, or is a member of a role that does, so rights would not "
                 "limit it. Choose another role"

@@ -140,7 +140,6 @@ class Admission:
     def may_publish(self, slot: "Slot", load: int) -> bool:
         """Return True if a batch of this load may be written at once: its slot has a grant, and there is room."""
         if self._waiting:
-            self._end_late_grants()
             # The load may be less than was expected: offer the rest to those that wait.
             asyncio.get_running_loop().call_soon(self.wake)
         had_grant = self.end_grant(slot)
@@ -338,7 +337,7 @@ class Slot:
 
     def hold_answer(self, size: int) -> None:
         """Reserve `size` bytes if that is more than is reserved. An answer cannot be refused any more."""
-        if self.account_id != NO_ACCOUNT and size > self.reserved:
+        if size > self.reserved:
             self._change_to(size)
 
     def _change_to(self, size: int) -> None:

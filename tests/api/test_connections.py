@@ -13,6 +13,7 @@ import asyncpg
 import msgspec
 import pytest
 
+from gateway.ingest.admission import Slot
 from gateway.web.bodies import EARLY_BODY_BYTES
 from gateway.web.connections import LINGER_S
 from tests.support.eventually import eventually
@@ -200,6 +201,15 @@ async def test_an_answer_does_not_stay_with_an_idle_connection(gateway: GatewayU
                 await idle.send(request)
                 assert (await idle.read_answer()).status == 200
             assert kept_mb() < 1, "less than two answers"
+
+
+async def test_an_answer_is_counted_with_the_bytes_in_flight(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    monkeypatch.setattr(Slot, "hold_answer", lambda _slot, size: held.append(size))
+    _, _, headers = await gateway.post(LARGE_ANSWER)
+    assert held == [int(headers["Content-Length"])]
 
 
 async def test_an_unread_answer_does_not_outlive_its_connection(gateway: GatewayUnderTest) -> None:

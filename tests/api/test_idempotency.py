@@ -13,10 +13,14 @@ import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
+from gateway.errors import OutcomeUnknown
+from gateway.ingest.batch import BatchIds
+from gateway.ingest.idempotency import Submission
 from gateway.ingest.message_ids import ids_at
+from gateway.ingest.wire import Answer, ErrorRow
 from gateway.postgres import queries
 from gateway.postgres.queries import ANSWER_UNIT, EndedRun, HeldKey, Hold, KnownKey, Queries
-from tests.support.callers import make_caller
+from tests.support.callers import make_caller, new_number
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
@@ -59,10 +63,12 @@ async def test_a_repeated_request_is_answered_again_and_published_once(
 
 @pytest.mark.parametrize("change", [{"to": "bad"}, {"list_number": "+18005559999"}], ids=["to", "list_number"])
 async def test_a_batch_of_which_nothing_is_queued_leaves_no_row_and_runs_again(
-    gateway: GatewayUnderTest, change: dict[str, Any]
+    gateway: GatewayUnderTest, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     body = batch(gateway, **change)
-    first = await gateway.post(body, Idempotency_Key="k")
+    with monkeypatch.context() as without_writes:
+        without_writes.setattr(gateway.runtime.queries, "settle_key", None)
+        first = await gateway.post(body, Idempotency_Key="k")
     assert await keys_of(gateway) == []
     again = await gateway.post(body, Idempotency_Key="k")
     assert (first[0], first[1], again[2].get("Idempotent-Replayed")) == (200, again[1], None)
@@ -162,6 +168,27 @@ async def test_an_unknown_outcome_runs_again_elsewhere_with_the_same_ids(
         assert [body["body"] for body in bodies] == [f"Hello {message_id}, {BODY}" for message_id in ids]
         assert (await one.post(batch(one), Idempotency_Key="k"))[2]["Idempotent-Replayed"] == "true"
         assert len(broker.published) == 6
+
+
+async def test_envelopes_of_a_second_run_have_ids_of_their_own(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """The layout may have changed: as many envelopes as before need not hold the same SMS."""
+    async with ScriptedBroker() as broker:
+        settings = make_settings(
+            amqp_url=broker.url, amqp_connections=1, confirm_timeout_s=0.5, messages_per_envelope=2
+        )
+        gateway, other = await start_gateway(settings), await start_gateway(settings)
+        other.caller = gateway.caller
+        broker.mode = "silent"
+        assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 504
+        broker.mode = "ack"
+        assert (await other.post(batch(gateway), Idempotency_Key="k"))[1]["queued_count"] == 3
+        envelopes = [msgspec.json.decode(published.body) for published in broker.published]
+        ids = [[sms["id"] for sms in envelope] for envelope in envelopes]
+        assert ids[:2] == ids[2:]
+        all_ids = {published.properties.message_id for published in broker.published}.union(*ids)
+        assert len(all_ids) == 4 + 3
 
 
 async def test_a_repeat_during_the_first_run_is_told_to_wait(
@@ -354,6 +381,35 @@ async def test_a_late_run_does_not_touch_the_row_of_the_next_one(
     assert await queries.hold_key(hold_of(gateway, 300)) == HELD_BY_ANOTHER
     await queries.settle_key(end_of(gateway, 200, is_forgotten=is_forgotten))
     assert await queries.hold_key(hold_of(gateway, 300)) == HeldKey(300 if is_forgotten else 100, [])
+
+
+@pytest.mark.parametrize("is_forgotten", [True, False], ids=["forget", "keep"])
+async def test_a_run_does_not_touch_another_accounts_row(
+    gateway: GatewayUnderTest, admin: Admin, *, is_forgotten: bool
+) -> None:
+    queries, other = gateway.runtime.queries, await make_caller(admin)
+    theirs = hold_of(gateway, 100, account_id=other.account_id)
+    await queries.hold_key(theirs)
+    await queries.hold_key(hold_of(gateway, 200))
+    await queries.settle_key(end_of(gateway, 200, None if is_forgotten else b"mine", is_forgotten=is_forgotten))
+    assert await queries.hold_key(theirs._replace(holder=300)) == HELD_BY_ANOTHER
+
+
+async def test_a_second_run_that_ends_with_an_error_or_queues_nothing_keeps_the_row(gateway: GatewayUnderTest) -> None:
+    """A later version may refuse all messages of the batch, though the first run queued them."""
+    runtime, caller = gateway.runtime, gateway.caller
+    sent = Submission(caller.account_id, "k", bytes(32), 1, [caller.list_number], None, 0.0)
+    for error in (OutcomeUnknown, asyncio.CancelledError, ZeroDivisionError):
+        block = await runtime.ids.take(1)
+        with pytest.raises(error):
+            async with runtime.idempotency.claim(sent, block, BatchIds(block.ids, [])) as claim:
+                raise error
+    assert claim.is_retry
+    block = await runtime.ids.take(1)
+    async with runtime.idempotency.claim(sent, block, BatchIds(block.ids, [])) as claim:
+        await claim.keep(Answer(0, 1, [ErrorRow(0, "bad", "invalid_phone", "bad")]))
+    (row,) = await keys_of(gateway)
+    assert row["answer"] is None
 
 
 async def test_each_run_is_a_holder_of_its_own_and_holds_for_the_longest_run_and_two_seconds(
@@ -604,6 +660,12 @@ async def test_a_long_answer_counts_as_several_keys(gateway: GatewayUnderTest, q
     assert (await gateway.runtime.queries.count_keys())[account_id] > 1, "PostgreSQL compresses it"
 
 
+async def test_many_unknown_lists_count_as_several_keys(gateway: GatewayUnderTest) -> None:
+    not_found = [new_number() for _ in range(1_000)]
+    await gateway.runtime.queries.hold_key(hold_of(gateway, 100, not_found=not_found))
+    assert (await gateway.runtime.queries.count_keys())[gateway.caller.account_id] > 1
+
+
 async def test_a_row_is_one_a_batch_and_names_the_block_of_ids(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
     await gateway.post(batch(gateway), Idempotency_Key="k")
     (row,) = await keys_of(gateway)
@@ -619,7 +681,7 @@ async def test_sweeps_at_once_remove_the_expired_and_nothing_else(gateway: Gatew
     """
     day, hour, minute = timedelta(days=1), timedelta(hours=1), timedelta(minutes=1)
     try:
-        await connection.execute(insert, gateway.caller.account_id, "old-", day + minute, -hour, 2_500)
+        await connection.execute(insert, gateway.caller.account_id, "old-", day + minute, -hour, 4_500)
         await connection.execute(insert, gateway.caller.account_id, "young-", day - hour, -hour, 10)
         await connection.execute(insert, gateway.caller.account_id, "running-", day + minute, minute, 10)
     finally:

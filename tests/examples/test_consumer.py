@@ -12,17 +12,19 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import aio_pika
 import asyncpg
 import msgspec
 import pytest
+from aio_pika.abc import AbstractIncomingMessage
 from pamqp.common import FieldTable
 from yarl import URL
 
 from examples.consumer import Consumer, Settings, open_consumer
 from examples.consumer import consumer as consumer_module
-from examples.consumer.consumer import BrokerLost, UnsupportedQueue
+from examples.consumer.consumer import BrokerLost, UnsupportedQueue, _Subscription
 from examples.consumer.inbox import DATABASE_ERRORS, Inbox, insert_deliveries
 from examples.consumer.payloads import Sms
 from testbed import Servers
@@ -611,3 +613,56 @@ async def test_a_commit_without_an_answer_is_tried_again_and_finds_its_own_ids(w
         proxy.pass_through()
         assert await inbox.hand_on({message.id: message}) == 0
     assert await world.handed_on() == Counter(["AbC12345"])
+
+
+async def test_a_gap_in_the_deliveries_ends_the_subscription() -> None:
+    """An ack covers all before it, and so would cover messages that never arrived."""
+    subscription = _Subscription()
+    for tag in (1, 3):
+        message = Mock(spec=AbstractIncomingMessage, headers={}, delivery_tag=tag)
+        await subscription.receive(message)
+    assert (await subscription.next_message()) is not None
+    with pytest.raises(BrokerLost, match="delivery 3 came after 1"):
+        await subscription.next_message()
+
+
+async def test_sweeps_go_on_after_an_outage_of_the_database() -> None:
+    sweeps = iter([OSError("away"), 0])
+    is_swept = asyncio.Event()
+
+    async def sweep() -> int:
+        match next(sweeps, None):
+            case None:
+                is_swept.set()
+            case OSError() as error:
+                raise error
+        return 0
+
+    consumer = Consumer(Settings(database_url="unused", amqp_url=NOWHERE, sweep_interval_s=0.001))
+    sweeping = asyncio.create_task(consumer._keep_sweeping(Mock(sweep=sweep)))
+    async with asyncio.timeout(5.0):
+        await is_swept.wait()
+    sweeping.cancel()
+
+
+async def test_two_consumers_with_the_same_ids_in_another_order_do_not_deadlock(world: World) -> None:
+    settings = world.settings()
+    async with Inbox(settings) as one, Inbox(settings) as other:
+        await one.hand_on({})
+        for attempt in range(5):
+            ids = [f"{attempt}{number:07}" for number in range(2_000)]
+            group = {id_: msgspec.convert(sms(id_), Sms) for id_ in ids}
+            backwards = {id_: group[id_] for id_ in reversed(ids)}
+            assert sum(await asyncio.gather(one.hand_on(group), other.hand_on(backwards))) == len(ids)
+
+
+async def test_the_server_ends_a_transaction_whose_consumer_is_lost(world: World) -> None:
+    async with Inbox(world.settings(database_timeout_s=3.0)) as inbox, inbox._transaction() as connection:
+        for name in ("statement_timeout", "idle_in_transaction_session_timeout"):
+            assert await connection.fetchval("SELECT current_setting($1)", name) == "3s"
+
+
+async def test_replicas_that_start_at_once_make_the_tables_once(world: World) -> None:
+    async with AsyncExitStack() as stack:
+        replicas = [await stack.enter_async_context(Inbox(world.settings())) for _ in range(4)]
+        assert await asyncio.gather(*(replica.hand_on({}) for replica in replicas)) == [0] * 4

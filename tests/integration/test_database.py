@@ -105,6 +105,48 @@ async def test_during_an_outage_queries_fail_at_once_and_afterwards_succeed(serv
         assert await ask(db) == 1
 
 
+async def test_after_an_outage_no_connection_from_before_is_used(servers: Servers) -> None:
+    """Another host may be the primary now."""
+
+    async def backend(db: Pool) -> int:
+        async with db.connection() as connection:
+            pid: int = await connection.fetchval("SELECT pg_backend_pid() FROM pg_sleep(0.1)")
+        return pid
+
+    async with (
+        proxy_to(servers) as proxy,
+        opened(through(servers.database_url, proxy.port), database_timeout_s=1.0) as db,
+    ):
+        before = set(await asyncio.gather(*(backend(db) for _ in range(3))))
+        proxy.black_hole()
+        with pytest.raises(DatabaseUnavailable):
+            await ask(db)
+        proxy.pass_through()
+        await eventually(lambda: db.is_up)
+        assert before.isdisjoint(await asyncio.gather(*(backend(db) for _ in range(3))))
+
+
+async def test_a_connection_is_lent_for_one_timeout_and_a_cancelled_query_does_not_wait_for_the_server(
+    servers: Servers,
+) -> None:
+    async with (
+        proxy_to(servers) as proxy,
+        opened(through(servers.database_url, proxy.port), database_timeout_s=1.0) as db,
+    ):
+        async with asyncio.timeout(5.0):
+            with pytest.raises(DatabaseUnavailable):
+                async with db.connection():
+                    await asyncio.sleep(60)
+        await eventually(lambda: db.is_up)
+        assert await ask(db) == 1
+        query = asyncio.create_task(ask(db))
+        proxy.black_hole()
+        await asyncio.sleep(0.05)
+        query.cancel()
+        await asyncio.wait([query], timeout=0.5)
+        assert query.cancelled()
+
+
 async def test_one_lost_connection_is_no_outage(servers: Servers) -> None:
     async with proxy_to(servers) as proxy, opened(through(servers.database_url, proxy.port)) as db:
         async with db.connection() as connection:

@@ -7,8 +7,9 @@ import pytest
 from aiohttp import web
 
 from gateway.web.answers import refuse_unhandled
-from gateway.web.connections import BoundedRunner
+from gateway.web.connections import BoundedRunner, _Server
 from gateway.web.sockets import Limits
+from tests.support.eventually import eventually
 from tests.support.raw_http import Conversation, connect
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -70,6 +71,55 @@ async def test_idle_connections_do_not_delay_a_drain(listener: Listener, caller:
         await asyncio.sleep(0.1)
         await listener.runner.cleanup()
     assert await caller.is_closed()
+
+
+async def test_a_caller_that_hangs_up_in_a_head_leaves_nothing_and_the_end_no_timer(listener: Listener) -> None:
+    """Otherwise the bound on all heads together would in the end close every connection."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(b"GET / HTTP/1.1\r\nHost: ")
+        await eventually(lambda: server.cost_of_heads > 0)
+    await eventually(lambda: server.cost_of_heads == 0)
+    await listener.runner.cleanup()
+    assert server._sweeping.cancelled()
+
+
+async def test_an_evicted_head_costs_nothing_at_once_and_a_request_is_not_evicted(listener: Listener) -> None:
+    """Data of other connections, in the same turn of the event loop, would otherwise evict more of them."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(b"GET / HTTP/1.1\r\nHost: ")
+        await eventually(lambda: server.cost_of_heads > 0)
+        (connection,) = server._connections
+        assert connection.evict()
+        assert server.cost_of_heads == 0
+        assert (await caller.read_answer()).status == 503
+    await eventually(lambda: not server._connections)
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: bool(server._connections))
+        (connection,) = server._connections
+        await eventually(lambda: not connection.is_waiting and connection._current_request is not None)
+        assert not connection.evict()
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+
+
+async def test_the_timer_of_an_unread_answer_ends_with_its_connection(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: bool(server._connections))
+        ((connection, transport),) = server._connections.items()
+        assert transport.get_write_buffer_limits() == (0, 0), "an answer is written once the kernel has all of it"
+        connection.pause_writing()
+        timer = connection._answer_timer
+        assert timer is not None
+        transport.abort()
+        await eventually(timer.cancelled, timeout=5.0)
 
 
 async def test_a_request_that_is_never_answered_delays_a_drain_to_its_end_and_no_longer() -> None:

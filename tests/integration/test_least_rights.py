@@ -193,6 +193,9 @@ KEY = "INSERT INTO api_keys (account_id, sha256, prefix) VALUES (1, sha256('x'),
         (["GRANT pg_read_all_data TO {}"], "SELECT prefix FROM api_keys", "SELECT on api_keys (as pg_read_all_data)"),
         (["GRANT INSERT ON accounts TO PUBLIC"], ACCOUNT, "INSERT on accounts. Revoke them"),
         (["GRANT SELECT (name) ON accounts TO PUBLIC"], "SELECT name FROM accounts", "SELECT on accounts. Revoke"),
+        (["GRANT TRUNCATE ON accounts TO PUBLIC"], "SELECT", "TRUNCATE on accounts. Revoke"),
+        (["GRANT TRIGGER ON accounts TO PUBLIC"], "SELECT", "TRIGGER on accounts. Revoke"),
+        (["GRANT REFERENCES ON accounts TO PUBLIC"], "SELECT", "REFERENCES on accounts. Revoke"),
         (
             ["GRANT UPDATE ON SEQUENCE message_id_leases TO PUBLIC"],
             "SELECT setval('message_id_leases', nextval('message_id_leases'))",  # a rollback does not undo setval
@@ -219,12 +222,14 @@ KEY = "INSERT INTO api_keys (account_id, sha256, prefix) VALUES (1, sha256('x'),
             "DELETE on api_keys (as admins)",
         ),
         (["ALTER SCHEMA public OWNER TO {}"], "DROP TABLE idempotency_keys", "owns the tables or their schema"),
+        (["GRANT CREATE ON SCHEMA public TO {}"], "CREATE TABLE mine (id int)", "may create tables"),
+        (["GRANT CREATE ON SCHEMA public TO PUBLIC"], "CREATE TABLE mine (id int)", "may create tables"),
         (["ALTER ROLE {} CREATEROLE"], "CREATE ROLE another", "has CREATEROLE"),
         (["ALTER ROLE {} REPLICATION"], "SELECT", "has REPLICATION"),
         (["CREATE ROLE boss SUPERUSER", "GRANT boss TO {}"], "SET LOCAL ROLE boss", "has SUPERUSER (as boss)"),
         (
             ["GRANT pg_execute_server_program TO {}"],
-            "COPY (SELECT 1) TO PROGRAM 'true'",
+            "COPY (SELECT 1) TO PROGRAM 'cat > /dev/null'",  # one that reads nothing breaks the pipe
             "rights on the server's files (as pg_execute_server_program)",
         ),
     ],
@@ -243,6 +248,22 @@ async def test_a_role_with_more_rights_by_other_ways_is_refused(
         assert says in str(refused.value)
         await owner.execute(f'SET LOCAL SESSION AUTHORIZATION "{role.name}"')
         await owner.execute(allows)  # otherwise the right is none, and the refusal without a reason
+    finally:
+        await transaction.rollback()
+
+
+async def test_a_refused_role_gets_nothing_and_another_may_use_the_schema(owner: asyncpg.Connection) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC; CREATE ROLE modest; CREATE ROLE mighty")
+        await owner.execute("GRANT pg_write_all_data TO mighty")
+        with pytest.raises(AdminError):
+            await Admin(owner).grant_service("mighty")
+        assert not await owner.fetchval("SELECT has_column_privilege('mighty', 'accounts', 'id', 'SELECT')")
+        await Admin(owner).grant_service("modest")
+        await owner.execute("SET LOCAL SESSION AUTHORIZATION modest")
+        await owner.execute("SELECT id FROM accounts")
     finally:
         await transaction.rollback()
 

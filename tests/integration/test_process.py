@@ -16,6 +16,7 @@ import msgspec
 import psutil
 import pytest
 
+from gateway.server import process as server
 from testbed import Port, Servers
 from testbed.processes import http_get
 from tests.support.callers import RECIPIENT, SEND_PATH, Caller, Client
@@ -220,6 +221,22 @@ async def test_the_log_is_json_lines_without_texts_numbers_or_keys(process: Gate
         assert secret not in text
 
 
+async def test_during_the_drain_delay_new_connections_are_served_although_it_is_not_ready(
+    settings: dict[str, str], caller: Caller
+) -> None:
+    """Load balancers need time to see that it is not ready."""
+    async with (
+        running(GatewayProcess(settings | {"GATEWAY_DRAIN_DELAY_S": "60"})) as process,
+        aiohttp.ClientSession() as session,
+    ):
+        os.kill(process.pid, signal.SIGTERM)
+        async with asyncio.timeout(30):
+            while (await session.get(process.ops_url + "/readyz")).status != 503:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        status, _, headers = await Client(process.url, session, caller).post(caller.body())
+        assert (status, headers["Connection"]) == (200, "close")
+
+
 async def test_several_workers_serve_die_return_and_drain_as_one(
     servers: Servers, caller: Caller, settings: dict[str, str]
 ) -> None:
@@ -261,6 +278,19 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
             await queue.delete()
         assert len(payloads) == counted
         assert len({payload["request_id"].split("-")[0] for payload in payloads}) == 3  # each of them served
+
+
+async def test_the_end_of_the_supervisor_is_noticed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At its end the pipe stays readable: a drain would take a whole processor."""
+    read_end, write_end = os.pipe()
+    with os.fdopen(read_end) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        stop = asyncio.Event()
+        server._stop_with_supervisor(stop)
+        os.close(write_end)
+        async with asyncio.timeout(5.0):
+            await stop.wait()
+        assert not asyncio.get_running_loop().remove_reader(stdin)
 
 
 async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[str, str]) -> None:

@@ -282,14 +282,30 @@ async def test_the_time_of_all_waits_is_noted() -> None:
 
 
 async def test_a_request_passes_those_that_wait_for_what_it_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "TICK_S", 60.0)
+    monkeypatch.setattr(admission_module, "TICK_S", 600.0)
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 900, A), waiting(admission, 500, A), asyncio.timeout(30), entered(admission, 10, B):
         assert admission.waiting == 1
 
 
+async def test_a_small_request_does_not_pass_those_that_wait_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(admission_module, "TICK_S", 600.0)
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 500
+    admission = admission_of(room=room)
+    async with waiting(admission, BATCH_BYTES - 1, A):
+        for account_id in (A, B):
+            small = admission.admit()
+            entering = asyncio.create_task(small.enter(account_id, 10, KEY))
+            await asyncio.sleep(0)
+            assert admission.waiting == 2
+            entering.cancel()
+            await asyncio.gather(entering, return_exceptions=True)
+            small.give_back()
+
+
 async def test_a_batch_that_takes_less_than_was_expected_makes_room_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission_module, "TICK_S", 60.0)
+    monkeypatch.setattr(admission_module, "TICK_S", 600.0)
     room = BrokerRoom(1_000)
     admission = admission_of(room=room)
     async with entered(admission, BATCH_BYTES - 1, A) as slot, waiting(admission, BATCH_BYTES // 2, B) as served:
@@ -429,10 +445,12 @@ async def test_a_queue_that_has_been_standing_refuses_earlier(
         await eventually(lambda: admission.waiting == 1)
         now = asyncio.get_running_loop().time()
         vars(admission)["_standing_since"], slot.waits_since = now - standing_s, now - waits_s
+        newcomer = asyncio.create_task(entered(admission, 1, B).__aenter__())
         await asyncio.sleep(3 * admission_module.TICK_S)
-        assert admission.waiting == (0 if is_refused else 1)
+        assert admission.waiting == (1 if is_refused else 2)
         request.cancel()
-        (result,) = await asyncio.gather(request, return_exceptions=True)
+        newcomer.cancel()
+        result, _ = await asyncio.gather(request, newcomer, return_exceptions=True)
         assert isinstance(result, Overloaded) is is_refused
     assert_empty(admission)
 
@@ -464,8 +482,23 @@ async def test_a_batch_that_has_been_read_needs_no_bytes() -> None:
         room.unconfirmed = 1_000
         batch = asyncio.create_task(slot.enter_window(1))
         await eventually(lambda: admission.waiting == 1)
+        slot.abandon()
+        assert admission.waiting == 1, "its body has arrived: it is published although the caller has hung up"
         room.unconfirmed = 0
         await batch
+        assert slot not in admission._granted
+    assert_empty(admission)
+
+
+async def test_the_end_of_a_drain_refuses_those_that_wait() -> None:
+    room = BrokerRoom(1_000)
+    room.unconfirmed = 1_000
+    admission = admission_of(room=room)
+    request = asyncio.create_task(entered(admission, 1, A).__aenter__())
+    await eventually(lambda: admission.waiting == 1)
+    admission.close()
+    with pytest.raises(Draining):
+        await request
     assert_empty(admission)
 
 

@@ -115,7 +115,7 @@ BAD: list[tuple[str, str, str]] = [
 
 def test_the_tables_of_this_module_have_every_setting() -> None:
     assert set(GOOD) == set(Settings.__struct_fields__)
-    # The URLs have tests of their own below, files and the socket in tests/integration/test_transport.py.
+    # The URLs have tests of their own below, files and the socket in tests/integration/tls/test_files.py.
     free_text = {"database_url", "amqp_url", "api_host", "ops_host", "api_socket"}
     free_text |= {name for name in Settings.__struct_fields__ if name.endswith("_file")}
     assert {name for name, _, _ in BAD} | free_text == set(Settings.__struct_fields__)
@@ -191,6 +191,7 @@ def test_a_missing_url_is_named_with_an_example_of_one(variable: str) -> None:
     [
         ("GATEWAY_DATABASE_URL", "mysql://u:pass-word@h/db"),
         ("GATEWAY_DATABASE_URL", "db.internal"),
+        ("GATEWAY_DATABASE_URL", "postgres://u:pass-word@h/db?sslmode=disable&sslmode=prefer"),
         ("GATEWAY_DATABASE_URL", "postgres://[::1"),
         ("GATEWAY_DATABASE_URL", "postgres://user:pass-word/db"),
         ("GATEWAY_DATABASE_URL", "postgres://u:pass-word@h1:5432,h2:543x/db"),
@@ -240,6 +241,12 @@ def test_a_password_that_should_have_been_percent_encoded_is_refused_or_masked(v
 def test_nodes_are_given_in_order_without_the_spaces_between_them() -> None:
     loaded = config.load(URLS | {"GATEWAY_AMQP_URL": "amqp://a/ , amqp://b/,,amqp://c/,"})
     assert loaded.amqp_nodes() == ["amqp://a/", "amqp://b/", "amqp://c/"]
+
+
+def test_there_is_one_queue_or_one_for_each_shard() -> None:
+    """A deployment without shards keeps the queue that it has."""
+    assert config.load(URLS).queues() == ["sms.outbound"]
+    assert config.load(URLS | {"GATEWAY_QUEUE_SHARDS": "2"}).queues() == ["sms.outbound.0", "sms.outbound.1"]
 
 
 def test_unknown_variables_are_reported_and_not_refused() -> None:
@@ -361,6 +368,12 @@ def test_each_sslmode_verifies_what_libpqs_does(query: str, verify_mode: ssl.Ver
     context = tls.database_context(f"postgres://h/x{query}")
     assert context
     assert (context.verify_mode, context.check_hostname) == (verify_mode, checks_name)
+
+
+def test_a_unix_socket_has_no_tls() -> None:
+    settings = config.load(URLS | {"GATEWAY_API_SOCKET": "/run/api", "GATEWAY_API_TLS_CERT_FILE": "/tls/api.pem"})
+    with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET serves .* without TLS"):
+        tls.check(settings)
 
 
 def test_the_broker_is_always_verified() -> None:

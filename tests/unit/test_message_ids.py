@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from gateway.ingest import message_ids
-from gateway.ingest.message_ids import ALPHABET, BASE, COLUMNS, LEASE_ROWS, LEASES, ROWS, LeasedIds, row_ids
+from gateway.ingest.message_ids import ALPHABET, BASE, COLUMNS, LEASE_ROWS, LEASES, ROWS, LeasedIds, ids_at, row_ids
 from tests.support.message_ids import COLUMN_OF_ENDING, place_of
 
 
@@ -65,6 +65,17 @@ def test_neighbours_do_not_look_like_neighbours() -> None:
     shared = [sum(a == b for a, b in zip(one, other, strict=True)) for one, other in pairwise(ids)]
     assert max(shared) <= 4
     assert sum(shared) / len(shared) == pytest.approx(8 / BASE, rel=0.1)
+
+
+@pytest.mark.parametrize("before", [0, 1, COLUMNS - 1, COLUMNS, COLUMNS + 1])
+@pytest.mark.parametrize("count", [1, 2, 1_000, 3 * COLUMNS])
+def test_a_block_is_found_again_by_its_first_position(before: int, count: int) -> None:
+    """A second run with an Idempotency-Key takes its ids from there."""
+    leased = LeasedIds(11)
+    leased.take(before)
+    block = leased.take(count)
+    assert block.first == 11 * LEASE_ROWS * COLUMNS + before
+    assert ids_at(block.first, count) == block.ids
 
 
 def test_a_lease_holds_all_its_rows_and_not_one_id_more() -> None:

@@ -24,6 +24,10 @@ def test_the_window_starts_small_and_grows_while_it_is_used() -> None:
     assert w.messages == START_MESSAGES + 1_000
 
 
+def test_the_window_starts_no_larger_than_its_limit() -> None:
+    assert ConfirmWindow(most_messages=1_000, most_bytes=10**9, target_s=2.0).messages == 1_000
+
+
 def test_there_is_room_for_what_is_not_unconfirmed() -> None:
     w = window(10_000)
     assert w.room(9_500) == 500

@@ -6,9 +6,12 @@ from contextlib import AsyncExitStack, suppress
 import pytest
 from pamqp import commands
 from pamqp.base import Frame
+from yarl import URL
 
+from gateway.amqp import connection as connection_module
 from gateway.amqp import reconnection
 from gateway.amqp.connection import PublishConnection
+from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.publisher import Publisher
 from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
@@ -16,6 +19,7 @@ from tests.support.publishing import (
     ACKED,
     UNKNOWN,
     connected,
+    ids,
     is_idle,
     publish,
     publish_batch,
@@ -76,6 +80,23 @@ async def test_a_broker_that_stops_reading_does_not_delay_closing(monkeypatch: p
         assert list(await batch) == [UNKNOWN]
         broker.sessions[0].resume_reading()  # to notice that we are gone
         await broker.sessions[0].closed.wait()
+
+
+async def test_a_broker_that_does_not_read_a_close_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection is replaced only after that."""
+    monkeypatch.setattr(connection_module, "CLOSE_TIMEOUT_S", 0.1)
+    async with scripted_broker(receive_buffer=4_096) as broker:
+        connection = PublishConnection(settings_for(broker.url), URL(broker.url), lambda _late: None)
+        await connection.open()
+        broker.sessions[0].pause_reading()
+        outgoing = Outgoing(ids(1), [b"x" * 10_000_000])
+        batch = asyncio.create_task(connection.publish(outgoing, asyncio.get_running_loop().time() + 60))
+        await eventually(lambda: connection.unconfirmed_messages == 1)
+        async with asyncio.timeout(5.0):
+            await connection.close()
+        assert connection.is_lost
+        assert list(await batch) == [UNKNOWN]
+        broker.sessions[0].resume_reading()
 
 
 async def test_closing_while_connecting_leaves_nothing_behind() -> None:

@@ -3,6 +3,7 @@
 Promises 1, 3 and 5.
 """
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 
@@ -10,7 +11,10 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
+from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
+from gateway.amqp.confirms import Outcome
+from gateway.config import Settings
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
@@ -31,6 +35,18 @@ from tests.support.publishing import (
     send_garbage,
 )
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
+
+REFUSED = "ACCESS_REFUSED - access to exchange 'sms.outbound' in vhost '/' refused for user 'guest'"
+
+
+def refuse_to_write(session: Session) -> None:
+    session.close_channel(403, REFUSED)
+
+
+def refuse_and_drop(session: Session) -> None:
+    session.close_channel(403, REFUSED)
+    session.hang_up()
+
 
 losses = pytest.mark.parametrize("lose", [drop, hang_up, close_channel, close_connection, send_garbage])
 
@@ -75,6 +91,68 @@ async def test_after_a_closed_channel_the_connection_gets_a_new_one(broker: Scri
             await broker.wait_until(partial(lambda opened: len(selected) > opened, opened))
             assert list(await publish(publisher, 2, str(n))) == [ACKED] * 2
         assert len(broker.sessions) == 1
+
+
+async def test_under_an_alarm_a_closed_channel_costs_its_connection(broker: ScriptedBroker) -> None:
+    """The object of the next channel would not know of the alarm."""
+    async with connected(broker.url) as publisher:
+        broker.sessions[0].blocked()
+        await eventually(lambda: not publisher.is_usable())
+        close_channel(broker.sessions[0])
+        await broker.wait_opened(2)
+
+
+async def test_the_time_under_an_alarm_ends_with_the_connection(broker: ScriptedBroker) -> None:
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        broker.sessions[0].blocked()
+        await eventually(lambda: connection.is_blocked)
+        broker.sessions[0].drop()
+        await connection.wait_lost(timeout=5.0)
+        assert not connection.is_blocked
+        blocked_s = connection.blocked_s
+        assert blocked_s > 0
+        await asyncio.sleep(0.01)
+        assert connection.blocked_s == blocked_s
+
+
+@pytest.mark.parametrize(
+    ("rights_kept_s", "acked", "outcomes"),
+    [(60.0, 0, [NACKED, NACKED]), (0.0, 0, [UNKNOWN, UNKNOWN]), (60.0, 1, [ACKED, UNKNOWN])],
+)
+async def test_without_the_right_to_write_only_a_young_batch_is_certainly_not_queued(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch, rights_kept_s: float, acked: int, outcomes: list[Outcome]
+) -> None:
+    """An older one, or one after an ack, may have been accepted before the right was taken away."""
+    monkeypatch.setattr(connection_module, "RIGHTS_KEPT_S", rights_kept_s)
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
+        batch = publish(publisher, 2)
+        await broker.wait_published(2)
+        await asyncio.sleep(0.01)
+        with broker.sessions[0].together():
+            if acked:
+                broker.sessions[0].ack(acked)
+            broker.sessions[0].close_channel(403, REFUSED)
+        assert list(await batch) == outcomes
+
+
+@pytest.mark.parametrize(("lose", "checks"), [(close_channel, 0), (refuse_to_write, 1), (refuse_and_drop, 1)])
+async def test_after_a_refusal_to_write_the_right_is_checked_before_a_connection_takes_batches(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch, lose: Script, checks: int
+) -> None:
+    """Otherwise each new channel would cost a batch."""
+    asked: list[Settings] = []
+
+    async def check_may_publish(_channel: object, settings: Settings) -> None:
+        asked.append(settings)
+
+    monkeypatch.setattr(connection_module, "check_may_publish", check_may_publish)
+    async with connected(broker.url) as publisher:
+        (first,) = publisher.connections.open
+        lose(broker.sessions[0])
+        await eventually(lambda: first not in publisher.connections.open and publisher.connections.is_usable())
+        assert len(asked) == checks
 
 
 @pytest.mark.parametrize("lose", [drop, hang_up, close_connection, send_garbage])

@@ -150,4 +150,5 @@ async def test_a_return_of_an_unknown_message_changes_nothing(
 async def test_nothing_to_publish_is_nothing_published(broker: ScriptedBroker) -> None:
     async with connected(broker.url) as publisher:
         assert await publish_batch(publisher, []) == b""
+    assert await publish_batch(publisher, []) == b"", "a batch without a valid message needs no broker"
     assert broker.published == []

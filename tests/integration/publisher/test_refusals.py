@@ -7,6 +7,7 @@ import pytest
 
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp.publisher import Publisher
+from gateway.amqp.window import UNLIMITED
 from gateway.errors import Overloaded, QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
@@ -19,6 +20,7 @@ from tests.support.publishing import (
     publish_batch,
     publish_on,
     settings_for,
+    transport_of,
     usable_connections,
 )
 from tests.support.scripted_broker import ScriptedBroker
@@ -50,6 +52,21 @@ async def test_a_slow_broker_is_given_less_and_callers_get_retry_after(broker: S
         assert refused.value.headers() == {"Retry-After": "1"}
         broker.sessions[0].ack(2_002, multiple=True)
         assert [list(await batch) for batch in full] == [[ACKED] * 1_000] * 2
+
+
+async def test_a_batch_fills_the_window_by_its_own_load_and_by_what_is_reserved(broker: ScriptedBroker) -> None:
+    async with connected(broker.url, max_unconfirmed_messages=10_000) as publisher:
+        publisher.window.messages = 1_000
+        assert publisher.room() == UNLIMITED
+        assert publisher.room(400) == 600
+        assert list(await publish_batch(publisher, 500)) == [ACKED] * 500
+        assert publisher.window.messages == 1_500, "half of the window was in use"
+        broker.mode = "silent"
+        batch = publish(publisher, 300, "B")
+        await broker.wait_published(800)
+        assert publisher.room(400) == 800
+        broker.sessions[0].ack(800, multiple=True)
+        await batch
 
 
 async def test_retry_after_grows_with_the_length_of_an_outage(
@@ -130,8 +147,10 @@ async def test_over_the_cap_of_messages_nothing_is_written(broker: ScriptedBroke
     async with connected(broker.url, amqp_connections=2, max_unconfirmed_messages=3) as publisher:
         first = publish(publisher, 2, "A")
         await broker.wait_published(2)
-        with pytest.raises(Overloaded):
+        publisher.window.confirm_s = 6.5
+        with pytest.raises(Overloaded) as refused:
             await publish(publisher, 2, "B")
+        assert refused.value.headers() == {"Retry-After": "7"}
         last = publish(publisher, 1, "C")
         await broker.wait_published(3)
         assert sorted(ids_of(broker.published)) == [*ids(2, "A"), *ids(1, "C")]
@@ -165,3 +184,19 @@ async def test_a_closing_transport_is_written_to_no_more(broker: ScriptedBroker)
             await publish_on(connection, 1, within_s=1.0)
         assert is_idle(publisher)
     assert broker.published == []
+
+
+async def test_a_batch_that_a_closing_transport_refuses_leaves_nothing_and_another_connection_takes_it(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        connection = publisher.connections.open[0]
+        transport_of(connection).close()
+        with pytest.raises(QueueUnavailable):
+            await publish_on(connection, 1, within_s=1.0)
+        assert list(await publish_batch(publisher, 2)) == [ACKED] * 2
+        await connection.wait_lost(timeout=5.0)
+        await broker.wait_opened(3)
+    assert [
+        record.message for record in caplog.records if record.name == "asyncio" and record.levelname == "ERROR"
+    ] == []

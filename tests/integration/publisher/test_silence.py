@@ -7,6 +7,7 @@ import pytest
 from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp import reconnection
+from gateway.amqp.window import UNLIMITED
 from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
@@ -82,10 +83,10 @@ async def test_a_connection_stuck_for_too_long_is_closed_and_made_anew(
         await broker.sessions[0].closed.wait()
         await eventually(publisher.connections.is_usable)
         assert is_idle(publisher)
-        assert publisher.connections.late_confirms == 0, "what was given up has not been confirmed"
         broker.mode = "ack"
         assert list(await publish(publisher, 1, "B")) == [ACKED]
         assert len(broker.published) == 3
+    assert publisher.connections.late_confirms == 0, "what was given up has not been confirmed"
     assert "a batch is unconfirmed for" in caplog.text
 
 
@@ -96,6 +97,7 @@ async def test_an_overdue_connection_is_replaced_at_once_and_still_hears_its_con
         await broker.wait_opened(2)
         await eventually(publisher.connections.is_usable)
         assert publisher.unconfirmed_messages == 2, "what the old one has on the wire counts on"
+        assert publisher.room() == UNLIMITED, "but takes no room from what the new one may write"
         assert not broker.sessions[0].closed.is_set()
         broker.sessions[0].ack(2, multiple=True)
         await eventually(lambda: publisher.connections.late_confirms == 2)

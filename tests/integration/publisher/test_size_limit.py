@@ -9,7 +9,9 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
+from gateway.amqp import publisher as publisher_module
 from gateway.amqp.confirms import Outcome
+from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import ACKED, NACKED, connected, ids, ids_of, is_idle, publish, publish_batch
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
@@ -97,6 +99,20 @@ async def test_while_the_channel_is_reopened_batches_wait(limited: ScriptedBroke
         session.send(channel, commands.Confirm.SelectOk())
         assert list(await waiting) == [ACKED]
         assert list(await large) == [NACKED]
+
+
+async def test_a_batch_waits_only_briefly_for_a_channel_that_does_not_open(
+    limited: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher_module, "REOPEN_S", 0.05)
+    async with connected(limited.url) as publisher:
+        limited.on_method = lambda _session, _channel, frame: isinstance(frame, commands.Confirm.Select)
+        large = publish(publisher, [LARGE])
+        await eventually(publisher.connections.is_reopening)
+        async with asyncio.timeout(5.0):
+            with pytest.raises(QueueUnavailable):
+                await publish_batch(publisher, 1, "C")
+    assert list(await large) == [NACKED]
 
 
 async def test_the_limit_is_forgotten_with_its_connection(limited: ScriptedBroker) -> None:

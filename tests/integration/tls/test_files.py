@@ -1,5 +1,6 @@
 """Certificate files that could not work are refused at start, by the name of their variable."""
 
+import ssl
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_files_that_could_not_work_are_refused_at_start_by_the_variables_name(se
             assert f"{variable}_CA_FILE" in refusal(secured, **{f"{name}_ca_file": str(no_pem)})
     url = secured.environment["GATEWAY_DATABASE_URL"] + "?sslrootcert=/nowhere.pem"
     assert "GATEWAY_DATABASE_" in refusal(secured, database_url=url)
+
+
+def test_a_client_may_not_renegotiate_and_speaks_no_old_tls(secured: Secured) -> None:
+    """A renegotiation would cost a handshake's CPU each time."""
+    one = secured.authority.issue("a.internal")
+    context = tls.api_context(secured.settings(api_tls_cert_file=str(one.cert), api_tls_key_file=str(one.key)))
+    assert context is not None
+    assert context.options & ssl.OP_NO_RENEGOTIATION
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
 
 
 def test_the_process_refuses_them_too_and_workers_on_one_socket(secured: Secured, tmp_path: Path) -> None:
