@@ -2,6 +2,7 @@
 
 import re
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import QUEUE_TYPES
+from benchmarks.drivers.checkouts import checked_out
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
 from benchmarks.drivers.workers import WorkerError
 from benchmarks.questions import (
@@ -156,6 +158,9 @@ def compare_command(
         typer.Option(help="A setting such as GATEWAY_DATABASE_POOL_SIZE=20. Repeatable."),
     ] = None,
     baseline: Baseline = None,
+    against: Annotated[
+        str, typer.Option(help="A commit, checked out and measured in turn with this checkout, as --baseline.")
+    ] = "",
     extras: Annotated[bool, typer.Option(help="Measure the lone batch and refused batches, too.")] = True,
     rounds: Rounds = 3,
     seconds: Seconds = 3.0,
@@ -167,23 +172,29 @@ def compare_command(
     sizes, flights = numbers(batch), numbers(in_flight)
     if len(sizes) != len(flights):
         raise typer.BadParameter("--in-flight needs one number for each size of --batch")
-    other = checkout_of(baseline)
-    options = compare.Options(
-        sizes=dict(zip(sizes, flights, strict=True)),
-        systems=systems_of(systems, other),
-        rounds=rounds,
-        seconds=seconds,
-        queue_type=queue_type_of(queue_type),
-        messages_per_envelope=messages_per_envelope,
-        shards=shards,
-        lists=lists,
-        amqp_connections=amqp_connections,
-        processes=processes,
-        settings=settings_of(setting or []),
-        baseline=str(other or ""),
-        extras=extras,
-    )
-    comparison = compare.measure(options, show_run)
+    if against and baseline:
+        raise typer.BadParameter("--against and --baseline exclude each other")
+    with ExitStack() as stack:
+        try:
+            other = stack.enter_context(checked_out(against)) if against else checkout_of(baseline)
+        except LookupError as error:
+            raise typer.BadParameter(f"--against: {error}") from None
+        options = compare.Options(
+            sizes=dict(zip(sizes, flights, strict=True)),
+            systems=systems_of(systems, other),
+            rounds=rounds,
+            seconds=seconds,
+            queue_type=queue_type_of(queue_type),
+            messages_per_envelope=messages_per_envelope,
+            shards=shards,
+            lists=lists,
+            amqp_connections=amqp_connections,
+            processes=processes,
+            settings=settings_of(setting or []),
+            baseline=str(other or ""),
+            extras=extras,
+        )
+        comparison = compare.measure(options, show_run)
     publish(comparison, compare.report(comparison), json_file, report_file)
     if plot is not None:
         plot.write_text(compare.rates_picture(comparison), encoding="utf-8")

@@ -16,8 +16,9 @@ class Gateway(Server):
     name = "Gateway"
     last_signal = signal.SIGTERM
 
-    def __init__(self, settings: Mapping[str, str]) -> None:
+    def __init__(self, settings: Mapping[str, str], *, python: str = sys.executable) -> None:
         super().__init__()
+        self.python = python
         self.ops_port = Port()
         self.settings = settings
 
@@ -43,7 +44,7 @@ class Gateway(Server):
         return inherited | own | dict(self.settings)
 
     def _command(self) -> list[str]:
-        return [sys.executable, "-m", "gateway", "serve"]
+        return [self.python, "-m", "gateway", "serve"]
 
     def _answers(self) -> bool:
         answer = http_get(self.ops_port, "/readyz")

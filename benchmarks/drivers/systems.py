@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 
 import msgspec
 
@@ -70,9 +71,13 @@ class FastApiService(Server):
 def serving(system: str, backends: Backends, names: Names, setup: Setup) -> Iterator[Server]:
     """Run the gateway, the baseline or the FastAPI service as a fresh process."""
     settings = backends.servers.environment() | names.settings() | {"GATEWAY_AMQP_QUEUE_TYPE": setup.queue_type}
-    server: Server = (
-        FastApiService(settings) if system == FASTAPI else Gateway(settings | _gateway_settings(system, setup))
-    )
+    server: Server
+    if system == FASTAPI:
+        server = FastApiService(settings)
+    else:
+        own_python = Path(setup.baseline, ".venv", "bin", "python")
+        python = str(own_python) if system == BASELINE and own_python.exists() else sys.executable
+        server = Gateway(settings | _gateway_settings(system, setup), python=python)
     with server:
         yield server
 

@@ -247,6 +247,12 @@ def _bars(rounds: Sequence[Sequence[Run]], options: Options) -> list[Bar]:
         share = _ratio(rounds, gateway, bare, _rate_ratio)
         add("1", "accepted msg/s ÷ bare publisher's", share, 0.9, gateway, bare, at_least=True)
         add("2", "gateway CPU µs per message, batch of 1,000", of_gateway(gateway, _cpu), 2.5, gateway, at_least=False)
+        dearer = _ratio(rounds, gateway, bare, lambda ours, theirs: _cpu(ours) / _cpu(theirs))
+        add("2", "gateway's CPU per message ÷ bare publisher's", dearer, 7, gateway, bare, at_least=False)
+        for batch, bar in ((100, 0.7), (10, 0.45)):
+            small = (GATEWAY, batch, options.sizes.get(batch, 0)), (BARE_PUBLISHER, batch, options.sizes.get(batch, 0))
+            share = _ratio(rounds, *small, _rate_ratio)
+            add("14", f"accepted msg/s ÷ bare publisher's, batch of {batch}", share, bar, *small, at_least=True)
     else:
         add("3", "gateway CPU µs per message, envelopes", of_gateway(gateway, _cpu), 1.2, gateway, at_least=False)
         add("3", "accepted SMS/s, envelopes", of_gateway(gateway, _rate), 833_000, gateway, at_least=True)
@@ -257,11 +263,18 @@ def _bars(rounds: Sequence[Sequence[Run]], options: Options) -> list[Bar]:
     alone = (GATEWAY, FULL_BATCH, 1), (BARE_PUBLISHER, FULL_BATCH, 1)
     lone = _ratio(rounds, *alone, lambda ours, theirs: ours.p50_ms / theirs.p50_ms)
     add("5", "p50 of a lone batch ÷ bare publisher's", lone, 1.3, *alone, at_least=False)
-    for batch in (1, 10):
+    for batch, bar in ((1, 6.2), (10, 6.5)):
         in_flight = options.sizes.get(batch, 0)
         pair = (GATEWAY, batch, in_flight), (FASTAPI, batch, in_flight)
         requests = _ratio(rounds, *pair, lambda ours, theirs: ours.requests_per_s / theirs.requests_per_s)
-        add("9", f"requests/s ÷ FastAPI's, batch of {batch}", requests, 5, *pair, at_least=True)
+        add("9", f"requests/s ÷ FastAPI's, batch of {batch}", requests, bar, *pair, at_least=True)
+    for batch, bar in ((1, 0.55), (10, 0.65), (100, 0.8)):
+        in_flight = options.sizes.get(batch, 0)
+        pair = (GATEWAY, batch, in_flight), (BASELINE, batch, in_flight)
+        cpu = _ratio(
+            rounds, *pair, lambda ours, older: ours.server_cpu_us_per_request / older.server_cpu_us_per_request
+        )
+        add("15", f"CPU per request ÷ baseline's, batch of {batch}", cpu, bar, *pair, at_least=False)
     return found
 
 
