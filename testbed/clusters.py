@@ -49,7 +49,8 @@ class RabbitMQCluster(Startable):
         """Restart the nodes that a partition left alone, as an operator does; return when all are one cluster.
 
         Call it after resume() of a node that was paused for longer than NET_TICK_S. Such a node may see the others go
-        and come back in the same moment, and keep its own view of queues and bindings (Mnesia's, in RabbitMQ 3).
+        and come back in the same moment, and keep its own view of queues and bindings (Mnesia's). RabbitMQ 4 with
+        Mnesia counts such a node as online, and shows the partition only in its list of partitions.
         Quorum queues recover by themselves: https://github.com/rabbitmq/rabbitmq-server/issues/17319.
         """
         with ThreadPoolExecutor() as pool:
@@ -60,11 +61,13 @@ class RabbitMQCluster(Startable):
         self.start()
 
     def _is_alone(self, node: RabbitMQ) -> bool:
+        majority = len(self.nodes) // 2 + 1
         try:
-            _await_online(node, len(self.nodes) // 2 + 1, timeout_s=1)
+            _await_online(node, majority, timeout_s=1)
+            partitioned = int(node.ctl("eval", "length(rabbit_node_monitor:partitions())."))
         except ServerError:
             return True
-        return False
+        return len(self.nodes) - partitioned < majority
 
     def leader_of(self, queue: str) -> RabbitMQ:
         """Return the node that leads the queue, according to a node that serves. A classic queue has one node."""

@@ -150,6 +150,22 @@ class RabbitMQ(Server):
             case "disk":
                 self.ctl("set_disk_free_limit", "1000000GB" if on else DISK_FREE_LIMIT)
 
+    def limit_messages(self, max_bytes: int) -> int:
+        """Set `max_message_size` on every node of the cluster, and return the limit before.
+
+        RabbitMQ 3.10 reads the setting when a channel is opened. RabbitMQ 4 reads it when a node starts, into a
+        persistent term.
+        """
+        return int(
+            self.ctl(
+                "eval",
+                "{ok, Before} = application:get_env(rabbit, max_message_size), "
+                f"rpc:multicall(application, set_env, [rabbit, max_message_size, {max_bytes}]), "
+                f"rpc:multicall(persistent_term, put, [max_message_size, {max_bytes}]), "
+                "Before.",
+            )
+        )
+
     def close(self) -> None:
         """Kill it, remove its data, and release its ports."""
         super().close()

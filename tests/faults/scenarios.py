@@ -24,7 +24,7 @@ from tests.support.eventually import eventually
 from tests.support.tcp_proxy import TcpProxy
 
 QUEUE_LIMIT = 200  # messages; quorum queues overshoot it by what is on its way
-SIZE_LIMIT, DEFAULT_SIZE_LIMIT = 262_144, 134_217_728  # bytes of a message; the default is that of RabbitMQ 3.10
+SIZE_LIMIT = 262_144  # bytes of a message
 RECOVERY_S = 10.0  # promise 9
 AFTER_RESET_S = 2.0  # then all connections are open again
 REPEAT_EVERY_S = 0.3
@@ -210,34 +210,37 @@ async def _limited_queue(deployment: Deployment) -> AsyncIterator[None]:
 async def poison_message(context: Context) -> AsyncIterator[None]:
     """Lower the broker's limit on messages, and let an account send larger ones. Not one request of another may fail.
 
-    The connections are reset, because RabbitMQ reads the limit when a channel is opened.
+    The connections are reset, because RabbitMQ 3.10 reads the limit when a channel is opened.
     """
     deployment = context.deployment
     url = deployment.gateways[0].url + SEND_PATH
     async with open_admin(deployment.databases.primary.url) as admin:
         sender, clean = await make_caller(admin, "poison"), await make_caller(admin, "clean")
     body = sender.body(1, body="x" * 2 * SIZE_LIMIT)
+    codes: set[str] = set()
 
     async def send() -> None:
         async with aiohttp.request("POST", url, data=body, headers=sender.headers) as response:
-            await response.read()
+            codes.update(row["code"] for row in (await response.json()).get("errors", []))
 
-    await _limit_sizes(context, SIZE_LIMIT)
+    limit = await _limit_sizes(context, SIZE_LIMIT)
     await asyncio.sleep(AFTER_RESET_S)
     try:
         async with SteadyLoad([deployment.gateways[0].url], clean, CLEAN) as neighbour, _repeated(send):
             yield
         if failures := [attempt for attempt in neighbour.attempts if not attempt.is_whole]:
             raise ServerError(f"{len(failures)} requests of a clean account failed: {failures[0]}")
+        if "queue_rejected" not in codes:
+            raise ServerError("the broker has not refused a message above its limit")
     finally:
-        await _limit_sizes(context, DEFAULT_SIZE_LIMIT)
+        await _limit_sizes(context, limit)
 
 
-async def _limit_sizes(context: Context, limit: int) -> None:
-    setting = f"rpc:multicall(application, set_env, [rabbit, max_message_size, {limit}])."  # on all nodes
-    await asyncio.to_thread(context.deployment.cluster.nodes[0].ctl, "eval", setting)
+async def _limit_sizes(context: Context, max_bytes: int) -> int:
+    before = await asyncio.to_thread(context.deployment.cluster.nodes[0].limit_messages, max_bytes)
     for proxy in to_broker(context):
         proxy.reset()
+    return before
 
 
 @asynccontextmanager

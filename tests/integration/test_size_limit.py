@@ -15,16 +15,15 @@ from tests.support.outbound_queue import OutboundQueue
 
 LIMIT = 262_144
 LARGE = "x" * 300_000
-SET = "application:set_env(rabbit, max_message_size, {0}), catch persistent_term:put(max_message_size, {0})."
 
 
 @pytest.fixture
 async def _limit(servers: Servers) -> AsyncIterator[None]:
     if servers.rabbitmq is None:
         pytest.skip("changes the broker's limit: needs a RabbitMQ of its own")
-    await asyncio.to_thread(servers.rabbitmq.ctl, "eval", SET.format(LIMIT))
+    before = await asyncio.to_thread(servers.rabbitmq.limit_messages, LIMIT)
     yield
-    await asyncio.to_thread(servers.rabbitmq.ctl, "eval", SET.format(134_217_728))
+    await asyncio.to_thread(servers.rabbitmq.limit_messages, before)
 
 
 @pytest.mark.usefixtures("_limit")

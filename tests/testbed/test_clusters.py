@@ -81,6 +81,8 @@ async def test_a_paused_leader_is_followed_by_another_and_the_cluster_heals(clus
     await asyncio.to_thread(cluster.heal)
     assert all(node.is_serving for node in cluster.nodes)
     assert await take(follower, "paused") == b"kept"
+    await declare_and_publish(leader, "healed")
+    assert await take(follower, "healed") == b"kept"
 
 
 @pytest.mark.parametrize("resource", ["memory", "disk"])
