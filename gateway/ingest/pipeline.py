@@ -6,7 +6,7 @@ ARCHITECTURE.md has the table of the steps. A bad message becomes an error row; 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from time import time
 
 import msgspec
 
@@ -21,6 +21,7 @@ from gateway.ingest.idempotency import Claim, Idempotency, Submission
 from gateway.ingest.wire import Answer, ErrorRow, decode_bulk
 from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import BUILD, PUBLISH, RESOLVE_LISTS, VALIDATE
+from gateway.telemetry.log import utc
 from gateway.telemetry.requests import RequestRecord
 from gateway.telemetry.tracing import NoTracing, Tracing
 
@@ -88,7 +89,7 @@ class Pipeline:
                 return claim.kept_answer
             if request.lists is None or request.idempotency_key is not None:
                 record.mark(RESOLVE_LISTS)
-            origin = Origin(request.account_id, request.request_id, _now())
+            origin = Origin(request.account_id, request.request_id, f"{utc(time())}Z")
             batch = build(
                 draft,
                 claim.lists,
@@ -130,10 +131,6 @@ class Pipeline:
             request.deadline,
         )
         return self._idempotency.claim(submission, block, ids)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def answer_for(batch: Batch, outcomes: bytes) -> Answer:

@@ -14,7 +14,7 @@ import msgspec
 
 from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
 from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Counters
-from gateway.telemetry.log import FIELDS, JsonLines, WriterThread, redact, timestamp
+from gateway.telemetry.log import FIELDS, JsonLines, WriterThread, redact, utc
 
 LOGGER, MESSAGE = "gateway.requests", "request"
 log = logging.getLogger(LOGGER)
@@ -215,8 +215,8 @@ class RequestLog:
         if self._writer is None:
             log.log(level, MESSAGE, extra={FIELDS: msgspec.to_builtins(line)})
             return
-        # A record of `logging`, formatted, would take five times as long (scripts/bench observing).
-        start = b'{"time":"%b","level":"%b"' % (timestamp(time()).encode(), _LEVELS[level])
+        # A record of `logging`, formatted, would take twice as long (scripts/bench observing).
+        start = b'{"time":"%b+00:00","level":"%b"' % (utc(time()).encode(), _LEVELS[level])
         self._writer.write_line(b"".join((start, self._middle, _encode(line)[1:], b"\n")))
 
     def _has_room(self, kind: str) -> bool:

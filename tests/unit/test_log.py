@@ -7,6 +7,7 @@ import select
 import sys
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime
 
 import pytest
 
@@ -17,6 +18,7 @@ from gateway.telemetry.log import (
     WriterThread,
     configure,
     mask_number,
+    utc,
     whole_lines,
 )
 
@@ -63,6 +65,12 @@ def test_a_lone_surrogate_in_a_message_costs_no_log_line() -> None:
     line = JsonLines().format(record("%s", "GET /\udcff"))
     line.encode()
     assert json.loads(line)["message"].startswith("GET /")
+
+
+@pytest.mark.parametrize("moment", [0.0, 0.5, 1795431600.1239, 1795431600.9375, 1795431601.0, 4102444799.75])
+def test_a_time_is_as_datetime_writes_it(moment: float) -> None:
+    expected = datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
+    assert f"{utc(moment)}+00:00" == expected
 
 
 @pytest.fixture
