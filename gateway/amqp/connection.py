@@ -270,7 +270,7 @@ class PublishConnection:
         now = self._loop.time() + TIMER_RESOLUTION_S
         for pending in waiting:
             if pending.deadline <= now:
-                _finish(pending.settled)
+                pending.settled.set_result(None)
         if later := [pending.deadline for pending in waiting if pending.deadline > now]:
             self._wait_until(min(later))
 
@@ -355,18 +355,13 @@ class PublishConnection:
                 self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
                 self._half_open = False
             if not pending.settled.done():
-                _finish(pending.settled)
+                pending.settled.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
 
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()
         return self._pending[oldest] if oldest else None
-
-
-def _finish(settled: asyncio.Future[None]) -> None:
-    if not settled.done():
-        settled.set_result(None)
 
 
 async def declare_topology(settings: Settings) -> None:
