@@ -1,6 +1,6 @@
 """CPU of the gateway for a body of 5 MB in any shape, beside that of a clean one.
 
-The event loop serves nobody else meanwhile, so a body that costs more than a clean one would harm other callers.
+While a body is decoded, the event loop serves no other caller. So no body may cost much more than a clean one.
 """
 
 import http.client
@@ -119,7 +119,7 @@ def ratios_of(readings: list[Reading]) -> dict[str, Figure]:
 
 
 def bars_of(readings: list[Reading]) -> list[Bar]:
-    """Return the highest ratio of all shapes."""
+    """Return the bar of row 13: the shape with the highest ratio; no bar without readings."""
     return [Bar("13", shape, ratio, 1.5, False) for shape, ratio in list(ratios_of(readings).items())[:1]]
 
 

@@ -247,8 +247,8 @@ def _bars(rounds: Sequence[Sequence[Run]], options: Options) -> list[Bar]:
         share = _ratio(rounds, gateway, bare, _rate_ratio)
         add("1", "accepted msg/s ÷ bare publisher's", share, 0.9, gateway, bare, at_least=True)
         add("2", "gateway CPU µs per message, batch of 1,000", of_gateway(gateway, _cpu), 2.5, gateway, at_least=False)
-        dearer = _ratio(rounds, gateway, bare, lambda ours, theirs: _cpu(ours) / _cpu(theirs))
-        add("2", "gateway's CPU per message ÷ bare publisher's", dearer, 7, gateway, bare, at_least=False)
+        cpu_share = _ratio(rounds, gateway, bare, lambda ours, theirs: _cpu(ours) / _cpu(theirs))
+        add("2", "gateway's CPU per message ÷ bare publisher's", cpu_share, 7, gateway, bare, at_least=False)
         for batch, bar in ((100, 0.7), (10, 0.45)):
             small = (GATEWAY, batch, options.sizes.get(batch, 0)), (BARE_PUBLISHER, batch, options.sizes.get(batch, 0))
             share = _ratio(rounds, *small, _rate_ratio)

@@ -27,8 +27,8 @@ _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )
 # replaced after so long with nacks alone; with shards, also after so long with nacks of one beside acks of others.
 NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
-NEVER = float("inf")
-TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer so much earlier
+NEVER = float("inf")  # on the event loop's clock
+TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -72,7 +72,7 @@ class PublishConnection:
         self._lost = self._loop.create_future()
         self._channel: aio_pika.abc.AbstractChannel | None = None
         self._channel_reply = ""
-        self._nacked_since = self._first_nack_at = float("inf")  # the former: without an ack since
+        self._nacked_since = self._first_nack_at = NEVER  # the former: without an ack since
         self._is_retiring = False
         self.has_returned = False  # a message since this was last set to False
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
@@ -255,19 +255,22 @@ class PublishConnection:
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
 
     def _wait_until(self, deadline: float) -> None:
-        """Look at the deadlines of all batches at this time. One timer for all costs less than one for each."""
+        """Set the timer to the earliest deadline of a batch, on the event loop's clock.
+
+        One timer for all batches costs less than one for each.
+        """
         if self._timer is not None:
             self._timer.cancel()
         self._due_at, self._timer = deadline, self._loop.call_at(deadline, self._give_up_late)
 
     def _give_up_late(self) -> None:
-        """End the waits of batches that are past their deadline."""
+        """End the waits of batches that are past their deadline, and set the timer for the others."""
         self._due_at, self._timer = NEVER, None
         waiting = [pending for pending in self._pending.values() if not pending.settled.done()]
         now = self._loop.time() + TIMER_RESOLUTION_S
         for pending in waiting:
             if pending.deadline <= now:
-                _finish(pending.settled)
+                pending.settled.set_result(None)
         if later := [pending.deadline for pending in waiting if pending.deadline > now]:
             self._wait_until(min(later))
 
@@ -296,13 +299,13 @@ class PublishConnection:
         match event:
             case Settled(acked, delivery_tag, multiple):
                 if acked:
-                    self._nacked_since = float("inf")
+                    self._nacked_since = NEVER
                 else:
                     self._nacked_since = min(self._nacked_since, self._loop.time())
                     self._first_nack_at = min(self._first_nack_at, self._nacked_since)
                 self._settle(self._tracker.settle(acked=acked, delivery_tag=delivery_tag, multiple=multiple))
             case AckedRange(first_tag, last_tag):
-                self._nacked_since = float("inf")
+                self._nacked_since = NEVER
                 self._settle(self._tracker.ack_range(first_tag, last_tag))
             case Returned(message_id):
                 self.has_returned = True
@@ -352,18 +355,13 @@ class PublishConnection:
                 self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
                 self._half_open = False
             if not pending.settled.done():
-                _finish(pending.settled)
+                pending.settled.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
 
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()
         return self._pending[oldest] if oldest else None
-
-
-def _finish(settled: asyncio.Future[None]) -> None:
-    if not settled.done():
-        settled.set_result(None)
 
 
 async def declare_topology(settings: Settings) -> None:

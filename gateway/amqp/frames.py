@@ -30,7 +30,7 @@ _method = struct.Struct(">HH")
 _settlement = struct.Struct(">QB")
 _body_size = struct.Struct(">Q")
 _reply = struct.Struct(">HB")  # a reply code, and the length of the text that follows
-NO_TAG = -2  # no delivery tag, nor the one before 0
+NO_TAG = -2  # neither a delivery tag nor the number before one
 _ack = struct.Struct(">11x QB x")  # a whole frame: delivery tag and `multiple`, between head and end byte
 
 _ACK, _NACK, _RETURN = (60, 80), (60, 120), (60, 50)
@@ -135,7 +135,7 @@ class Settled(NamedTuple):
 
 
 class AckedRange(NamedTuple):
-    """Several basic.acks, each for one of these consecutive delivery tags."""
+    """One or more basic.acks, each for one of these consecutive delivery tags; the last one included."""
 
     first_tag: int
     last_tag: int
@@ -242,7 +242,7 @@ class IncomingFrames:
         return acks.end() if acks is not None else 0
 
     def _take_acks(self, start: int, end: int) -> None:
-        """Add the events of the acks from `start` to `end`."""
+        """Add the events of the acks from `start` to `end`, in order: one for each run of consecutive tags."""
         events = self._events
         first = last = NO_TAG
         for tag, multiple in _ack.iter_unpack(memoryview(self._buffer)[start:end]):

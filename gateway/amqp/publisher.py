@@ -84,7 +84,7 @@ class Publisher:
     def room(self, reserved: int = 0) -> int:
         """Return the load that may be written beside the unconfirmed load and what is reserved for others.
 
-        Batches that wait for a channel count as unconfirmed: all of them are written as soon as it is open.
+        Batches that wait for a channel or a connection count, too: all of them are written as soon as one is open.
         """
         return self.window.room(self._load() + self._load_without_connection + reserved)
 

@@ -20,7 +20,7 @@ from gateway.config import Settings
 
 # aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
-JOINED_BYTES = 64 * 1024  # above it, a system call more costs less than a copy
+JOINED_BYTES = 64 * 1024  # above it, another system call costs less than a copy
 
 
 async def prepare_connection(
@@ -143,8 +143,8 @@ class TappedTransport(TransportFactory):
     def write(self, buffer: bytes) -> None:
         """Hand whole frames to the socket. Raises ConnectionResetError if it is closing: then no byte was taken.
 
-        Small buffers leave together at the end of the event loop's turn: uvloop makes a system call of each write,
-        which is a fifth of the CPU of a small request (scripts/bench compare, batches of 1).
+        Small buffers leave together at the end of the event loop's turn. uvloop makes a system call for each write:
+        without joining them, a fifth of the CPU of a small request (docs/evidence/performance.md, Small requests).
         """
         if self.is_closing:
             raise ConnectionResetError("the connection is closing")
@@ -156,7 +156,7 @@ class TappedTransport(TransportFactory):
             asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        """Write what has been collected. If the connection is closing it is dropped: its outcome is then unknown."""
+        """Write the collected buffers. A closing connection drops them: the outcome of their messages is unknown."""
         unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
         if unsent and self._transport is not None and not self._transport.is_closing():
             self._transport.write(b"".join(unsent))

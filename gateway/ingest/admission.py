@@ -301,7 +301,7 @@ class Slot:
         self.waited_s = 0.0  # in total
 
     async def enter(self, account_id: int, size: int, key: str) -> None:
-        """Wait for room at the broker, and for `size` bytes of a body; before any of it is read.
+        """Wait for room at the broker, and for `size` bytes of a body; before it is read, unless it came with its head.
 
         Raises Overloaded, QueueUnavailable, Draining at the end of a drain, or MalformedHttp if the caller hangs up.
         """

@@ -74,7 +74,7 @@ class Claim:
 
     __slots__ = (
         "_account_id",
-        "_known",
+        "_known_lists",
         "_numbers",
         "_queries",
         "ids",
@@ -92,11 +92,11 @@ class Claim:
         lists: Mapping[str, int] | None,
         ids: BatchIds,
     ) -> None:
-        """Of `list_numbers` the account has these `lists`, or it is not known yet: None."""
+        """Without `lists` (list number → list id, of the account), `list_numbers` are looked up on entry."""
         self._queries = queries
         self._account_id = account_id
         self._numbers = list_numbers
-        self._known = lists
+        self._known_lists = lists
         self.ids = ids
         self.lists: Mapping[str, int] = {}  # list number → list id: the account's active lists
         self.is_retry = False  # an earlier run may have published messages
@@ -104,8 +104,8 @@ class Claim:
         self.kept_answer: bytes | None = None  # of an earlier run, encoded
 
     async def __aenter__(self) -> "Claim":
-        if self._known is not None:
-            self.lists = self._known
+        if self._known_lists is not None:
+            self.lists = self._known_lists
         else:
             self.lists = await self._queries.resolve_lists(self._account_id, self._numbers)
         return self

@@ -27,7 +27,7 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 
 
 class BulkRequest(msgspec.Struct):
-    """An authenticated request whose body has been read. The pipeline empties `body` and `draft` once it is decoded."""
+    """An authenticated request whose body has been read. The pipeline empties `body` and `draft`."""
 
     account_id: int
     slot: Slot
@@ -35,14 +35,14 @@ class BulkRequest(msgspec.Struct):
     body: bytes
     idempotency_key: str | None
     deadline: float  # the time at which the answer is due, on the event loop's clock
-    draft: Draft | None = None  # of a body that was decoded before its key was looked up
-    lists: Mapping[str, int] | None = None  # list number → list id, for that draft: they were looked up with the key
+    draft: Draft | None = None  # of a body that was decoded before the API key was looked up
+    lists: Mapping[str, int] | None = None  # list number → list id, for that draft: looked up with the key
 
 
 def draft_early(body: bytes) -> Draft | None:
     """Return the draft of a body that arrived with its head; None if it is refused.
 
-    The refusal is raised in its turn, by Pipeline.run: after those of the key.
+    Pipeline.run raises the refusal, after the refusals that concern the API key.
     """
     try:
         return validate(decode_bulk(body))

@@ -16,10 +16,10 @@ from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A larger body with more commas may have too many values to build. 1,000 valid messages may have as many; few do.
+# A body above both limits may have too many values to build. Few batches of 1,000 valid messages are above both.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 10_000
-# A larger body with more brackets takes long to parse. So it is not parsed once into typed messages, and once more
-# because a value has the wrong type.
+# A body above both limits takes long to parse. It is not tried as typed messages first: if a value had the wrong type,
+# it would be parsed a second time.
 HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
 MAX_ARRAYS = 100  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
 PIECE_BYTES = 64 * 1024
@@ -194,7 +194,7 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
-    """Return True for more than MANY_COMMAS. To count all of 2.6 million would take as long as to skip 500 kB."""
+    """Return True if there are more than MANY_COMMAS. Stops soon after that number: a body may have 2.6 million."""
     commas = 0
     for start in range(0, len(body), PIECE_BYTES):
         commas += body.count(b",", start, start + PIECE_BYTES)
@@ -204,7 +204,7 @@ def _has_many_commas(body: bytes | bytearray) -> bool:
 
 
 def _has_many_brackets(body: bytes | bytearray) -> bool:
-    """Return True for more than MANY_BRACKETS. `find` skips ten bytes in the time in which `count` skips one."""
+    """Return True if there are more than MANY_BRACKETS of one kind. Few are found faster by `find` than by `count`."""
     for bracket in (b"[", b"{"):
         brackets, at = 0, -1
         while (at := body.find(bracket, at + 1)) >= 0:

@@ -7,7 +7,7 @@ Prometheus' own client costs three times as much: 12 µs a request instead of 4 
 from bisect import bisect_left
 from collections import Counter
 
-# The steps of a request, in order; metrics and logs call them stages.
+# The steps of a request; metrics and logs call them stages. Small requests are validated first (web/api.py).
 STAGES = ("authenticate", "wait", "read", "validate", "resolve_lists", "build", "publish")
 AUTHENTICATE, WAIT, READ, VALIDATE, RESOLVE_LISTS, BUILD, PUBLISH = range(len(STAGES))
 

@@ -14,12 +14,11 @@ import re
 import select
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from time import monotonic
+from time import monotonic, sleep
 from types import TracebackType
 
 import msgspec
@@ -27,8 +26,8 @@ import msgspec
 STANDARD_ERROR = 2
 GATHER_S = 0.02  # lines that arrive within this time share one wake-up and one write
 MAX_PENDING_BYTES = 4 * 1024 * 1024  # about 10,000 lines
-# Of one write, while no other process of the gateway writes to the same pipe. Each write makes the event loop wait for
-# the thread's turn (scripts/bench observing).
+# The largest write, if no other process of the gateway writes to the same pipe. After each write the thread takes the
+# interpreter's lock from the event loop (scripts/bench observing).
 MAX_WRITE_BYTES = 64 * 1024
 FLUSH_TIMEOUT_S = 2.0  # when the process ends
 FIELDS = "fields"  # attribute of a record: the line's fields beside its message
@@ -154,7 +153,7 @@ class WriterThread(logging.Handler):
     """A handler whose thread writes the lines. Lines beyond MAX_PENDING_BYTES are dropped and counted."""
 
     def __init__(self, descriptor: int = STANDARD_ERROR, *, shares_pipe: bool = False) -> None:
-        """`shares_pipe`: other processes write lines to the same pipe."""
+        """`shares_pipe`: other processes of the gateway write lines to the same pipe."""
         super().__init__()
         self._descriptor = descriptor
         self._piece_bytes = select.PIPE_BUF if shares_pipe else MAX_WRITE_BYTES
@@ -206,7 +205,7 @@ class WriterThread(logging.Handler):
         while True:
             self._waiting.wait()
             if not (self._flushing or self._closing):
-                time.sleep(GATHER_S)
+                sleep(GATHER_S)
             self._waiting.clear()
             with self._pending_lock:
                 lines, self._lines = self._lines, []

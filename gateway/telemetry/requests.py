@@ -138,7 +138,7 @@ StagesMs = msgspec.defstruct("StagesMs", STAGE_FIELDS, omit_defaults=True, gc=Fa
 
 
 class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
-    """The fields of a line of the request log; those equal to their default are left out."""
+    """The fields of a line of the request log. A field that is equal to its default is left out."""
 
     request_id: str
     outcome: str
@@ -163,7 +163,7 @@ class RequestLine(msgspec.Struct, omit_defaults=True, gc=False):
             stages[step] = round((at - before) * 1e3, 3)
             before = at
         return cls(
-            redact(record.request_id),  # the caller's own may look like a number
+            redact(record.request_id),  # a caller may choose one that looks like a number
             outcome,
             record.status,
             record.code,

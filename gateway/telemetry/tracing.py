@@ -1,7 +1,7 @@
 """Traces: a span for each request and each of its steps, on to the consumer, by OpenTelemetry.
 
     POST /api/v2/send/bulk            its parent is the caller's, if it sent `traceparent`
-    ├── authenticate, read, validate, resolve_lists, build
+    ├── authenticate, wait, read, validate, resolve_lists, build: the steps that the request had
     └── publish sms.outbound          its `traceparent` travels in the headers of every AMQP message of the batch
 
 The SDK reads the OTEL_* variables: collector, sampling, service name. The packages are an extra, imported only where

@@ -37,7 +37,10 @@ def make_app(runtime: Runtime) -> web.Application:
 
 
 async def send_bulk(request: web.Request) -> web.StreamResponse:
-    """Admit, authenticate, read the body, and answer with what the pipeline made of the batch."""
+    """Admit, authenticate, read the body, and answer with what the pipeline made of the batch.
+
+    A small body that has arrived with its head is decoded before the key is looked up; its refusal waits for its turn.
+    """
     runtime, record = request.app[RUNTIME], request[RECORD]
     slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
     keys = request.headers.getall(API_KEY_HEADER, [])

@@ -19,8 +19,8 @@ from gateway.ingest.wire import MAX_BODY_BYTES
 
 # A body with characters beyond ASCII costs up to twice the memory of an ASCII body (tests/hostile/test_memory.py).
 WIDE = 2
-# Such a body is decoded while it is not known who sends it: key and lists then take one query. Decoded, it may take ten
-# times its bytes, in each slot.
+# Up to this size, a body that arrives with its head is decoded before its caller is known: key and lists then take one
+# query. Decoded, it may take seven times its bytes, in each slot (tests/hostile/test_memory_of_bodies.py).
 EARLY_BODY_BYTES = 32 * 1024
 _JSON_TYPES = (None, "application/json")
 

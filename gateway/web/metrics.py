@@ -89,8 +89,9 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
         "gateway_stage_duration_seconds",
         "Time of a request in each stage: authenticate (the key's query), wait (for room, if there is none), read (the "
         "body), validate (with decoding), resolve_lists (message ids, the lists' query, the Idempotency-Key), build "
-        "(payloads), publish (until all confirms or the deadline; after a slow body, with its wait for room). A stage "
-        "that refuses the request is not counted.",
+        "(payloads), publish (until all confirms or the deadline; after a slow body, with its wait for room). A small "
+        "request has no read; without an Idempotency-Key it has no resolve_lists: authenticate has the lists' query, "
+        "build the message ids. A stage that refuses the request is not counted.",
         ("stage",),
         {(stage,): seconds for stage, seconds in zip(STAGES, counters.stages_s, strict=True)},
     )

@@ -10,9 +10,11 @@ from itertools import chain
 from pathlib import Path
 
 import asyncpg
+import msgspec
 import pytest
 
 from gateway.ingest.wire import MAX_BODY_BYTES
+from gateway.web.bodies import EARLY_BODY_BYTES
 from testbed import Servers
 from tests.hostile.attacked_gateway import AttackedGateway, open_gateway
 from tests.support.callers import Caller, make_caller
@@ -21,6 +23,8 @@ from tests.support.raw_http import exchange
 CONNECTIONS, BODIES_EACH = 20, 5
 REFUSED, AT_ONCE = 150, 6
 MAX_AFTER_REFUSALS_MB = 150
+SLOTS = 512  # GATEWAY_MAX_REQUESTS_IN_FLIGHT, as it ships
+MAX_SMALL_MB = 250
 MAX_MB = 400  # of the 512 MB that docs/operations.md allows a process
 
 
@@ -95,3 +99,23 @@ async def test_bodies_that_wait_for_the_database_fit_into_the_memory_limit(serve
             await asyncio.gather(*(post(gateway, caller, body) for _ in range(CONNECTIONS)))
         print(f"{CONNECTIONS} bodies that wait: {peak_mb(gateway):.0f} MB")
         assert peak_mb(gateway) <= MAX_MB
+
+
+@pytest.mark.parametrize("text", ["aaaaaaa", "\N{PILE OF POO}"])
+async def test_small_bodies_of_unknown_callers_fit_into_the_memory_limit(servers: Servers, text: str) -> None:
+    """They are decoded before it is known who sends them, and no bytes are reserved: slots bound their number."""
+    async with open_gateway(servers) as gateway:
+        caller = await make_caller(gateway.admin)
+        good = caller.message()
+        bad = {"to": text, "body": text}
+        number = (EARLY_BODY_BYTES - 1024) // len(msgspec.json.encode(bad) + b",")
+        body = msgspec.json.encode({"messages": [good, *[bad] * min(number, 999)]})
+        assert 0.8 * EARLY_BODY_BYTES < len(body) <= EARLY_BODY_BYTES
+        unknown = [b"X-Api-Key: trk_" + b"x" * 32, b"Content-Length: %d" % len(body)]
+        async with locked_lists(servers):
+            answers = await asyncio.gather(
+                *(exchange(gateway.url, headers=unknown, body=body) for _ in range(SLOTS + 10))
+            )
+        print(f"{SLOTS} small bodies of unknown callers: {peak_mb(gateway):.0f} MB")
+        assert [answer.status for answer in answers].count(503) >= SLOTS, "refused, as the database did not answer"
+        assert peak_mb(gateway) <= MAX_SMALL_MB
