@@ -111,7 +111,7 @@ async def test_one_id_leads_through_answer_log_trace_and_payload(
         await eventually(lambda: b"follow-me" in process.log.read_bytes())
         written = process.log.read_bytes().splitlines()
         await eventually(
-            lambda: "POST /api/v2/send/bulk" in spans.of_trace(CALLERS_TRACE) and len(spans.spans) == 7 + 1 + 6 + 1
+            lambda: "POST /api/v2/send/bulk" in spans.of_trace(CALLERS_TRACE) and len(spans.spans) == 5 + 1 + 4 + 1
         )
 
     trace = spans.of_trace(CALLERS_TRACE)

@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from gateway.cli.admin import Admin
-from gateway.postgres.queries import RESOLVE_LISTS
+from gateway.postgres.queries import FIND_ACCOUNTS_AND_LISTS, RESOLVE_LISTS
+from gateway.web import bodies
 from testbed import Servers
 from tests.properties import MORE
 from tests.support.callers import make_caller
@@ -317,20 +318,25 @@ async def database(servers: Servers) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-@pytest.fixture
-async def sharing_gateway(gateway: GatewayUnderTest) -> AsyncIterator[GatewayUnderTest]:
-    """Yield a gateway; check at the end that it has resolved lists of several accounts in one query."""
+@pytest.fixture(params=[FIND_ACCOUNTS_AND_LISTS, RESOLVE_LISTS], ids=["with the key", "after the key"])
+async def sharing_gateway(gateway: GatewayUnderTest, request: pytest.FixtureRequest) -> AsyncIterator[GatewayUnderTest]:
+    """Yield a gateway that finds lists by one of the two queries.
+
+    Check at the end that it has found lists of several accounts, or keys, in one query.
+    """
     accounts_per_query: list[int] = []
     fetch = asyncpg.Connection.fetch
 
     async def fetch_and_count(connection: object, sql: str, *arguments: Sequence[Any], **options: Any) -> Any:
-        if sql == RESOLVE_LISTS:
+        if sql == request.param:
             accounts, _ = arguments
             accounts_per_query.append(len(set(accounts)))
         return await fetch(connection, sql, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncpg.Connection, "fetch", fetch_and_count)
+        if request.param == RESOLVE_LISTS:
+            patch.setattr(bodies, "EARLY_BODY_BYTES", 0)
         yield gateway
     shared = [accounts for accounts in accounts_per_query if accounts > 1]
     assert len(shared) >= 10, "nothing could have been mixed up: the test has shown nothing"
