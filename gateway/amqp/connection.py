@@ -274,6 +274,12 @@ class PublishConnection:
         if later := [pending.deadline for pending in waiting if pending.deadline > now]:
             self._wait_until(min(later))
 
+    def give_up(self) -> None:
+        """End the waits of all batches: what is unconfirmed is unknown."""
+        for pending in self._pending.values():
+            if not pending.settled.done():
+                pending.settled.set_result(None)
+
     def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
         """Return the outcomes on a channel that a payload's size has closed: larger ones were certainly not queued."""
         limit = self.max_payload_bytes or 0

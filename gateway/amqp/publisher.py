@@ -45,6 +45,11 @@ class Publisher:
         """Start connecting. Returns at once."""
         self.connections.start()
 
+    def give_up(self) -> None:
+        """End the waits of all batches, shortly before the process ends: what is unconfirmed is unknown."""
+        for connection in self.connections.all:
+            connection.give_up()
+
     async def close(self) -> None:
         """Close every connection. Unconfirmed messages become unknown."""
         await self.connections.close()

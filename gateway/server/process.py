@@ -68,7 +68,7 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     1. `/readyz` answers 503. Requests are served for `drain_delay_s` more, with `Connection: close`.
     2. The API stops listening, and closes idle connections.
     3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
-       those that still wait or arrive are refused as draining.
+       those that still wait or arrive are refused as draining, and unconfirmed ones are answered as unknown.
     4. The operations listener closes, then the broker's connections, then the database's.
     """
     context = tls.api_context(settings)
@@ -99,11 +99,17 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
         refuse_unhandled,
         drain_timeout_s=settings.drain_timeout_s,
         on_refused=runtime.counters.count_unhandled,
-        on_drain_ends=runtime.admission.close,
+        on_drain_ends=partial(_end_requests, runtime),
         auto_decompress=False,  # a gzip bomb would be unpacked before the key is checked
         keepalive_timeout=settings.keepalive_timeout_s,
     )
     return make_ops_runner(make_ops_app(runtime), settings), callers
+
+
+def _end_requests(runtime: Runtime) -> None:
+    """Refuse the requests that wait, and answer those that are published and not confirmed: 504."""
+    runtime.admission.close()
+    runtime.publisher.give_up()
 
 
 async def _start(

@@ -172,6 +172,8 @@ async def test_what_cannot_be_served_before_the_drain_ends_is_answered_as_draini
         for answer in answers:
             assert (answer.status, answer.json()["code"]) == (503, "draining")
             assert b"\r\nConnection: close\r\n" in answer.raw
+        unconfirmed = await fills.read_answer()
+        assert (unconfirmed.status, unconfirmed.json()["code"]) == (504, "outcome_unknown")
         await eventually(lambda: not process.is_running, timeout=5)
         assert time.monotonic() - began < 0.5 + 2 + 1
         assert len(broker.published) == 2 * FULL
