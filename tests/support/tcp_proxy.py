@@ -163,7 +163,11 @@ class _Link:
             self.reset()  # a reset on one side becomes a reset on the other
         finally:
             for writer in self._writers:
-                await _close(writer)
+                writer.transport.abort()  # close() would wait for a peer that does not read
+            # Only now: a second cancellation may end this wait, and no connection may stay open then.
+            for writer in self._writers:
+                with suppress(OSError):
+                    await writer.wait_closed()
 
     def reset(self) -> None:
         sockets = [self.sock, *(writer.get_extra_info("socket") for writer in self._writers)]
@@ -207,10 +211,3 @@ class _Link:
     async def _swallow(self, source: asyncio.StreamReader) -> None:
         while await self._read(source):
             pass
-
-
-async def _close(writer: asyncio.StreamWriter) -> None:
-    # close() would wait for a peer that does not read.
-    writer.transport.abort()
-    with suppress(OSError):
-        await writer.wait_closed()
