@@ -159,7 +159,13 @@ class TappedTransport(TransportFactory):
         """Write the collected buffers. A closing connection drops them: the outcome of their messages is unknown."""
         unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
         if unsent and self._transport is not None and not self._transport.is_closing():
-            self._transport.write(b"".join(unsent))
+            try:
+                self._transport.write(b"".join(unsent))
+            except BaseException:
+                # Buffers that are lost on an open connection would shift all later delivery tags: a message could then
+                # count as queued by the ack of another one.
+                self.abort()
+                raise
 
     def abort(self) -> None:
         """Close the socket at once, without writing what is buffered."""

@@ -94,3 +94,25 @@ async def test_a_batch_lays_out_the_headers_of_a_trace_for_its_own_shards_only(
     assert len(laid_out) == 2
     assert [message.routing_key for message in broker.published] == ["q.2", "q.2", "q.5"]
     assert [message.properties.headers for message in broker.published] == [headers] * 3
+
+
+async def test_buffers_lost_on_their_way_to_the_socket_shift_no_confirm(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the ack of the next message would count for one that was never sent."""
+    async with connected(broker.url, amqp_connections=1) as publisher:
+        (connection,) = publisher.connections.open
+        transport = transport_of(connection)
+        write = transport.write
+
+        def fail_once(data: bytes) -> None:
+            monkeypatch.setattr(transport, "write", write)
+            raise MemoryError
+
+        monkeypatch.setattr(transport, "write", fail_once)
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
+        lost = [publish(publisher, 1), publish(publisher, 1)]
+        await asyncio.sleep(0.05)
+        async with asyncio.timeout(8):
+            outcomes = [await batch for batch in [*lost, publish(publisher, 1)]]
+        assert b"".join(outcomes).count(ACKED) == len(broker.published) == 3
