@@ -4,6 +4,8 @@ GatewayError                    status  code                    the caller may s
 ├── MissingMessages             400     missing_messages        corrected
 ├── InvalidIdempotencyKey       400     invalid_idempotency_key corrected
 ├── InvalidJson                 400     invalid_json            corrected
+├── InvalidDryRun               400     invalid_field           corrected
+├── MessageRefused              400     (that of the message)   corrected
 ├── MalformedHttp               400     malformed_http          corrected
 ├── MissingApiKey               401     missing_api_key         with a key
 ├── InvalidApiKey               401     invalid_api_key         with another key
@@ -37,7 +39,7 @@ class GatewayError(Exception):
     """A refusal of a whole request. `str()` returns the sentence for the caller."""
 
     status: ClassVar[int]
-    code: ClassVar[str]
+    code: str
     sentence: ClassVar[str]
 
     def __init__(self, sentence: str | None = None) -> None:
@@ -67,6 +69,13 @@ class InvalidJson(GatewayError):
 
     status, code = 400, "invalid_json"
     sentence = "The request body must be one JSON object in UTF-8"
+
+
+class InvalidDryRun(GatewayError):
+    """The value of `dry_run` is neither a boolean nor null."""
+
+    status, code = 400, "invalid_field"
+    sentence = "dry_run must be true or false"
 
 
 class MalformedHttp(GatewayError):
@@ -231,6 +240,17 @@ class OutcomeUnknown(GatewayError):
 
     status, code = 504, "outcome_unknown"
     sentence = "The queue did not confirm in time: these messages may or may not be queued"
+    message_id = ""  # of a single send
+
+
+class MessageRefused(GatewayError):
+    """The message of a single send was refused: the code and the sentence of its row."""
+
+    status = 400
+
+    def __init__(self, code: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 class Refusal(NamedTuple):

@@ -48,6 +48,7 @@ class Draft(NamedTuple):
     indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
     size: int  # number of messages in the request, valid or not
+    dry_run: bool = False  # nothing is to be published
 
     def distinct_list_numbers(self) -> list[str]:
         """Return the list numbers to resolve, each once."""
@@ -59,6 +60,9 @@ class BatchIds(msgspec.Struct, frozen=True):
 
     messages: list[str]  # one for each message of the request, by its index
     envelopes: list[str]  # for AMQP messages that carry several SMS; unused by other layouts
+
+
+NO_IDS = BatchIds([], [])
 
 
 class Origin(NamedTuple):
@@ -127,11 +131,12 @@ def _validate_whole(bulk: Bulk) -> Draft | None:
         return None
     if not clean:
         return None
-    return Draft(messages, recipients, list_numbers, range(len(messages)), [], len(messages))  # type: ignore[arg-type]  # all strings
+    indexes = range(len(messages))
+    return Draft(messages, recipients, list_numbers, indexes, [], len(messages), bulk.dry_run)  # type: ignore[arg-type]  # all strings
 
 
 def _validate_each(bulk: Bulk) -> Draft:
-    draft = Draft([], [], [], indexes := [], [], len(bulk.messages))
+    draft = Draft([], [], [], indexes := [], [], len(bulk.messages), bulk.dry_run)
     for index, message in enumerate(bulk.messages):
         list_number = message.list_number or bulk.list_number
         refusal = _refusal(message, list_number)
@@ -195,7 +200,7 @@ def build(
     even if another version refuses other messages, or a list has become inactive.
     """
     if not lists.keys() >= set(draft.list_numbers):
-        draft = _drop_unresolved(draft, lists, lost_lists, ids)
+        draft = drop_unresolved(draft, lists, lost_lists, ids)
     used = ids.messages if len(draft.indexes) == draft.size else [ids.messages[index] for index in draft.indexes]
     contents = _payloads(draft, lists, used, origin)
     if layout.is_plain:
@@ -258,7 +263,9 @@ def _envelopes(whole: Placement, contents: list[Payload], most_bytes: int | None
         yield from _envelopes(Placement(shard, half), contents, most_bytes)
 
 
-def _drop_unresolved(draft: Draft, lists: Mapping[str, int], lost_lists: Collection[str], ids: BatchIds) -> Draft:
+def drop_unresolved(
+    draft: Draft, lists: Mapping[str, int], lost_lists: Collection[str] = (), ids: BatchIds = NO_IDS
+) -> Draft:
     """Return the draft without the messages whose list number is not in `lists`, and an error row for each."""
     kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size)
     for message, recipient, list_number, index in zip(

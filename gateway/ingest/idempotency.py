@@ -30,7 +30,7 @@ from gateway.errors import (
 )
 from gateway.ingest.batch import BatchIds
 from gateway.ingest.message_ids import IdBlock, ids_at
-from gateway.ingest.wire import Answer, encode
+from gateway.ingest.wire import Answer
 from gateway.postgres.queries import ANSWER_UNIT, EndedRun, HeldKey, Hold, KnownKey, Queries
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ class Submission(NamedTuple):
     body_sha256: bytes
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
-    lists: Mapping[str, int] | None  # as in BulkRequest
-    deadline: float  # as in BulkRequest
+    lists: Mapping[str, int] | None  # as in SendRequest
+    deadline: float  # as in SendRequest
 
 
 class Claim:
@@ -69,7 +69,7 @@ class Claim:
     async with claim:
         if claim.kept_answer is None:
             …  # build and publish with claim.lists and claim.ids
-            encoded = await claim.keep(answer)
+            await claim.keep(answer, encoded)
     """
 
     __slots__ = (
@@ -80,6 +80,7 @@ class Claim:
         "ids",
         "is_retry",
         "kept_answer",
+        "kept_first_id",
         "lists",
         "lost_lists",
     )
@@ -102,6 +103,7 @@ class Claim:
         self.is_retry = False  # an earlier run may have published messages
         self.lost_lists: Collection[str] = ()  # numbers not in `lists`, to which an earlier run may have published
         self.kept_answer: bytes | None = None  # of an earlier run, encoded
+        self.kept_first_id = 0  # position of the first message id of that run
 
     async def __aenter__(self) -> "Claim":
         if self._known_lists is not None:
@@ -115,9 +117,8 @@ class Claim:
     ) -> None:
         pass
 
-    async def keep(self, answer: Answer) -> bytes:
-        """Return the encoded answer."""
-        return encode(answer)
+    async def keep(self, answer: Answer, encoded: bytes) -> None:
+        """Do nothing."""
 
 
 class KeyedClaim(Claim):
@@ -160,7 +161,7 @@ class KeyedClaim(Claim):
             raise IdempotencyInProgress
         else:
             requests["replayed"] += 1
-            self.kept_answer = known.answer
+            self.kept_answer, self.kept_first_id = known.answer, known.first_id
         return self
 
     async def _hold(self, *, may_insert: bool) -> HeldKey | KnownKey | None:
@@ -201,9 +202,8 @@ class KeyedClaim(Claim):
             # Nothing of this run is queued, but the first run may have queued it all.
             raise OutcomeUnknown from error
 
-    async def keep(self, answer: Answer) -> bytes:
-        """Store the answer, unless a message is unknown, none is queued, or it is too long. Return it encoded."""
-        encoded = encode(answer)
+    async def keep(self, answer: Answer, encoded: bytes) -> None:
+        """Store the encoded answer, unless a message is unknown, none is queued, or it is too long."""
         if not answer.queued_count:  # all are too large for the queue
             await self._end(is_forgotten=not self.is_retry)
         elif len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
@@ -211,7 +211,6 @@ class KeyedClaim(Claim):
         else:
             self._idempotency.stored[self._account_id] += len(encoded) // ANSWER_UNIT
             await self._end(encoded)
-        return encoded
 
     async def _end(self, answer: bytes | None = None, *, is_forgotten: bool = False) -> None:
         """Settle the row. The answer waits for that, even if it is late."""

@@ -5,20 +5,42 @@ ARCHITECTURE.md has the table of the steps. A bad message becomes an error row; 
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from time import time
+from typing import NamedTuple
 
 import msgspec
 
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.amqp.publisher import Publisher
-from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, TOO_LARGE, GatewayError, OutcomeUnknown, QueueUnavailable
+from gateway.errors import (
+    OUTCOME_UNKNOWN,
+    QUEUE_REJECTED,
+    TOO_LARGE,
+    GatewayError,
+    MessageRefused,
+    OutcomeUnknown,
+    QueueUnavailable,
+)
 from gateway.ingest.admission import Slot
-from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, validate
+from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, drop_unresolved, validate
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Claim, Idempotency, Submission
-from gateway.ingest.wire import Answer, ErrorRow, decode_bulk
+from gateway.ingest.message_ids import ids_at
+from gateway.ingest.wire import (
+    Answer,
+    Bulk,
+    DryRunAnswer,
+    ErrorRow,
+    SingleAnswer,
+    SingleDryRunAnswer,
+    decode_answer,
+    decode_bulk,
+    decode_single,
+    encode,
+    with_ids,
+)
 from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import BUILD, PUBLISH, RESOLVE_LISTS, VALIDATE
 from gateway.telemetry.log import utc
@@ -26,9 +48,20 @@ from gateway.telemetry.requests import RequestRecord
 from gateway.telemetry.tracing import NoTracing, Tracing
 
 
-class BulkRequest(msgspec.Struct):
+class Form(NamedTuple):
+    """One of the two forms of a request."""
+
+    decode: Callable[[bytes], Bulk]
+    salt: bytes  # of the body's digest: an Idempotency-Key belongs to one form
+
+
+BULK, SINGLE = Form(decode_bulk, b""), Form(decode_single, b"single send\n")
+
+
+class SendRequest(msgspec.Struct):
     """An authenticated request whose body has been read. The pipeline empties `body` and `draft`."""
 
+    form: Form
     account_id: int
     slot: Slot
     request_id: str
@@ -37,15 +70,16 @@ class BulkRequest(msgspec.Struct):
     deadline: float  # the time at which the answer is due, on the event loop's clock
     draft: Draft | None = None  # of a body that was decoded before the API key was looked up
     lists: Mapping[str, int] | None = None  # list number → list id, for that draft: looked up with the key
+    wants_ids: bool = False  # the answer to a batch lists the ids of what was queued
 
 
-def draft_early(body: bytes) -> Draft | None:
+def draft_early(body: bytes, form: Form) -> Draft | None:
     """Return the draft of a body that arrived with its head; None if it is refused.
 
     Pipeline.run raises the refusal, after the refusals that concern the API key.
     """
     try:
-        return validate(decode_bulk(body))
+        return validate(form.decode(body))
     except GatewayError:
         return None
 
@@ -70,23 +104,41 @@ class Pipeline:
         self._layout = layout
         self._tracing = tracing
 
-    async def run(self, request: BulkRequest, record: RequestRecord) -> bytes:
+    async def run(self, request: SendRequest, record: RequestRecord) -> bytes:
         """Return the encoded answer once the broker has settled every message, or the deadline has passed.
 
-        Sets `record.is_replayed` if the answer is the stored one of an earlier request. Raises the GatewayErrors of
-        decoding, of the Idempotency-Key, of the database, and Unavailable or OutcomeUnknown if nothing is confirmed.
+        Sets `record.is_replayed` if the answer is the stored one of an earlier request, and `record.is_dry_run`. Raises
+        the GatewayErrors of decoding, of the Idempotency-Key, of the database, Unavailable or OutcomeUnknown if nothing
+        is confirmed, and MessageRefused for a single send.
         """
         draft = request.draft
         if draft is None:
-            draft = validate(decode_bulk(request.body))
+            draft = validate(request.form.decode(request.body))
             record.mark(VALIDATE)
-        body_sha256 = hashlib.sha256(request.body).digest() if request.idempotency_key is not None else b""
-        request.body, request.draft = b"", None
+        has_key = request.idempotency_key is not None
+        body_sha256 = hashlib.sha256(request.form.salt + request.body).digest() if has_key else b""
+        request.body = b""
         record.count_in_flight(draft.size)
-        async with await self._claim(request, draft, body_sha256) as claim:
+        if draft.dry_run:
+            record.is_dry_run = True
+            return await self._rehearse(request, draft, record)
+        claim = await self._claim(request, draft, body_sha256)
+        request.draft = draft  # alone: `_publish` can let go of it
+        del draft
+        try:
+            return await self._publish(request, claim, record)
+        except OutcomeUnknown as error:
+            if request.form is SINGLE:
+                error.message_id = claim.ids.messages[0]
+            raise
+
+    async def _publish(self, request: SendRequest, claim: Claim, record: RequestRecord) -> bytes:
+        draft, request.draft = request.draft, None
+        assert draft is not None  # noqa: S101 - `run` sets it
+        async with claim:
             if claim.kept_answer is not None:
                 record.is_replayed = True
-                return claim.kept_answer
+                return _with_kept_ids(claim.kept_answer, claim) if request.wants_ids else claim.kept_answer
             if request.lists is None or request.idempotency_key is not None:
                 record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, f"{utc(time())}Z")
@@ -112,9 +164,27 @@ class Pipeline:
             record.queued = answer.queued_count
             if answer.errors:
                 record.errors = Counter([row.code for row in answer.errors])
-            return await claim.keep(answer)
+            encoded = encode(answer) if request.form is BULK else _single_answer(answer, claim)
+            await claim.keep(answer, encoded)
+            if request.form is SINGLE and answer.errors:
+                raise _refusal_of(answer.errors[0])
+            return with_ids(answer, claim.ids.messages) if request.wants_ids else encoded
 
-    async def _claim(self, request: BulkRequest, draft: Draft, body_sha256: bytes) -> Claim:
+    async def _rehearse(self, request: SendRequest, draft: Draft, record: RequestRecord) -> bytes:
+        """Return the encoded answer to a dry run: what validation and ownership say. Nothing is published."""
+        lists = request.lists
+        if lists is None:
+            lists = await self._queries.resolve_lists(request.account_id, draft.distinct_list_numbers())
+            record.mark(RESOLVE_LISTS)
+        resolved = drop_unresolved(draft, lists)
+        if request.form is BULK:
+            rows = sorted(resolved.rows, key=lambda row: row.index)
+            return encode(DryRunAnswer(len(resolved.messages), len(rows), rows))
+        if resolved.rows:
+            raise _refusal_of(resolved.rows[0])
+        return encode(SingleDryRunAnswer())
+
+    async def _claim(self, request: SendRequest, draft: Draft, body_sha256: bytes) -> Claim:
         """Take message ids, and return the claim in which the batch runs."""
         block = await self._ids.take(draft.size + self._layout.most_envelopes(draft.list_numbers))
         ids = BatchIds(block.ids[: draft.size], block.ids[draft.size :])
@@ -131,6 +201,20 @@ class Pipeline:
             request.deadline,
         )
         return self._idempotency.claim(submission, block, ids)
+
+
+def _with_kept_ids(kept_answer: bytes, claim: Claim) -> bytes:
+    """Return the stored answer to a batch with the ids of its first run."""
+    answer = decode_answer(kept_answer)
+    return with_ids(answer, ids_at(claim.kept_first_id, answer.queued_count + answer.error_count))
+
+
+def _single_answer(answer: Answer, claim: Claim) -> bytes:
+    return encode(SingleAnswer(True, claim.ids.messages[0], "queued")) if answer.queued_count else b""
+
+
+def _refusal_of(row: ErrorRow) -> MessageRefused:
+    return MessageRefused(row.code, row.error)
 
 
 def answer_for(batch: Batch, outcomes: bytes) -> Answer:

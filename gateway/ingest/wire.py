@@ -6,12 +6,13 @@ message by message: the error then concerns one message only. `contact_data` and
 
 import codecs
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
+from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
@@ -62,6 +63,7 @@ class Bulk(msgspec.Struct):
     messages: list[Message | MistypedMessage]
     list_number: object = None
     typed: bool = True  # False: there may be MistypedMessages
+    dry_run: bool = False  # validate and resolve only
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
@@ -81,6 +83,41 @@ class Answer(msgspec.Struct):
     queued_count: int
     error_count: int
     errors: list[ErrorRow]
+
+
+class QueuedMessage(msgspec.Struct, gc=False):
+    """One message that was queued, in an answer with ids."""
+
+    index: int
+    message_id: str
+
+
+class AnswerWithIds(Answer):
+    """The answer to a batch whose caller prefers to have the ids of what was queued."""
+
+    messages: list[QueuedMessage]
+
+
+class DryRunAnswer(Answer):
+    """The answer to a dry run: the counts and rows of validation and ownership."""
+
+    dry_run: bool = True
+
+
+class SingleAnswer(msgspec.Struct):
+    """The answer to a single message that was queued."""
+
+    success: bool
+    message_id: str
+    status: str
+
+
+class SingleDryRunAnswer(msgspec.Struct):
+    """The answer to a dry run of a single message that would be published."""
+
+    success: bool = True
+    status: str = "dry_run"
+    dry_run: bool = True
 
 
 class Payload(msgspec.Struct, gc=False):
@@ -103,6 +140,11 @@ class Payload(msgspec.Struct, gc=False):
 class _TypedBulk(msgspec.Struct):
     messages: list[Message]
     list_number: str | None = None
+    dry_run: bool | None = None
+
+
+class _TypedSingle(Message, gc=False):
+    dry_run: bool | None = None
 
 
 class _LooseMessage(msgspec.Struct, gc=False):
@@ -112,6 +154,10 @@ class _LooseMessage(msgspec.Struct, gc=False):
     wrap_links: Raw | UnsetType = UNSET
     contact_data: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
+
+
+class _LooseSingle(_LooseMessage, gc=False):
+    dry_run: Raw | UnsetType = UNSET
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -148,8 +194,12 @@ class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
 
 
 def _bulk_of(messages: Any) -> type[msgspec.Struct]:
-    """Return a type of requests in which any value of `list_number` is decoded."""
-    fields = [("messages", messages | UnsetType, UNSET), ("list_number", Raw | UnsetType, UNSET)]
+    """Return a type of requests in which any value of the other fields is decoded."""
+    fields = [
+        ("messages", messages | UnsetType, UNSET),
+        ("list_number", Raw | UnsetType, UNSET),
+        ("dry_run", Raw | UnsetType, UNSET),
+    ]
     return msgspec.defstruct("Bulk", fields)
 
 
@@ -163,6 +213,9 @@ _raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
 _raw_elements = msgspec.json.Decoder(_Array.of(Raw))
 _message = msgspec.json.Decoder(Message)
 _loose_message = msgspec.json.Decoder(_LooseMessage)
+_typed_single = msgspec.json.Decoder(_TypedSingle)
+_loose_single = msgspec.json.Decoder(_LooseSingle)
+_answer = msgspec.json.Decoder(Answer)
 _loose_contact_data = msgspec.json.Decoder(ContactData)
 _string = msgspec.json.Decoder(str)
 
@@ -170,7 +223,7 @@ encode = _encoder.encode
 
 
 def decode_bulk(body: bytes | bytearray) -> Bulk:
-    """Decode a request body. Raises InvalidJson, MissingMessages or TooManyMessages.
+    """Decode the body of a batch. Raises InvalidJson, MissingMessages, TooManyMessages or InvalidDryRun.
 
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
     built that is not needed, and bytes are parsed once or twice (tests/properties/test_work_of_bodies.py).
@@ -190,7 +243,24 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise InvalidJson from None
     _check_count(len(typed.messages))
-    return Bulk(typed.messages, typed.list_number)  # type: ignore[arg-type]  # list is invariant; read only
+    return Bulk(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
+
+
+def decode_single(body: bytes | bytearray) -> Bulk:
+    """Decode the body of a single send, as a batch of one. Raises InvalidJson or InvalidDryRun."""
+    try:
+        if not body.isascii():
+            _check_utf8(body)
+        if len(body) <= HUGE_BODY_BYTES:
+            try:
+                typed = _typed_single.decode(body)
+                return Bulk([typed], dry_run=typed.dry_run is True)
+            except msgspec.ValidationError:
+                pass
+        loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise InvalidJson from None
+    return Bulk([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
@@ -235,7 +305,8 @@ def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any])
         bulk = _raw_bulk.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
         elements = _split(bulk.messages)
     _check_count(len(elements))
-    return Bulk([_message_of(element) for element in elements], _string_or_none(bulk.list_number), typed=False)
+    list_number, dry_run = _string_or_none(bulk.list_number), _is_dry_run(bulk.dry_run)
+    return Bulk([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
 
 
 def _elements(messages: object) -> list[Any]:
@@ -264,11 +335,22 @@ def _message_of(element: object) -> Message | MistypedMessage:
     if not isinstance(element, _LooseMessage):
         return MistypedMessage()
     to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
-    word = b"null" if element.wrap_links is UNSET else bytes(memoryview(element.wrap_links)[:6])
-    wrap_links = _WORDS.get(word, WRONG_TYPE)
+    wrap_links = _word(element.wrap_links)
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
     message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
     return message
+
+
+def _word(value: Raw | UnsetType) -> object:
+    """Return True, False or None; None also for a field that was left out, and WRONG_TYPE for any other value."""
+    return None if value is UNSET else _WORDS.get(bytes(memoryview(value)[:6]), WRONG_TYPE)
+
+
+def _is_dry_run(value: Raw | UnsetType) -> bool:
+    word = _word(value)
+    if word is WRONG_TYPE:
+        raise InvalidDryRun
+    return word is True
 
 
 def _string_or_none(value: Raw | UnsetType) -> object:
@@ -289,6 +371,18 @@ def _check_count(count: int) -> None:
         raise MissingMessages
     if count > MAX_MESSAGES:
         raise TooManyMessages
+
+
+def with_ids(answer: Answer, ids: Sequence[str]) -> bytes:
+    """Return the encoded answer with the id of each queued message. `ids` has one for each message of the request."""
+    refused = {row.index for row in answer.errors}
+    messages = [QueuedMessage(index, one) for index, one in enumerate(ids) if index not in refused]
+    return encode(AnswerWithIds(answer.queued_count, answer.error_count, answer.errors, messages))
+
+
+def decode_answer(encoded: bytes) -> Answer:
+    """Return a stored answer to a batch."""
+    return _answer.decode(encoded)
 
 
 def is_absent(value: Raw | UnsetType) -> bool:

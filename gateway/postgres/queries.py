@@ -59,7 +59,7 @@ HOLD_KEYS = """
 """
 
 FIND_KEYS = """
-    SELECT wanted.holder, kept.body_sha256 = wanted.body_sha256 AS is_same_body, answer
+    SELECT wanted.holder, kept.body_sha256 = wanted.body_sha256 AS is_same_body, answer, first_id
     FROM unnest($1::bigint[], $2::text[], $3::bytea[], $4::bigint[])
         AS wanted (account_id, key, body_sha256, holder)
     JOIN idempotency_keys AS kept USING (account_id, key)
@@ -141,6 +141,7 @@ class KnownKey(NamedTuple):
 
     is_same_body: bool
     answer: bytes | None  # None: another run holds the key
+    first_id: int  # position of the first message id of the first run
 
 
 class EndedRun(NamedTuple):

@@ -16,7 +16,7 @@ SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1
 MESSAGES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 LAG_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 
-QUEUED, REPLAYED = "queued", "replayed"  # outcomes of a message beside the codes of errors.py
+QUEUED, REPLAYED, DRY_RUN = "queued", "replayed", "dry_run"  # outcomes of a message beside the codes of errors.py
 OK = "ok"  # the code of a request that was not refused
 CANCELLED = 499, "cancelled"  # the process ended before the request was answered
 

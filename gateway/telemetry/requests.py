@@ -13,7 +13,7 @@ from time import monotonic, perf_counter, time
 import msgspec
 
 from gateway.errors import OUTCOME_UNKNOWN, OutcomeUnknown
-from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Counters
+from gateway.telemetry.counters import CANCELLED, DRY_RUN, OK, QUEUED, REPLAYED, STAGES, Counters
 from gateway.telemetry.log import FIELDS, JsonLines, WriterThread, redact, utc
 
 LOGGER, MESSAGE = "gateway.requests", "request"
@@ -40,6 +40,7 @@ class RequestRecord:
         "code",
         "ended",
         "errors",
+        "is_dry_run",
         "is_replayed",
         "messages",
         "origin_ns",
@@ -67,6 +68,7 @@ class RequestRecord:
         self.queued: int | None = None
         self.errors: Counter[str] = NO_ERRORS  # error rows by code
         self.is_replayed = False  # the answer is that of an earlier request with the same Idempotency-Key
+        self.is_dry_run = False
         self.origin_ns = 0  # `began` on the wall clock, if this request is traced
         self.span: object = None  # set by telemetry/tracing.py
         self.publish_span: object = None
@@ -88,9 +90,11 @@ class RequestRecord:
         for step, at in self.steps:
             counters.stages_s[step].observe(at - before)
             before = at
-        counters.requests[(status, code or OK) if status else CANCELLED] += 1
+        told = code or (DRY_RUN if self.is_dry_run else OK)
+        counters.requests[(status, told) if status else CANCELLED] += 1
         was_refused = bool(code) or not status
-        (counters.refused_s if was_refused else counters.answered_s).observe(self.ended - self.began)
+        if not self.is_dry_run:
+            (counters.refused_s if was_refused else counters.answered_s).observe(self.ended - self.began)
         counters.body_bytes += self.body_bytes or 0
         if self.messages is not None:
             counters.messages_in_flight -= self.messages
@@ -100,7 +104,9 @@ class RequestRecord:
     def _count_messages(self, size: int, *, was_refused: bool) -> None:
         """Count each message once, by what the caller was told of it."""
         messages = self._counters.messages
-        if was_refused:
+        if self.is_dry_run:
+            messages[DRY_RUN] += size
+        elif was_refused:
             messages[self.code or CANCELLED[1]] += size
         elif self.is_replayed:
             messages[REPLAYED] += size
@@ -113,12 +119,15 @@ class RequestRecord:
     def outcome(self) -> str:
         """The outcome of the request, in one word.
 
-        read: a document, no messages · queued: all messages · partial: some · refused: none · unknown: some may be
-        queued · replayed: the stored answer of an earlier request · failed: internal error · cancelled: not answered.
+        read: a document, no messages · dry_run: validated only · queued: all messages · partial: some · refused: none ·
+        unknown: some may be queued · replayed: the stored answer of an earlier request · failed: internal error ·
+        cancelled: not answered.
         """
         if self.status == 200:
             if self.messages is None:
                 return "read"
+            if self.is_dry_run:
+                return "dry_run"
             if self.is_replayed:
                 return "replayed"
             if OUTCOME_UNKNOWN.code in self.errors:
@@ -202,7 +211,7 @@ class RequestLog:
         if not log.isEnabledFor(level):
             return
         unlogged = 0
-        if outcome in ("queued", "replayed", "read"):
+        if outcome in ("queued", "replayed", "read", "dry_run"):
             if self._sample < 1 and random.random() >= self._sample:  # noqa: S311 - a sample, no secret
                 return
         elif level == logging.INFO:

@@ -10,7 +10,15 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
-from gateway.errors import GatewayError, InternalError, MalformedHttp, MethodNotAllowed, NotFound, drop_tracebacks
+from gateway.errors import (
+    GatewayError,
+    InternalError,
+    MalformedHttp,
+    MethodNotAllowed,
+    NotFound,
+    OutcomeUnknown,
+    drop_tracebacks,
+)
 from gateway.runtime import RUNTIME
 from gateway.web.connections import JSON_HEADERS, accept_version, is_chunked
 
@@ -26,11 +34,12 @@ _is_safe_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
 _PROCESS, _requests = secrets.token_hex(8), count()
 
 
-class Refused(msgspec.Struct):
+class Refused(msgspec.Struct, omit_defaults=True):
     """The body of the answer to a request that was refused as a whole."""
 
     error: str
     code: str
+    message_id: str = ""  # of a single send whose outcome is unknown
 
 
 def json_answer(status: int, body: bytes, headers: Mapping[str, str]) -> web.Response:
@@ -44,7 +53,9 @@ def json_answer(status: int, body: bytes, headers: Mapping[str, str]) -> web.Res
 
 def refuse(error: GatewayError) -> web.Response:
     """Return the answer to a refused request."""
-    response = json_answer(error.status, msgspec.json.encode(Refused(str(error), error.code)), error.headers())
+    message_id = error.message_id if isinstance(error, OutcomeUnknown) else ""
+    body = msgspec.json.encode(Refused(str(error), error.code, message_id))
+    response = json_answer(error.status, body, error.headers())
     response[REFUSED_WITH] = error.code
     return response
 

@@ -1,14 +1,15 @@
-"""The API: POST /api/v2/send/bulk, and the record of each request."""
+"""The API: POST /api/v2/send/bulk and /api/v2/send, and the record of each request."""
 
 import asyncio
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from multidict import CIMultiDictProxy
 
 from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
 from gateway.ingest.admission import Slot
-from gateway.ingest.pipeline import BulkRequest, draft_early
+from gateway.ingest.pipeline import BULK, SINGLE, Form, SendRequest, draft_early
 from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, WAIT
@@ -18,11 +19,13 @@ from gateway.web.answers import REFUSED_WITH, REQUEST_ID, answer_every_request
 from gateway.web.bodies import expect_later, memory_cost, read_arrived, read_body, size_to_reserve
 from gateway.web.connections import SLOT, DirectAnswer
 
-SEND_BULK = "/api/v2/send/bulk"
-ALLOWED = {SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
+SEND, SEND_BULK = "/api/v2/send", "/api/v2/send/bulk"
+ALLOWED = {SEND: "POST", SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
 API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
+PREFER_HEADER = "Prefer"
+WITH_IDS = {"Preference-Applied": "return=representation"}
 RECORD = web.RequestKey("record", RequestRecord)
 
 
@@ -31,12 +34,23 @@ def make_app(runtime: Runtime) -> web.Application:
     app = web.Application(middlewares=[record_every_request, answer_every_request], client_max_size=MAX_BODY_BYTES)
     app[RUNTIME] = runtime
     app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
+    app.router.add_post(SEND, send_single, expect_handler=expect_later)
     app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
     app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
     return app
 
 
 async def send_bulk(request: web.Request) -> web.StreamResponse:
+    """Send a batch."""
+    return await _send(request, BULK)
+
+
+async def send_single(request: web.Request) -> web.StreamResponse:
+    """Send one message, as a batch of one."""
+    return await _send(request, SINGLE)
+
+
+async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch.
 
     A small body that has arrived with its head is decoded before the key is looked up; its refusal waits for its turn.
@@ -48,7 +62,7 @@ async def send_bulk(request: web.Request) -> web.StreamResponse:
         runtime.admission.refuse_again(key)
     key_sha256 = auth.digest(keys)
     body = read_arrived(request)
-    draft = draft_early(body) if body else None
+    draft = draft_early(body, form) if body else None
     if draft is not None:
         record.mark(VALIDATE)
     account = await auth.authenticate(key_sha256, runtime.queries, draft.distinct_list_numbers() if draft else ())
@@ -57,16 +71,17 @@ async def send_bulk(request: web.Request) -> web.StreamResponse:
     await slot.enter(account.id, size_to_reserve(request), keys[0])  # without a valid key, no bytes are reserved
     if slot.waited_s:
         record.mark(WAIT)
-    received = await _receive(request, slot, account.id, body)
+    received = await _receive(request, form, slot, account.id, body)
     if draft is not None:
         received.draft, received.lists = draft, account.lists
     del body, draft  # the pipeline alone holds them: it can let go of them
     answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
-    return DirectAnswer(answer, REPLAYED if record.is_replayed else {})
+    headers = REPLAYED if record.is_replayed else {}
+    return DirectAnswer(answer, headers | WITH_IDS if received.wants_ids and not record.is_dry_run else headers)
 
 
-async def _receive(request: web.Request, slot: Slot, account_id: int, body: bytes | None) -> BulkRequest:
+async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int, body: bytes | None) -> SendRequest:
     """Read the body of an authenticated request unless it has been read, and reserve what it costs."""
     settings, record = request.app[RUNTIME].settings, request[RECORD]
     key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
@@ -76,7 +91,17 @@ async def _receive(request: web.Request, slot: Slot, account_id: int, body: byte
     record.body_bytes = len(body)
     slot.reserve_total(memory_cost(body))
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
-    return BulkRequest(account_id, slot, request[REQUEST_ID], body, key, deadline)
+    wants_ids = form is BULK and PREFER_HEADER in request.headers and prefers_representation(request.headers)
+    return SendRequest(form, account_id, slot, request[REQUEST_ID], body, key, deadline, wants_ids=wants_ids)
+
+
+def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
+    """Return True if the first `return` among the preferences is `return=representation` (RFC 7240)."""
+    for preference in ",".join(headers.getall(PREFER_HEADER)).split(","):
+        name, _, value = preference.partition(";")[0].partition("=")
+        if name.strip().lower() == "return":
+            return value.strip().strip('"').lower() == "representation"
+    return False
 
 
 async def refuse_route(request: web.Request) -> web.Response:
@@ -90,7 +115,8 @@ async def record_every_request(request: web.Request, handler: Handler) -> web.St
     """Keep a record of each request; at its end, write its trace and its line in the request log."""
     runtime = request.app[RUNTIME]
     record = request[RECORD] = RequestRecord(runtime.counters)
-    runtime.tracing.begin(record, request.method, SEND_BULK if request.path == SEND_BULK else "", request.headers)
+    route = request.path if request.path in (SEND_BULK, SEND) else ""
+    runtime.tracing.begin(record, request.method, route, request.headers)
     status, code = 0, ""
     try:
         response = await handler(request)

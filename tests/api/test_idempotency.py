@@ -342,21 +342,23 @@ def end_of(
     return EndedRun(gateway.caller.account_id, "k", holder, answer, is_forgotten)
 
 
-HELD_BY_ANOTHER = KnownKey(is_same_body=True, answer=None)
+def known_key(first_id: int, answer: bytes | None = None, *, is_same_body: bool = True) -> KnownKey:
+    """Return what a run is told whose key another run holds, or has ended."""
+    return KnownKey(is_same_body, answer, first_id)
 
 
 async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTest) -> None:
     queries = gateway.runtime.queries
     assert await queries.hold_key(hold_of(gateway, 100, 0.3)) == HeldKey(100, [])
-    assert await queries.hold_key(hold_of(gateway, 200)) == HELD_BY_ANOTHER
+    assert await queries.hold_key(hold_of(gateway, 200)) == known_key(100)
     await asyncio.sleep(0.4)
     other_body = hold_of(gateway, 300, body_sha256=b"x" * 32)
-    assert await queries.hold_key(other_body) == KnownKey(is_same_body=False, answer=None)
+    assert await queries.hold_key(other_body) == known_key(100, is_same_body=False)
     assert await queries.hold_key(hold_of(gateway, 300)) == HeldKey(100, []), "it carries the ids of the run that died"
     await queries.settle_key(end_of(gateway, 100, b"too late"))
-    assert await queries.hold_key(hold_of(gateway, 400)) == HELD_BY_ANOTHER
+    assert await queries.hold_key(hold_of(gateway, 400)) == known_key(100)
     await queries.settle_key(end_of(gateway, 300, b"in time"))
-    assert await queries.hold_key(hold_of(gateway, 400)) == KnownKey(is_same_body=True, answer=b"in time")
+    assert await queries.hold_key(hold_of(gateway, 400)) == known_key(100, b"in time")
 
 
 async def test_a_kept_answer_outlives_its_hold(gateway: GatewayUnderTest) -> None:
@@ -366,7 +368,7 @@ async def test_a_kept_answer_outlives_its_hold(gateway: GatewayUnderTest) -> Non
     await queries.settle_key(end_of(gateway, 100, b"kept"))
     await asyncio.sleep(0.2)
     for _ in range(2):
-        assert await queries.hold_key(hold_of(gateway, 200)) == KnownKey(is_same_body=True, answer=b"kept")
+        assert await queries.hold_key(hold_of(gateway, 200)) == known_key(100, b"kept")
 
 
 @pytest.mark.parametrize("is_forgotten", [True, False], ids=["forget", "release"])
@@ -378,7 +380,7 @@ async def test_a_late_run_does_not_touch_the_row_of_the_next_one(
     await asyncio.sleep(0.1)
     assert await queries.hold_key(hold_of(gateway, 200)) == HeldKey(100, [])
     await queries.settle_key(end_of(gateway, 100, is_forgotten=is_forgotten))
-    assert await queries.hold_key(hold_of(gateway, 300)) == HELD_BY_ANOTHER
+    assert await queries.hold_key(hold_of(gateway, 300)) == known_key(100)
     await queries.settle_key(end_of(gateway, 200, is_forgotten=is_forgotten))
     assert await queries.hold_key(hold_of(gateway, 300)) == HeldKey(300 if is_forgotten else 100, [])
 
@@ -392,7 +394,7 @@ async def test_a_run_does_not_touch_another_accounts_row(
     await queries.hold_key(theirs)
     await queries.hold_key(hold_of(gateway, 200))
     await queries.settle_key(end_of(gateway, 200, None if is_forgotten else b"mine", is_forgotten=is_forgotten))
-    assert await queries.hold_key(theirs._replace(holder=300)) == HELD_BY_ANOTHER
+    assert await queries.hold_key(theirs._replace(holder=300)) == known_key(theirs.first_id)
 
 
 async def test_a_second_run_that_ends_with_an_error_or_queues_nothing_keeps_the_row(gateway: GatewayUnderTest) -> None:
@@ -407,7 +409,7 @@ async def test_a_second_run_that_ends_with_an_error_or_queues_nothing_keeps_the_
     assert claim.is_retry
     block = await runtime.ids.take(1)
     async with runtime.idempotency.claim(sent, block, BatchIds(block.ids, [])) as claim:
-        await claim.keep(Answer(0, 1, [ErrorRow(0, "bad", "invalid_phone", "bad")]))
+        await claim.keep(Answer(0, 1, [ErrorRow(0, "bad", "invalid_phone", "bad")]), b"")
     (row,) = await keys_of(gateway)
     assert row["answer"] is None
 
@@ -446,11 +448,11 @@ async def test_runs_at_once_share_statements_and_each_gets_its_own_result(
     assert await queries._hold_keys(holds) == [
         HeldKey(10, []),
         HeldKey(20, ["+18005551000", "+18005552000"]),
-        KnownKey(is_same_body=True, answer=b"{}"),
+        known_key(1, b"{}"),
         HeldKey(40, []),
-        HELD_BY_ANOTHER,
-        KnownKey(is_same_body=False, answer=None),
-        KnownKey(is_same_body=False, answer=b"{}"),
+        known_key(40),
+        known_key(40, is_same_body=False),
+        known_key(1, b"{}", is_same_body=False),
         None,
     ]
     ends = [
@@ -461,7 +463,7 @@ async def test_runs_at_once_share_statements_and_each_gets_its_own_result(
     ]
     await queries._settle_keys(ends)
     assert {row["key"]: row["answer"] for row in await keys_of(gateway)} == {"answered": b"{}", "new": b"ten"}
-    assert await queries.hold_key(hold_of(gateway, 90, key="new")) == KnownKey(is_same_body=True, answer=b"ten")
+    assert await queries.hold_key(hold_of(gateway, 90, key="new")) == known_key(10, b"ten")
 
 
 async def test_holds_and_ends_of_several_processes_do_not_deadlock(

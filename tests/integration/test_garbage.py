@@ -15,12 +15,12 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.ingest.batch import Draft
-from gateway.ingest.pipeline import BulkRequest
+from gateway.ingest.pipeline import SendRequest
 from gateway.telemetry.requests import RequestRecord
 from testbed import Servers
 from tests.support.gateways import MakeSettings, StartGateway
 
-OF_A_REQUEST = (GatewayError, BulkRequest, Draft, RequestRecord)
+OF_A_REQUEST = (GatewayError, SendRequest, Draft, RequestRecord)
 AT_ONCE = 8
 
 

@@ -14,6 +14,7 @@ from gateway.cli.admin import Admin
 from tests.support.secrecy import BODY
 
 SEND_PATH = "/api/v2/send/bulk"
+SINGLE_PATH = "/api/v2/send"
 RECIPIENT = "+14155551234"
 
 
@@ -77,16 +78,20 @@ class Client:
         return self.caller.message(**changes)
 
     async def post(
-        self, body: bytes | AsyncIterator[bytes], **headers: str
+        self, body: bytes | AsyncIterator[bytes], path: str = SEND_PATH, **headers: str
     ) -> tuple[int, Any, "CIMultiDictProxy[str]"]:
         """POST raw bytes; return status, decoded answer, headers. `headers` are spelt with _ for -."""
         sent = self.caller.headers | {name.replace("_", "-"): value for name, value in headers.items()}
         data = io.BytesIO(body) if isinstance(body, bytes) else body
-        async with self.session.post(self.url, data=data, headers=sent) as response:
+        async with self.session.post(self.api_url + path, data=data, headers=sent) as response:
             raw = await response.read()
             assert response.headers["Content-Type"] == "application/json"
             assert response.headers["X-Request-Id"]
             return response.status, msgspec.json.decode(raw), response.headers
+
+    async def post_single(self, message: Any, **headers: str) -> tuple[int, Any, "CIMultiDictProxy[str]"]:
+        """POST one message to the single send; see `post`."""
+        return await self.post(msgspec.json.encode(message), SINGLE_PATH, **headers)
 
     async def send(self, messages: Any, **top_level: Any) -> tuple[int, Any]:
         """POST messages; return status and decoded answer. The form of a 200 is checked."""

@@ -117,7 +117,7 @@ async def test_a_run_that_is_cancelled_while_its_answer_is_stored_settles_its_ro
     async def run() -> None:
         sent = Submission(7, "key", bytes(32), 1, ["+18005551000"], None, now() + 60.0)
         async with keys.claim(sent, IdBlock(0, ["00000000"]), BatchIds(["00000000"], [])) as claim:
-            await claim.keep(Answer(1, 0, []))
+            await claim.keep(Answer(1, 0, []), b"encoded")
 
     running = asyncio.create_task(run())
     await eventually(lambda: bool(rows.ended), timeout=5.0)
@@ -126,7 +126,7 @@ async def test_a_run_that_is_cancelled_while_its_answer_is_stored_settles_its_ro
     await asyncio.gather(running, return_exceptions=True)
     assert running.cancelled()
     await keys.close()
-    assert [ended.answer for ended in rows.ended] == [b'{"queued_count":1,"error_count":0,"errors":[]}']
+    assert [ended.answer for ended in rows.ended] == [b"encoded"]
 
 
 async def test_a_hold_outlasts_the_longest_run() -> None:
