@@ -5,65 +5,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from examples.conformance.refusals import REFUSED
 from gateway.cli.admin import Admin
 from tests.support.callers import make_caller, new_number
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
-
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("to absent", {"to": ...}, "missing_to"),
-    ("to null", {"to": None}, "missing_to"),
-    ("to empty", {"to": ""}, "missing_to"),
-    ("list_number absent", {"list_number": ...}, "missing_list_number"),
-    ("list_number null", {"list_number": None}, "missing_list_number"),
-    ("list_number empty", {"list_number": ""}, "missing_list_number"),
-    ("body absent", {"body": ...}, "missing_body"),
-    ("body null", {"body": None}, "missing_body"),
-    ("body empty", {"body": ""}, "missing_body"),
-    ("body a number", {"body": 7}, "missing_body"),
-    ("body a list", {"body": ["hi"]}, "missing_body"),
-    ("body an object", {"body": {"text": "hi"}}, "missing_body"),
-    ("body true", {"body": True}, "missing_body"),
-    ("to without plus", {"to": "4155559876"}, "invalid_phone"),
-    ("to a number", {"to": 14155551234}, "invalid_phone"),
-    ("to a list", {"to": ["+14155551234"]}, "invalid_phone"),
-    ("to an object", {"to": {}}, "invalid_phone"),
-    ("to true", {"to": True}, "invalid_phone"),
-    ("to only a plus", {"to": "+"}, "invalid_phone"),
-    ("to with one digit", {"to": "+1"}, "invalid_phone"),
-    ("to with a leading zero", {"to": "+04155551234"}, "invalid_phone"),
-    ("to with 16 digits", {"to": "+1415555123456789"}, "invalid_phone"),
-    ("to with 00 for plus", {"to": "0014155551234"}, "invalid_phone"),
-    ("to with a space", {"to": "+1 4155551234"}, "invalid_phone"),
-    ("to with a trailing space", {"to": "+14155551234 "}, "invalid_phone"),
-    ("to with a trailing newline", {"to": "+14155551234\n"}, "invalid_phone"),
-    ("to with two numbers", {"to": "+14155551234\n+14155551235"}, "invalid_phone"),
-    ("to in Arabic digits", {"to": "+١٤١٥٥٥٥١٢٣٤"}, "invalid_phone"),
-    ("to in full-width digits", {"to": "+１４１５５５５１２３４"}, "invalid_phone"),
-    ("to behind a right-to-left mark", {"to": "\u200f+14155551234"}, "invalid_phone"),
-    ("to of 10 kB", {"to": "+1" + "4" * 10_000}, "invalid_phone"),
-    ("list_number without plus", {"list_number": "18005551000"}, "invalid_list_number"),
-    ("list_number a number", {"list_number": 18005551000}, "invalid_list_number"),
-    ("list_number a list", {"list_number": []}, "invalid_list_number"),
-    ("list_number false", {"list_number": False}, "invalid_list_number"),
-    ("list_number with NUL", {"list_number": "+1800555\x001000"}, "invalid_list_number"),
-    ("list_number as SQL", {"list_number": "+1' OR '1'='1"}, "invalid_list_number"),
-    ("list_number with braces", {"list_number": "{+18005551000}"}, "invalid_list_number"),
-    ("wrap_links a string", {"wrap_links": "true"}, "invalid_field"),
-    ("wrap_links a number", {"wrap_links": 1}, "invalid_field"),
-    ("wrap_links a list", {"wrap_links": []}, "invalid_field"),
-    ("contact_data a string", {"contact_data": "Ann"}, "invalid_field"),
-    ("contact_data a list", {"contact_data": []}, "invalid_field"),
-    ("contact_data a number", {"contact_data": 1}, "invalid_field"),
-    ("contact_data true", {"contact_data": True}, "invalid_field"),
-    ("first_name a number", {"contact_data": {"first_name": 1}}, "invalid_field"),
-    ("last_name a list", {"contact_data": {"last_name": []}}, "invalid_field"),
-    ("timezone a number", {"contact_data": {"timezone": 0}}, "invalid_field"),
-    ("custom_fields a list", {"contact_data": {"custom_fields": []}}, "invalid_field"),
-    ("metadata a string", {"metadata": "x"}, "invalid_field"),
-    ("metadata a list", {"metadata": [1]}, "invalid_field"),
-    ("metadata false", {"metadata": False}, "invalid_field"),
-]
 
 
 @pytest.mark.parametrize(("changes", "code"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])

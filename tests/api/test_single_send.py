@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from examples.conformance.refusals import REFUSED
 from gateway.cli.admin import Admin
-from tests.api.test_messages import REFUSED
 from tests.support.callers import SINGLE_PATH, make_caller
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
