@@ -16,6 +16,7 @@ from gateway.ingest.admission import Admission
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Idempotency
+from gateway.ingest.key_watch import KeyWatch
 from gateway.ingest.pipeline import Pipeline
 from gateway.postgres.pool import Pool
 from gateway.postgres.queries import Queries
@@ -36,6 +37,7 @@ class Runtime:
     queries: Queries
     ids: IdSupply
     idempotency: Idempotency
+    key_watch: KeyWatch
     publisher: Publisher
     pipeline: Pipeline
     admission: Admission
@@ -84,6 +86,8 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             max_keys=settings.max_idempotency_keys,
         )
         stack.push_async_callback(idempotency.close)
+        key_watch = KeyWatch(queries)
+        stack.push_async_callback(key_watch.close)
         layout = Layout(settings.messages_per_envelope, settings.queue_shards)
         runtime = Runtime(
             settings=settings,
@@ -91,6 +95,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             queries=queries,
             ids=ids,
             idempotency=idempotency,
+            key_watch=key_watch,
             publisher=publisher,
             pipeline=Pipeline(
                 queries=queries, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
@@ -107,6 +112,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         )
         _run(stack, _reach_database(runtime), "reach the database")
         _run(stack, idempotency.sweep_for_ever(), "sweep idempotency keys")
+        _run(stack, key_watch.watch_for_ever(), "watch API keys")
         _run(stack, _watch_event_loop(runtime.counters.loop_lag_s), "watch the event loop")
         yield runtime
 

@@ -8,6 +8,7 @@ import secrets
 import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 import asyncpg
@@ -26,12 +27,36 @@ LIST_ACCOUNTS = """
     ORDER BY id
 """
 
-CREATE_KEY = "INSERT INTO api_keys (account_id, sha256, prefix) VALUES ($1, $2, $3) RETURNING id, account_id, prefix"
+CREATE_KEY = """
+    INSERT INTO api_keys (account_id, sha256, prefix, name, expires_at) VALUES ($1, $2, $3, $4, now() + $5::interval)
+    RETURNING id, account_id, name, prefix, expires_at
+"""
+# The successor has the name and the lifetime of the key that it replaces.
+ROTATE_KEY = """
+    WITH old AS (
+        UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval)
+        WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        RETURNING id, account_id, name, expires_at AS ends_at
+    )
+    INSERT INTO api_keys (account_id, sha256, prefix, name, expires_at)
+    SELECT old.account_id, $2, $3, old.name, now() + (before.expires_at - before.created_at)
+    FROM old JOIN api_keys AS before ON before.id = old.id
+    RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
+"""
 REVOKE_KEY = """
     UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1
     RETURNING id, account_id, prefix, revoked_at
 """
-LIST_KEYS = "SELECT id, account_id, prefix, created_at, revoked_at FROM api_keys WHERE account_id = $1 ORDER BY id"
+LIST_KEYS = """
+    SELECT id, account_id, name, prefix, created_at, expires_at, last_used_on, revoked_at
+    FROM api_keys WHERE account_id = $1 ORDER BY id
+"""
+LIST_EXPIRING_KEYS = """
+    SELECT key.id, account_id, account.name AS account, key.name, prefix, expires_at, last_used_on
+    FROM api_keys AS key JOIN accounts AS account ON account.id = account_id
+    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + $1::interval
+    ORDER BY expires_at
+"""
 
 ADD_LIST = """
     INSERT INTO sending_lists (account_id, number) VALUES ($1, $2) RETURNING id, account_id, number, status
@@ -42,7 +67,7 @@ LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lis
 # Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
 SERVICE_RIGHTS = {
     "accounts": "SELECT (id, status)",
-    "api_keys": "SELECT (sha256, account_id, revoked_at)",
+    "api_keys": "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on), UPDATE (last_used_on)",
     "sending_lists": "SELECT (id, account_id, number, status)",
     "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
@@ -132,12 +157,25 @@ class Admin:
         """Return all accounts, with the numbers of their usable keys and active lists."""
         return await self._all(LIST_ACCOUNTS)
 
-    async def create_key(self, account_id: int) -> Row:
-        """Create an API key. Only this row holds the key itself, under "key"; the database stores its SHA-256."""
-        characters = string.ascii_letters + string.digits
-        key = KEY_PREFIX + "".join(secrets.choice(characters) for _ in range(KEY_CHARACTERS))
-        row = await self._one(CREATE_KEY, account_id, hash_key(key), key[:KEY_PREFIX_SHOWN])
+    async def create_key(self, account_id: int, name: str = "", lifetime: timedelta | None = None) -> Row:
+        """Create an API key. Only this row holds the key itself, under "key"; the database stores its SHA-256.
+
+        Without a lifetime the key does not expire.
+        """
+        key = _new_key()
+        row = await self._one(CREATE_KEY, account_id, hash_key(key), key[:KEY_PREFIX_SHOWN], name, lifetime)
         return row | {"key": key}
+
+    async def rotate_key(self, key_id: int, overlap: timedelta) -> Row:
+        """Create a key like this one, and let this one expire after `overlap`, or earlier if it would anyway."""
+        key = _new_key()
+        missing = f"there is no usable key {key_id}: it does not exist, is revoked or has expired"
+        row = await self._one(ROTATE_KEY, key_id, hash_key(key), key[:KEY_PREFIX_SHOWN], overlap, missing=missing)
+        return row | {"key": key}
+
+    async def list_expiring_keys(self, within: timedelta) -> list[Row]:
+        """Return the usable keys of all accounts that expire within this time, the next one first."""
+        return await self._all(LIST_EXPIRING_KEYS, within)
 
     async def revoke_key(self, key_id: int) -> Row:
         """Revoke a key. The time of an earlier revocation stays."""
@@ -231,6 +269,11 @@ class Admin:
 
     async def _all(self, sql: str, *arguments: object) -> list[Row]:
         return [dict(row) for row in await self._connection.fetch(sql, *arguments)]
+
+
+def _new_key() -> str:
+    characters = string.ascii_letters + string.digits
+    return KEY_PREFIX + "".join(secrets.choice(characters) for _ in range(KEY_CHARACTERS))
 
 
 def _via(holder: str, role: str) -> str:

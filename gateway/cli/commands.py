@@ -1,9 +1,11 @@
 """The command line: serve, migrate, status, and the administration of accounts, keys and lists."""
 
 import asyncio
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import Annotated
 
 import msgspec
@@ -19,6 +21,21 @@ from gateway.cli import migrations, status
 from gateway.cli.admin import Admin, AdminError, Row, open_admin
 from gateway.server import process as server
 from gateway.telemetry import log
+
+DAY = timedelta(days=1)
+MOST_DAYS = 3_650
+_UNITS = {"d": DAY, "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
+
+
+def duration(text: str | timedelta) -> timedelta:
+    """Return a duration such as 90d, 24h, 30m or 10s. Raises BadParameter."""
+    if isinstance(text, timedelta):  # a default
+        return text
+    found = re.fullmatch(r"([0-9]{1,9})([dhms])", text)
+    if found is None or not timedelta() < (wanted := int(found[1]) * _UNITS[found[2]]) <= MOST_DAYS * DAY:
+        raise typer.BadParameter(f"{text!r} is not a duration such as 90d, 24h or 30m, of at most {MOST_DAYS} days")
+    return wanted
+
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 account_app = typer.Typer(help="Accounts, which own keys and lists.", no_args_is_help=True)
@@ -144,9 +161,43 @@ def account_list(*, as_json: AsJson = False) -> None:
 
 
 @key_app.command("create")
-def key_create(account_id: AccountId, *, as_json: AsJson = False) -> None:
+def key_create(
+    account_id: AccountId,
+    *,
+    name: Annotated[str, typer.Option(help='What it is for, such as "billing, production".')] = "",
+    expires: Annotated[
+        timedelta | None,
+        typer.Option(parser=duration, metavar="90d", help="Its lifetime. Default: without end."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Create an API key and print it. The key is stored nowhere and cannot be shown again."""
-    _administer(lambda admin: admin.create_key(account_id), as_json=as_json)
+    _administer(lambda admin: admin.create_key(account_id, name, expires), as_json=as_json)
+
+
+@key_app.command("rotate")
+def key_rotate(
+    key_id: KeyId,
+    *,
+    overlap: Annotated[
+        timedelta, typer.Option(parser=duration, metavar="24h", help="How long the old key is accepted beside it.")
+    ] = DAY,
+    as_json: AsJson = False,
+) -> None:
+    """Create a key with the same account, name and lifetime, and let the old one expire after the overlap."""
+    _administer(lambda admin: admin.rotate_key(key_id, overlap), as_json=as_json)
+
+
+@key_app.command("expiring")
+def key_expiring(
+    *,
+    within: Annotated[timedelta, typer.Option(parser=duration, metavar="14d", help="Time until they expire.")] = (
+        14 * DAY
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the keys of all accounts that expire soon."""
+    _administer(lambda admin: admin.list_expiring_keys(within), as_json=as_json)
 
 
 @key_app.command("revoke")

@@ -15,6 +15,7 @@ FIND_ACCOUNTS_BY_KEY = """
     FROM api_keys AS key
     JOIN accounts AS account ON account.id = key.account_id
     WHERE key.sha256 = ANY($1::bytea[]) AND key.revoked_at IS NULL
+        AND (key.expires_at IS NULL OR key.expires_at > now())
 """
 
 # A row for each wanted pair whose key is valid. Without an active list of that number, list.id is null.
@@ -22,6 +23,7 @@ FIND_ACCOUNTS_AND_LISTS = """
     SELECT wanted.sha256, account.id, account.status = 'active' AS is_active, wanted.number, list.id
     FROM unnest($1::bytea[], $2::text[]) AS wanted (sha256, number)
     JOIN api_keys AS key ON key.sha256 = wanted.sha256 AND key.revoked_at IS NULL
+        AND (key.expires_at IS NULL OR key.expires_at > now())
     JOIN accounts AS account ON account.id = key.account_id
     LEFT JOIN sending_lists AS list
         ON list.account_id = account.id AND list.number = wanted.number AND list.status = 'active'
@@ -33,6 +35,22 @@ RESOLVE_LISTS = """
     JOIN sending_lists AS list ON list.account_id = wanted.account_id AND list.number = wanted.number
     WHERE list.status = 'active'
 """
+
+# Each key once a day, whatever the number of processes. In the order of the digests: statements of several processes
+# would otherwise deadlock.
+NOTE_KEY_USE = """
+    UPDATE api_keys SET last_used_on = current_date
+    WHERE sha256 IN (
+        SELECT sha256 FROM api_keys
+        WHERE sha256 = ANY($1::bytea[]) AND last_used_on IS DISTINCT FROM current_date
+        ORDER BY sha256 FOR NO KEY UPDATE
+    )
+"""
+EXPIRES_SOON_DAYS = 14  # the notice of the alert
+COUNT_EXPIRING_KEYS = f"""
+    SELECT count(*) FROM api_keys
+    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + interval '{EXPIRES_SOON_DAYS} days'
+"""  # noqa: S608 - a constant of this module
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
 
@@ -269,6 +287,17 @@ class Queries:
         """Return about how many keys each account has stored; a long answer counts as several."""
         async with self._pool.connection() as connection:
             return dict(await connection.fetch(COUNT_KEYS))
+
+    async def note_key_use(self, keys: Sequence[bytes]) -> None:
+        """Write today as the last day of use of these keys, by their digests."""
+        async with self._pool.connection() as connection:
+            await connection.execute(NOTE_KEY_USE, keys)
+
+    async def count_expiring_keys(self) -> int:
+        """Return how many usable keys of all accounts expire within EXPIRES_SOON_DAYS."""
+        async with self._pool.connection() as connection:
+            keys: int = await connection.fetchval(COUNT_EXPIRING_KEYS)
+        return keys
 
     async def lease_message_ids(self) -> int:
         """Return the number of a new lease of message ids, unique for ever."""

@@ -67,6 +67,7 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
         record.mark(VALIDATE)
     account = await auth.authenticate(key_sha256, runtime.queries, draft.distinct_list_numbers() if draft else ())
     record.account_id = account.id
+    runtime.key_watch.note(key_sha256)
     record.mark(AUTHENTICATE)
     await slot.enter(account.id, size_to_reserve(request), keys[0])  # without a valid key, no bytes are reserved
     if slot.waited_s:

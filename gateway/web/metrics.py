@@ -21,6 +21,7 @@ from gateway.amqp.confirms import Outcome
 from gateway.amqp.connection import STATES
 from gateway.amqp.publisher import Publisher
 from gateway.amqp.reconnection import PublishConnections
+from gateway.postgres.queries import EXPIRES_SOON_DAYS
 from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Histogram
 
@@ -134,6 +135,11 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     )
     yield _total("gateway_message_id_leases", "Blocks of message ids leased from the database.", ids.leases)
     yield _gauge("gateway_message_ids_available", "Unused message ids of the blocks leased.", ids.available)
+    yield _gauge(
+        "gateway_api_keys_expiring",
+        f"Usable API keys of all accounts that expire within {EXPIRES_SOON_DAYS} days.",
+        runtime.key_watch.expiring,
+    )
     yield _gauge("gateway_ready", "1 while /readyz answers 200.", not runtime.not_ready_reasons())
     yield _gauge("gateway_draining", "1 after SIGTERM.", runtime.draining)
 

@@ -82,9 +82,35 @@ def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
     assert re.search("trk_[0-9A-Za-z]{32}", shown)
 
 
+def test_keys_have_names_and_ends_and_are_rotated(servers: Servers) -> None:
+    account = str(run_json(servers, "account", "create", "Acme")["id"])
+    old = run_json(servers, "key", "create", account, "--name", "billing, production", "--expires", "10d")
+    new = run_json(servers, "key", "rotate", str(old["id"]), "--overlap", "30m")
+    assert (new["name"], new["replaces"]) == ("billing, production", old["id"])
+    listed = {row["id"]: row for row in run_json(servers, "key", "list", account)}
+    assert listed[old["id"]]["expires_at"] < listed[new["id"]]["expires_at"]
+    expiring = [row for row in run_json(servers, "key", "expiring") if row["account_id"] == int(account)]
+    assert [row["id"] for row in expiring] == [old["id"], new["id"]]
+    assert old["id"] not in {row["id"] for row in run_json(servers, "key", "expiring", "--within", "1m")}
+    table = run_gateway("key", "list", account, database_url=servers.database_url).stdout
+    assert "billing, production" in table
+    assert new["key"] not in table
+
+
+@pytest.mark.parametrize("text", ["", "90", "d", "0d", "-1d", "1.5h", "1w", "3651d", "9999999999d", "١d", "1d\n"])
+def test_a_lifetime_that_is_no_duration_is_refused(text: str) -> None:
+    refused = run_gateway("key", "create", "1", "--expires", text, environment={"COLUMNS": "200"})
+    assert refused.returncode == 2
+    assert "such as 90d, 24h or 30m" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (
+            ("key", "rotate", "999999999"),
+            "there is no usable key 999999999: it does not exist, is revoked or has expired",
+        ),
         (("key", "create", "999999999"), "there is no account 999999999"),
         (("account", "suspend", "999999999"), "there is no account 999999999"),
         (("key", "revoke", "999999999"), "there is no key 999999999"),
