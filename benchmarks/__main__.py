@@ -162,7 +162,9 @@ def compare_command(
     against: Annotated[
         str, typer.Option(help="A commit, checked out and measured in turn with this checkout, as --baseline.")
     ] = "",
-    extras: Annotated[bool, typer.Option(help="Measure the lone batch and refused batches, too.")] = True,
+    extras: Annotated[
+        bool, typer.Option(help="Also the lone batch, refused batches, single sends, ids.")
+    ] = True,
     rounds: Rounds = 3,
     seconds: Seconds = 3.0,
     json_file: JsonFile = None,

@@ -25,7 +25,8 @@ import uvloop
 from benchmarks.drivers import latency, traffic, workers
 from benchmarks.drivers.workers import Counter, Ready, Result, Start
 
-PATH = "/api/v2/send/bulk"
+PATH, SINGLE_PATH = "/api/v2/send/bulk", "/api/v2/send"
+SINGLE, WITH_IDS = "single send", "with ids"  # forms of requests beside the plain one
 BODIES = 16  # different request bodies, sent in turn
 RECONNECT_S = 0.05
 SLOW_BYTES = 80  # of a slow body: the last bytes, sent one by one
@@ -53,6 +54,7 @@ class Plan(msgspec.Struct):
     honours_retry_after: bool = False  # closed loop: after a 503 wait as long as it says, otherwise send at once
     more_callers: dict[str, list[str]] = {}  # API key → lists, of further accounts: all accounts send in turn
     pause_s: float = 0.0  # closed loop: from an answer to the next request
+    form: str = ""  # SINGLE, for batches of one, or WITH_IDS
     drip_s: float = 0.0  # slow bodies: from one of the last SLOW_BYTES to the next; aborted when the time is up
     keyed: bool = False  # each request has an Idempotency-Key of its own
 
@@ -74,7 +76,8 @@ def arrivals(plan: Plan) -> Iterator[float]:
 class Answer(msgspec.Struct):
     """The part of an answer that is read."""
 
-    queued_count: int
+    queued_count: int = -1
+    success: bool = False  # of a single send
 
 
 _answer = msgspec.json.Decoder(Answer)
@@ -100,12 +103,15 @@ def prepare(plan: Plan) -> list[_Request]:
 def _prepare(plan: Plan, key: str, list_numbers: list[str]) -> list[_Request]:
     """Return the requests of one account."""
     url = urlsplit(plan.url)
-    head = (
-        f"POST {url.path.rstrip('/') or PATH} HTTP/1.1\r\nHost: {url.netloc}\r\n"
-        f"X-Api-Key: {key}\r\nContent-Type: application/json\r\n"
-    )
+    path = url.path.rstrip("/") or (SINGLE_PATH if plan.form == SINGLE else PATH)
+    head = f"POST {path} HTTP/1.1\r\nHost: {url.netloc}\r\nX-Api-Key: {key}\r\nContent-Type: application/json\r\n"
     if plan.keyed:
         head += f"Idempotency-Key: {NEXT_KEY.decode()}\r\n"
+    if plan.form == WITH_IDS:
+        head += "Prefer: return=representation\r\n"
+    if plan.form == SINGLE:
+        singles = traffic.messages(BODIES, list_numbers, body_length=plan.body_length)
+        return [_Request(head, msgspec.json.encode(message), 1) for message in singles]
     if plan.all_bad:
         flaw = {"format": traffic.WRONG_FORMAT, "type": traffic.WRONG_TYPE}[plan.all_bad]
         content = traffic.messages(plan.batch, list_numbers, body_length=plan.body_length, bad=plan.batch, flaws=[flaw])
@@ -208,7 +214,8 @@ class _Connection(asyncio.Protocol):
 
 def _queued(body: bytes) -> int:
     try:
-        return _answer.decode(body).queued_count
+        answer = _answer.decode(body)
+        return int(answer.success) if answer.queued_count < 0 else answer.queued_count
     except msgspec.DecodeError:
         return -1  # not an answer of this API
 

@@ -116,6 +116,7 @@ def _run_server(system: str, backends: Backends, names: Names, setup: Setup, ser
             connections=per_process + (number < left),
             body_length=setup.body_length,
             all_bad=setup.all_bad,
+            form=setup.form,
         )
         for number in range(setup.processes)
     ]

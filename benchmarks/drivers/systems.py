@@ -32,6 +32,7 @@ class Setup(msgspec.Struct, frozen=True):
     processes: int = 1  # of the load generator
     settings: dict[str, str] = {}  # of the gateway, beside those that the run needs
     baseline: str = ""  # the folder of the checkout that the system BASELINE is run from
+    form: str = ""  # of the requests, as in generator.Plan
     all_bad: str = ""  # one flaw in every message, "format" or "type": nothing may be queued
 
 

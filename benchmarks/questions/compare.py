@@ -11,6 +11,7 @@ import msgspec
 
 from benchmarks.drivers import runs
 from benchmarks.drivers.backends import open_backends
+from benchmarks.drivers.generator import SINGLE, WITH_IDS
 from benchmarks.drivers.runs import Run
 from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
 from benchmarks.questions.run_report import closing_parts
@@ -23,6 +24,7 @@ from benchmarks.report.machine import Machine
 # Messages in a batch → batches in flight. Small batches come from many clients at once.
 IN_FLIGHT = {1: 64, 10: 32, 100: 16, 1_000: 8}
 FULL_BATCH = 1_000
+FORMS = {SINGLE: (1, 1.05), WITH_IDS: (FULL_BATCH, 1.1)}  # form of a request → batch size, and bar of its CPU
 
 
 class Options(msgspec.Struct, frozen=True):
@@ -41,7 +43,7 @@ class Options(msgspec.Struct, frozen=True):
     processes: int = 1
     settings: dict[str, str] = {}  # of the gateway
     baseline: str = ""  # the folder of the checkout that the system BASELINE is run from
-    extras: bool = True  # the lone batch and the refused batches, too
+    extras: bool = True  # the lone batch, the refused batches, single sends and answers with ids, too
 
 
 class Summary(msgspec.Struct):
@@ -132,6 +134,11 @@ def _plan(options: Options) -> list[tuple[str, Setup]]:
         planned += [(system, lone) for system in options.systems if system != FASTAPI]
         if GATEWAY in options.systems:
             planned += [(GATEWAY, replace(base, batch=FULL_BATCH, all_bad=flaw)) for flaw in ("format", "type")]
+            planned += [
+                (GATEWAY, replace(base, batch=batch, in_flight=options.sizes[batch], form=form))
+                for form, (batch, _) in FORMS.items()
+                if batch in options.sizes
+            ]
     return planned
 
 
@@ -169,13 +176,14 @@ def evaluate(described: Machine, options: Options, rounds: Sequence[Sequence[Run
     )
 
 
-def _find(one_round: Sequence[Run], system: str, batch: int, in_flight: int, all_bad: str = "") -> Run | None:
+def _find(one_round: Sequence[Run], system: str, batch: int, in_flight: int, variant: str = "") -> Run | None:
+    """Return a run. `variant` is the flaw of its messages, or the form of its requests."""
     return next(
         (
             run
             for run in one_round
-            if (run.system, run.setup.batch, run.setup.in_flight, run.setup.all_bad)
-            == (system, batch, in_flight, all_bad)
+            if (run.system, run.setup.batch, run.setup.in_flight, run.setup.all_bad or run.setup.form)
+            == (system, batch, in_flight, variant)
         ),
         None,
     )
@@ -268,6 +276,11 @@ def _bars(rounds: Sequence[Sequence[Run]], options: Options) -> list[Bar]:
         pair = (GATEWAY, batch, in_flight), (FASTAPI, batch, in_flight)
         requests = _ratio(rounds, *pair, lambda ours, theirs: ours.requests_per_s / theirs.requests_per_s)
         add("9", f"requests/s ÷ FastAPI's, batch of {batch}", requests, bar, *pair, at_least=True)
+    for form, (batch, bar) in FORMS.items():
+        in_flight = options.sizes.get(batch, 0)
+        variant, plain = (GATEWAY, batch, in_flight, form), (GATEWAY, batch, in_flight)
+        cpu = _ratio(rounds, variant, plain, lambda one, other: _cpu(one) / _cpu(other))
+        add("17", f"CPU {form} ÷ without, batch of {batch:,}", cpu, bar, variant, plain, at_least=False)
     for batch, bar in ((1, 0.55), (10, 0.65), (100, 0.8)):
         in_flight = options.sizes.get(batch, 0)
         pair = (GATEWAY, batch, in_flight), (BASELINE, batch, in_flight)
@@ -361,7 +374,7 @@ def _throughput_chart(comparison: Comparison) -> Chart:
     over_time = {
         run.system: run.ticks  # of the last round, since it overwrites those before
         for run in comparison.runs
-        if run.setup.batch == largest and run.setup.in_flight > 1 and not run.setup.all_bad
+        if run.setup.batch == largest and run.setup.in_flight > 1 and not (run.setup.all_bad or run.setup.form)
     }
     return Chart(
         f"Throughput over time, batches of {largest:,}, last round",
