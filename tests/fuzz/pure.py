@@ -21,22 +21,29 @@ from pamqp.heartbeat import Heartbeat
 
 with atheris.instrument_imports(include=["gateway"], enable_loader_override=False):
     from gateway.amqp import frames
-    from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
+    from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
     from gateway.ingest import batch, wire
 
 from tests.fuzz.requests import Requests
-from tests.support.batch_model import OWNED, assert_as_the_model_says
+from tests.support.batch_model import OWNED, assert_as_the_model_says, build, model_code, model_payload
 from tests.support.frames import one_by_one
 
 CHANNEL = 5
 
 
 def try_request(body: bytes) -> None:
-    """Check that a body gives messages or one of three refusals, and that Python's own json reads it alike."""
+    """Check that a body gives messages or one of four refusals, and that Python's own json reads it alike.
+
+    Every body is tried as that of a batch and as that of a single send.
+    """
+    try_single(body)
     try:
         bulk = wire.decode_bulk(body)
     except InvalidJson:
         assert read_strictly(body) is None, "refused, but it is JSON"
+        return
+    except InvalidDryRun:
+        assert is_wrong_dry_run(read_strictly(body))
         return
     except (MissingMessages, TooManyMessages) as refusal:
         request = read_strictly(body)
@@ -48,9 +55,38 @@ def try_request(body: bytes) -> None:
         else:
             assert not isinstance(messages, list) or not messages
         return
-    assert read_strictly(body) is not None, "accepted, but it is no JSON"
+    request = read_strictly(body)
+    assert request is not None, "accepted, but it is no JSON"
+    assert bulk.dry_run == (request.get("dry_run") is True)
+    assert not is_wrong_dry_run(request)
     assert len(batch.validate(bulk).list_numbers) <= wire.MAX_MESSAGES
     assert_as_the_model_says(body)
+
+
+def try_single(body: bytes) -> None:
+    """Check that a body gives one message or a refusal, as the model of a batch of one says."""
+    request = read_strictly(body)
+    try:
+        bulk = wire.decode_single(body)
+    except InvalidJson:
+        assert request is None, "refused, but it is JSON"
+        return
+    except InvalidDryRun:
+        assert is_wrong_dry_run(request)
+        return
+    assert request is not None, "accepted, but it is no JSON"
+    assert bulk.dry_run == (request.get("dry_run") is True)
+    assert not is_wrong_dry_run(request)
+    found = build(batch.validate(bulk))
+    code = model_code(request, None)
+    assert [row.code for row in found.rows] == ([code] if code else [])
+    for payload in found.outgoing.payloads:
+        assert json.loads(payload) == model_payload(request, None, 0, found.ids[0])
+
+
+def is_wrong_dry_run(request: dict[str, Any] | None) -> bool:
+    """Return True if the request's `dry_run` is neither a boolean nor null."""
+    return request is not None and not isinstance(request.get("dry_run"), bool | None)
 
 
 def read_strictly(body: bytes) -> dict[str, Any] | None:
@@ -174,7 +210,7 @@ _frames = [
 
 def make_request(seed: int) -> bytes:
     """Return a body of the grammar."""
-    return _requests.body(seed)
+    return _requests.body(seed) if seed % 4 else _requests.single_body(seed)
 
 
 def make_frames(seed: int) -> bytes:

@@ -40,7 +40,8 @@ TEXTS = [
     ],
     *[b'"{{firstName}} {{messageId"', b'"' + b"long " * 300 + b'"'],
 ]
-FIELDS = [b"to", b"list_number", b"body", b"wrap_links", b"contact_data", b"metadata", b"unknown", b"TO", b"t\\u006f"]
+FIELDS = [b"to", b"list_number", b"body", b"wrap_links", b"contact_data", b"metadata", b"dry_run", b"unknown", b"TO"]
+FIELDS.append(b"t\\u006f")
 TOKENS = [
     *[
         b"\r\n",
@@ -80,7 +81,7 @@ TOKENS = [
 ]
 PATHS = [
     b"/",
-    b"/api/v2/send",
+    b"/api/v2",
     b"/api/v2/send/bulk/",
     b"/%2e%2e/api",
     b"*",
@@ -88,7 +89,7 @@ PATHS = [
     b"/%00",
     b"/api/v2/send/bulk?x=%zz#y",
 ]
-BULK = b"/api/v2/send/bulk"
+BULK, SINGLE = b"/api/v2/send/bulk", b"/api/v2/send"
 
 
 class Request(NamedTuple):
@@ -113,13 +114,13 @@ class Requests:
         self.made += 1
         chance = self._random.random
         request_id = f"fuzz-{self.made}"
-        body = self.body()
+        body, sent_to = (self.single_body(), SINGLE) if chance() < 0.2 else (self.body(), BULK)
         if chance() < 0.03:
-            method, path = self._random.choice((b"GET", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"POST")), BULK
+            method, path = self._random.choice((b"GET", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"POST")), sent_to
             if chance() < 0.5:
                 path = self._random.choice(PATHS[:4])
         else:
-            method, path = b"POST", BULK
+            method, path = b"POST", sent_to
         lines = [b"%s %s HTTP/1.1\r\nHost: x\r\nX-Request-Id: %s\r\n" % (method, path, request_id.encode())]
         if chance() < 0.95:
             lines.append(b"X-Api-Key: %s\r\n" % self._key)
@@ -140,6 +141,15 @@ class Requests:
         if chance() < 0.03:
             keys = (b"a", b"b%d" % self._random.randrange(50), b"", b"x" * 256, b"\xe9", b"a b", b"k" * 255)
             lines.append(b"Idempotency-Key: %s\r\n" % self._random.choice(keys))
+        if chance() < 0.05:
+            preferences = (
+                b"return=representation",
+                b'foo, RETURN = "representation";x',
+                b"return=minimal",
+                b"",
+                b"=;,",
+            )
+            lines.append(b"Prefer: %s\r\n" % self._random.choice(preferences))
         if chance() < 0.01:
             lines.append(b"Content-Encoding: %s\r\n" % self._random.choice((b"gzip", b"identity", b"br, gzip", b"")))
         if chance() < 0.01:
@@ -170,9 +180,18 @@ class Requests:
         body = b'{"messages":[%s]' % b",".join(messages)
         if chance() < 0.1:
             value = self._list_number if chance() < 0.6 else choice(STRANGE)
-            body += b',"%s":%s' % (choice((b"list_number", b"messages", b"unknown")), value)
+            body += b',"%s":%s' % (choice((b"list_number", b"messages", b"unknown", b"dry_run")), value)
+        if chance() < 0.05:
+            body += b',"dry_run":%s' % choice((b"true", b"false"))
         body += b"}"
         return self._damaged(body, choice((1, 1, 2, 5))) if chance() < 0.2 else body
+
+    def single_body(self, seed: int | None = None) -> bytes:
+        """Return the body of a single send, mostly JSON. A seed always gives the same body."""
+        if seed is not None:
+            self._random.seed(seed)
+        body = self._message() if self._random.random() < 0.6 else self._good
+        return self._damaged(body, 1) if self._random.random() < 0.2 else body
 
     def _message(self) -> bytes:
         chance, choice = self._random.random, self._random.choice
