@@ -12,6 +12,7 @@ import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.wire import MAX_BODY_BYTES
+from gateway.web import openapi
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.openapi_document import REQUEST, RESPONSES, example_of, faults_of
@@ -51,18 +52,30 @@ async def test_the_document_is_read_only(gateway: GatewayUnderTest) -> None:
         assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
-async def test_the_page_and_all_it_loads_come_from_the_operations_port(gateway: GatewayUnderTest) -> None:
-    async with gateway.session.get(f"{gateway.ops_url}/docs") as response:
+@pytest.mark.parametrize("listener", ["api", "operations"])
+async def test_the_page_and_all_it_loads_come_from_the_listener(
+    start_gateway: StartGateway, make_settings: MakeSettings, listener: str
+) -> None:
+    gateway = await start_gateway(make_settings(api_docs="on" if listener == "api" else "off"))
+    url = gateway.api_url if listener == "api" else gateway.ops_url
+    async with gateway.session.get(f"{url}/docs") as response:
         assert (response.status, response.content_type) == (200, "text/html")
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         page = await response.text()
     loads = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert len(loads) == 4
+    assert sorted(loads) == sorted(path.lstrip("/") for path in openapi.PAGE_PATHS[1:])
     for path in loads:
-        async with gateway.session.get(f"{gateway.ops_url}/{path}") as response:
+        async with gateway.session.get(f"{url}/{path}") as response:
             assert response.status == 200, path
-    async with gateway.session.get(f"{gateway.api_url}/docs") as response:
-        assert response.status == 404
+            assert int(response.headers["Content-Length"]) == len(await response.read())
+    async with gateway.session.post(f"{url}/docs") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+async def test_the_api_serves_no_page_unless_told_to(gateway: GatewayUnderTest) -> None:
+    for path in openapi.PAGE_PATHS:
+        async with gateway.session.get(f"{gateway.api_url}{path}") as response:
+            assert (response.status, (await response.json())["code"]) == (404, "not_found")
 
 
 # Its examples are true
@@ -194,7 +207,7 @@ async def outcome_unknown(stage: Stage) -> RawAnswer:
 
 REFUSALS: dict[str, Refuse] = {
     "missing_messages": lambda stage: stage.post(b"{}"),
-    "invalid_json": lambda stage: stage.post(b"{"),
+    "invalid_json": lambda stage: stage.post(b"{"),  # as the example: it ends too early
     "malformed_http": lambda stage: stage.post(None, "Transfer-Encoding: chunked"),
     "invalid_idempotency_key": lambda stage: stage.post(None, "Idempotency-Key:"),
     "missing_api_key": lambda stage: stage.post(key=None),
