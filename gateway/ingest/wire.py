@@ -250,8 +250,8 @@ def _reason(body: bytes | bytearray, error: Exception) -> str:
     found = _malformed(str(error))
     if found:
         return "{} near byte {}".format(*found.groups())
-    # For half of a surrogate pair, too, the decoder looks beyond the end.
-    return "half of a surrogate pair near its end" if b"\\u" in body[-12:] else "it ends too early"
+    # Of half of a surrogate pair in the last 11 bytes, the decoder says the same as of a body that is cut off.
+    return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
 
 
 def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> Bulk:
