@@ -32,11 +32,12 @@ def make_app(runtime: Runtime) -> web.Application:
     app = web.Application(middlewares=[record_every_request, answer_every_request], client_max_size=MAX_BODY_BYTES)
     app[RUNTIME] = runtime
     app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
-    app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
-    app[ALLOWED_METHODS] = ALLOWED
     if runtime.settings.api_docs == "on":
         openapi.add_page(app, expect_later)
         app[ALLOWED_METHODS] = ALLOWED | dict.fromkeys(openapi.PAGE_PATHS, openapi.METHODS)
+    else:
+        app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+        app[ALLOWED_METHODS] = ALLOWED
     app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
     return app
 

@@ -51,9 +51,9 @@ async def show(_request: web.Request) -> web.Response:
 
 
 def add_page(app: web.Application, expect_handler: ExpectHandler | None = None) -> None:
-    """Add the routes of the page and its files, which are PAGE_PATHS."""
-    handlers = (_page, _script, *(_file(swagger_ui_path / name) for name in _ASSETS))
-    for path, handler in zip(PAGE_PATHS, handlers, strict=True):
+    """Add the routes of the document, and of the page and its files."""
+    handlers = (show, _page, _script, *(_file(swagger_ui_path / name) for name in _ASSETS))
+    for path, handler in zip((PATH, *PAGE_PATHS), handlers, strict=True):
         app.router.add_get(path, handler, expect_handler=expect_handler)
 
 

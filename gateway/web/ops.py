@@ -26,7 +26,6 @@ def make_ops_app(runtime: Runtime) -> web.Application:
     app.router.add_get("/livez", live)
     app.router.add_get("/readyz", ready)
     app.router.add_get("/metrics", metrics.show)
-    app.router.add_get(openapi.PATH, openapi.show)
     openapi.add_page(app)
     return app
 

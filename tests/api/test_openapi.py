@@ -4,18 +4,29 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from email.parser import BytesParser
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.web import openapi
+from testbed import Servers
 from tests.support.eventually import eventually
-from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.gateways import (
+    GatewayProcess,
+    GatewayUnderTest,
+    MakeSettings,
+    StartGateway,
+    process_environment,
+    running,
+)
 from tests.support.openapi_document import REQUEST, RESPONSES, example_of, faults_of
+from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import RawAnswer, exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
@@ -70,6 +81,16 @@ async def test_the_page_and_all_it_loads_come_from_the_listener(
             assert int(response.headers["Content-Length"]) == len(await response.read())
     async with gateway.session.post(f"{url}/docs") as response:
         assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+async def test_several_workers_serve_the_page_and_its_document_on_both_ports(servers: Servers) -> None:
+    settings = process_environment(servers, GATEWAY_API_DOCS="on")
+    async with running(GatewayProcess(settings, workers=2)) as process, aiohttp.ClientSession() as session:
+        for url, path in product((process.url, process.ops_url), (openapi.PATH, *openapi.PAGE_PATHS)):
+            async with session.get(f"{url}{path}") as response:
+                assert response.status == 200, (url, path)
+    async with OutboundQueue(servers.amqp_url, settings["GATEWAY_AMQP_QUEUE"]) as queue:
+        await queue.delete()
 
 
 async def test_the_api_serves_no_page_unless_told_to(gateway: GatewayUnderTest) -> None:
