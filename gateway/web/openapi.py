@@ -16,6 +16,8 @@ from swagger_ui_bundle import swagger_ui_path
 PATH = "/openapi.json"
 PAGE = "/docs"
 METHODS = "GET, HEAD"
+# Of a file, held for each reader, however slow; aiohttp would hold 256 KiB.
+CHUNK_BYTES = 16 * 1024
 
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
@@ -67,6 +69,6 @@ async def _script(_request: web.Request) -> web.Response:
 
 def _file(path: Path) -> Handler:
     async def serve(_request: web.Request) -> web.FileResponse:
-        return web.FileResponse(path)
+        return web.FileResponse(path, chunk_size=CHUNK_BYTES)
 
     return serve
