@@ -55,6 +55,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_cert_file: str = ""
     # PEM file of the key; "" if the certificate's file holds it. The same holds for the key files below.
     api_tls_key_file: str = ""
+    # "on": /docs, the API's documentation, also stands on the API's port, for anyone who reaches it.
+    api_docs: Literal["on", "off"] = "off"
     # Address of the operations listener. Probes from outside need 0.0.0.0.
     ops_host: str = "127.0.0.1"
     ops_port: Port = 9090

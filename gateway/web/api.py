@@ -20,7 +20,8 @@ from gateway.web.bodies import expect_later, memory_cost, read_arrived, read_bod
 from gateway.web.connections import SLOT, DirectAnswer
 
 SEND, SEND_BULK = "/api/v2/send", "/api/v2/send/bulk"
-ALLOWED = {SEND: "POST", SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
+ALLOWED = {SEND: "POST", SEND_BULK: "POST", openapi.PATH: openapi.METHODS}
+ALLOWED_METHODS = web.AppKey("allowed_methods", dict[str, str])
 API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
@@ -35,7 +36,12 @@ def make_app(runtime: Runtime) -> web.Application:
     app[RUNTIME] = runtime
     app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
     app.router.add_post(SEND, send_single, expect_handler=expect_later)
-    app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+    if runtime.settings.api_docs == "on":
+        openapi.add_page(app, expect_later)
+        app[ALLOWED_METHODS] = ALLOWED | dict.fromkeys(openapi.PAGE_PATHS, openapi.METHODS)
+    else:
+        app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+        app[ALLOWED_METHODS] = ALLOWED
     app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
     return app
 
@@ -107,7 +113,7 @@ def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
 
 async def refuse_route(request: web.Request) -> web.Response:
     """Refuse every other path and method. aiohttp's own refusals would first answer an `Expect` header."""
-    allowed = ALLOWED.get(request.path)
+    allowed = request.app[ALLOWED_METHODS].get(request.path)
     raise MethodNotAllowed(allowed) if allowed else NotFound
 
 
