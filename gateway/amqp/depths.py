@@ -1,7 +1,7 @@
 """Messages and consumers of the outbound queues and of the dead letters, asked from the broker every ASK_EVERY_S.
 
 A passive declaration answers with both numbers, and changes nothing. If the broker refuses one, it closes the channel.
-So the questions have a channel of their own, on a publish connection that is open anyway, and one at a time is asked.
+So the questions have a channel of their own, on an open publish connection. They are asked one at a time.
 
 The numbers do not include messages that were delivered and not acked. A quorum queue whose leader does not answer
 shows 0 and 0 (rabbit_quorum_queue.erl, stat). A stream keeps what was read: its length is no backlog.
