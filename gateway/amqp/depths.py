@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 ASK_EVERY_S = 15.0
 KNOWN_FOR_S = 60.0  # after it, an answer is too old to be shown
-REFUSED_FOR_S = 300.0  # a refused question is asked again after it: the broker logs each as an error
+REFUSED_FOR_S = 60.0  # a refused question is asked again after it: the broker logs each as an error
 WATCH_S = 1.0
 OUTBOUND, DEAD_LETTERS = KINDS = ("outbound", "dead_letters")
 
