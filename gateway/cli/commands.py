@@ -90,13 +90,24 @@ def declare() -> None:
 
 
 @app.command("status")
-def show_status(*, gateway: Gateways = None, as_json: AsJson = False) -> None:
+def show_status(
+    *,
+    gateway: Gateways = None,
+    max_backlog: Annotated[
+        int | None,
+        typer.Option(min=0, help="Messages in an outbound queue above which they are a problem. Default: 510,000 SMS."),
+    ] = None,
+    max_dead_letters: Annotated[int, typer.Option(min=0, help="Dead letters above which they are a problem.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Show the state of gateways, broker and database. Exit status 1 if there is a problem."""
     log.configure("CRITICAL")  # the output names each problem; the libraries would log it as well
     settings = config.load()
     tls.check(settings)
     urls = _operations_listeners(gateway, settings)
-    found = asyncio.run(status.collect(settings, urls, migrations.known_versions(), must_run=gateway is not None))
+    limits = status.Limits(max_backlog, max_dead_letters)
+    known = migrations.known_versions()
+    found = asyncio.run(status.collect(settings, urls, known, must_run=gateway is not None, limits=limits))
     typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
     if not found.ok:
         raise typer.Exit(1)
