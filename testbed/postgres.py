@@ -7,9 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from testbed.processes import Certificates, Server, ServerError
-
-NOBODY = 65534  # PostgreSQL refuses to run as root; every Linux has this user
+from testbed.processes import NOBODY, Certificates, Server, ServerError
 
 
 class Postgres(Server):

@@ -23,6 +23,7 @@ START_TIMEOUT_S = 120.0  # RabbitMQ: 5 to 8 s on two idle cores, 30 s seen on a 
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
 LOG_TAIL_LINES = 30
+NOBODY = 65534  # PostgreSQL and PgBouncer refuse to run as root; every Linux has this user
 
 
 class ServerError(Exception):
