@@ -73,6 +73,8 @@ def migrate(
     ] = None,
 ) -> None:
     """Apply all pending migrations with dbmate. Create the database if it is missing."""
+    if grant_to == "":  # an unset variable of a script
+        raise AdminError("--grant-to needs the name of a database role")
     migrations.apply(config.load_database_url(), statement_cache_size=config.load_statement_cache())
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)

@@ -91,6 +91,11 @@ def test_an_argument_that_is_not_utf_8(servers: Servers, arguments: tuple[str, .
     assert_refused((done.returncode, done.stderr), r"'caf\udce9' is not UTF-8")
 
 
+def test_a_role_without_a_name(servers: Servers) -> None:
+    done = run_gateway("migrate", "--grant-to", "", database_url=servers.database_url)
+    assert_refused((done.returncode, done.stderr), "--grant-to needs the name of a database role")
+
+
 def test_a_statement_cache_that_is_no_number(servers: Servers) -> None:
     environment = {"GATEWAY_DATABASE_URL": servers.database_url, "GATEWAY_DATABASE_STATEMENT_CACHE": "none"}
     for arguments in (("account", "list"), ("migrate",)):
