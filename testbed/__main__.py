@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import stat
 import sys
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -20,6 +21,10 @@ def main() -> None:
         parser.error("a cluster has at least one node")
     if options.cluster is not None and options.keep is not None:
         parser.error("--keep keeps one node: leave out --cluster")
+    if options.keep is not None and (closed := closed_to_others(options.keep)):
+        parser.error(
+            f"as root, PostgreSQL runs as `nobody`, who cannot enter {closed}: choose another folder for --keep"
+        )
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit())  # an orderly end, as after Ctrl-C
     for variable in ("GATEWAY_DATABASE_URL", "GATEWAY_AMQP_URL"):
@@ -27,10 +32,14 @@ def main() -> None:
     try:
         with suppress(KeyboardInterrupt):
             run(options.cluster, options.keep)
-    except PermissionError as error:
-        parser.exit(2, f"error: {error}. As root, PostgreSQL runs as `nobody`, who must be able to enter the folder\n")
     except (ServerError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+
+
+def closed_to_others(folder: Path) -> Path | None:
+    """Return a folder above `folder` that only its owner may enter; None if there is none, or without root."""
+    above = [path for path in folder.resolve().parents if path.exists()] if os.getuid() == 0 else []
+    return next((path for path in above if not path.stat().st_mode & stat.S_IXOTH), None)
 
 
 def run(nodes: int | None, keep: Path | None) -> None:

@@ -77,7 +77,7 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     stop = handle_signals(
         on_hangup=partial(_renew_certificate, context, settings) if context else None,
         # A terminal sends SIGINT to the workers too: their supervisor counts, and kills them.
-        on_second_interrupt=end_at_once if ops_socket is None else lambda: None,
+        on_second_interrupt=end_at_once if ops_socket is None else None,
     )
     if ops_socket is not None:
         _stop_with_supervisor(stop.requested)

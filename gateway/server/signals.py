@@ -25,8 +25,10 @@ def end_at_once() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def handle_signals(on_hangup: Callable[[], None] | None, on_second_interrupt: Callable[[], None] = end_at_once) -> Stop:
-    """Return the Stop that SIGTERM and SIGINT set.
+def handle_signals(
+    on_hangup: Callable[[], None] | None, on_second_interrupt: Callable[[], None] | None = end_at_once
+) -> Stop:
+    """Return the Stop that SIGTERM and SIGINT set. None for `on_second_interrupt` ignores a second SIGINT.
 
     `on_hangup` is called on SIGHUP; None ignores SIGHUP, which would end the process without a drain. A SIGHUP that
     has arrived since `gateway/__main__.py` blocked it is handled now.
@@ -35,8 +37,10 @@ def handle_signals(on_hangup: Callable[[], None] | None, on_second_interrupt: Ca
     stop = Stop()
 
     def interrupt() -> None:
-        if stop.interrupted.is_set():
-            on_second_interrupt()
+        if on_second_interrupt is not None:
+            if stop.interrupted.is_set():
+                on_second_interrupt()
+            logger.info("SIGINT: the drain begins. A second SIGINT ends the process at once")
         stop.interrupted.set()
         stop.requested.set()
 

@@ -357,6 +357,17 @@ def test_the_command_keeps_data_and_urls_in_a_folder(folder: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["kept"]
 
 
+def test_a_folder_that_postgresql_cannot_enter_is_refused_at_once(folder: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root's PostgreSQL runs as another user")
+    folder.chmod(0o700)
+    with services("--keep", str(folder / "kept")) as (command, _):
+        _, errors = command.communicate(timeout=30)
+    assert command.returncode == 2
+    assert f"who cannot enter {folder}: choose another folder for --keep" in errors
+    assert list(folder.iterdir()) == []
+
+
 def test_a_missing_broker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(rabbitmq, "find_program", lambda _: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handlers
