@@ -23,6 +23,8 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=3600)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 
+STATEMENT_CACHE = 100
+
 # TLS parameters of aiormq's URLs. The gateway makes its own TLS context and would ignore them, so they are refused.
 AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}
 
@@ -71,7 +73,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Longest time for one query, the wait for a connection included.
     database_timeout_s: Seconds = 2.0
     # Prepared statements per connection; 0 behind PgBouncer before 1.21.
-    database_statement_cache: Annotated[int, Meta(ge=0)] = 100
+    database_statement_cache: Annotated[int, Meta(ge=0)] = STATEMENT_CACHE
 
     # TLS files, as for the database.
     amqp_ca_file: str = ""
@@ -203,6 +205,13 @@ def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
         environ.get(f"{PREFIX}DATABASE_{name}", "").strip() for name in ("CA_FILE", "CERT_FILE", "KEY_FILE")
     )
     return urls.with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
+
+
+def load_statement_cache(environ: Mapping[str, str] = os.environ) -> int:
+    """Read the number of prepared statements per connection alone, for administration. Raises ConfigurationError."""
+    name = "database_statement_cache"
+    found = _read({name: get_type_hints(Settings, include_extras=True)[name]}, environ)
+    return int(found.get(name, STATEMENT_CACHE))
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

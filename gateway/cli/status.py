@@ -26,7 +26,7 @@ from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS
 from gateway.postgres.pool import reason as database_reason
 from gateway.telemetry.log import printable
-from gateway.urls import urls_of_hosts
+from gateway.urls import tls_parameters, urls_of_hosts
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -96,6 +96,7 @@ class Host(msgspec.Struct):
     role: str = ""  # "primary" or "standby"
     version: str = ""
     lag_s: float | None = None  # of a standby
+    sslmode: str = ""  # in force, also where the URL names none
     problem: str = ""
 
 
@@ -140,7 +141,7 @@ async def collect(
     states, nodes_and_queues, hosts_and_schemas = await asyncio.gather(
         asyncio.gather(*(_check_gateway(url, must_run=must_run) for url in gateways)),
         asyncio.gather(*(_check_node(settings, URL(node)) for node in settings.amqp_nodes())),
-        asyncio.gather(*(_check_host(url, migrations) for url in host_urls)),
+        asyncio.gather(*(_check_host(url, migrations, settings.database_statement_cache) for url in host_urls)),
     )
     queues = next((queues for _, queues in nodes_and_queues if queues), None)
     for queue in queues or []:
@@ -293,14 +294,18 @@ async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
         state.problem = "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs"
 
 
-async def _check_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema | None]:
+async def _check_host(url: str, migrations: Sequence[str], statement_cache: int) -> tuple[Host, Schema | None]:
     """Return one host's state, and the schema if the host is a primary."""
-    host = Host(URL(url).authority.rpartition("@")[2])
+    host = Host(URL(url).authority.rpartition("@")[2], sslmode=tls_parameters(url)["sslmode"])
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             context = await asyncio.to_thread(tls.database_context, url)
             connection = await asyncpg.connect(
-                url, ssl=context, timeout=ANSWER_TIMEOUT_S, command_timeout=ANSWER_TIMEOUT_S
+                url,
+                ssl=context,
+                timeout=ANSWER_TIMEOUT_S,
+                command_timeout=ANSWER_TIMEOUT_S,
+                statement_cache_size=statement_cache,
             )
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -358,7 +363,8 @@ def as_text(status: Status) -> str:
         lines += _row(kind, queue.name, f"{counts}configured as {queue.configured_type}", queue.problem)
     for host in status.hosts:
         lag = "" if host.lag_s is None else f"  {host.lag_s:.1f} s behind"
-        lines += _row("database", host.host, f"{host.role}  {host.version}{lag}", host.problem)
+        state = f"{host.role}  {host.version}{lag}  sslmode={host.sslmode}"
+        lines += _row("database", host.host, state, host.problem)
     schema = status.schema
     newer = f", {len(schema.newer)} of a newer version" if schema.newer else ""
     state = f"{len(schema.applied)} migrations applied, {len(schema.pending)} pending{newer}"

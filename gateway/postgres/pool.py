@@ -160,11 +160,11 @@ async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
     return connection
 
 
-async def find_primary(url: str, *, timeout_s: float) -> str:
+async def find_primary(url: str, **options: Any) -> str:
     """Return the URL of the primary alone, for tools that take one host. Raises as connect_to_primary does."""
     if len(urls_of_hosts(url)) == 1:
         return url
-    connection, found = await _connect_to_first(url, {"timeout": timeout_s})
+    connection, found = await _connect_to_first(url, options)
     await connection.close()
     return found
 

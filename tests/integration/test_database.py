@@ -181,8 +181,8 @@ async def test_tools_that_take_one_host_get_the_primary(servers: Servers) -> Non
     async with proxy_to(servers) as dead, proxy_to(servers) as alive:
         dead.black_hole()
         url = through(servers.database_url, dead.port, alive.port)
-        assert await find_primary(url, timeout_s=5.0) == through(servers.database_url, alive.port)
-        assert await find_primary("postgres://one/name", timeout_s=5.0) == "postgres://one/name"
+        assert await find_primary(url, timeout=5.0) == through(servers.database_url, alive.port)
+        assert await find_primary("postgres://one/name", timeout=5.0) == "postgres://one/name"
 
 
 async def test_migrations_and_administration_take_a_url_with_several_hosts(servers: Servers) -> None:

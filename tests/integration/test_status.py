@@ -63,7 +63,7 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
         {"name": f"{queue.name}.dead", "kind": "dead_letters"} | empty,
     ]
     [host] = found["hosts"]
-    assert (host["role"], host["lag_s"]) == ("primary", None)
+    assert (host["role"], host["lag_s"], host["sslmode"]) == ("primary", None, "disable")
     assert found["schema"]["pending"] == found["schema"]["newer"] == []
     assert len(found["schema"]["applied"]) == len(list((ROOT / "migrations").glob("*.sql")))
     assert 0 < found["schema"]["leases_used"] < found["schema"]["leases_in_all"] == 62**6 // 256
@@ -75,6 +75,7 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     assert text.endswith("no problems\n") == (code == 0)
     assert f"✓ queue        {queue.name}" in text
     assert f"✓ dead letters {queue.name}.dead" in text
+    assert "sslmode=disable\n" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
 
 
