@@ -3,10 +3,11 @@
 import asyncio
 import logging
 import resource
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gateway.config import ConfigurationError
 
@@ -91,21 +92,36 @@ async def open_tcp(
     counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its own.
     Raises ConfigurationError when host and port cannot be used.
     """
+    where: dict[str, Any] = {"host": host, "port": port, "reuse_port": shared or None}
     try:
+        if host == "::":  # given the host, asyncio would leave out the addresses of IPv4
+            where = {"sock": bind_all(port, shared=shared)}
         return await asyncio.get_running_loop().create_server(
             factory,
-            host,
-            port,
             ssl=context,
             ssl_handshake_timeout=handshake_timeout_s if context else None,
             backlog=BACKLOG,
-            reuse_port=shared or None,
+            **where,
         )
     except OSError as error:
         raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror}. "
-            "Ports are set by GATEWAY_API_PORT and GATEWAY_OPS_PORT"
+            f"cannot listen on {host} port {port}: {error.strerror}. Addresses are set by GATEWAY_API_HOST and "
+            "GATEWAY_API_PORT, GATEWAY_OPS_HOST and GATEWAY_OPS_PORT"
         ) from None
+
+
+def bind_all(port: int, *, shared: bool) -> socket.socket:
+    """Return a socket that is bound to a port of all addresses, of IPv6 and IPv4. Raises OSError."""
+    bound = socket.socket(socket.AF_INET6)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(("::", port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 async def open_unix(factory: ProtocolFactory, path: str) -> asyncio.Server:
