@@ -30,7 +30,9 @@ def apply(database_url: str) -> int:
     except DATABASE_ERRORS as error:
         raise unreachable(error) from None
     command = [dbmate, "--migrations-dir", str(_directory()), "--no-dump-schema", "up"]
-    return subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False).returncode  # noqa: S603
+    # lib/pq would take from PG… variables what the URL does not say.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    return subprocess.run(command, env=inherited | {"DATABASE_URL": url}, check=False).returncode  # noqa: S603
 
 
 def _directory() -> Path:

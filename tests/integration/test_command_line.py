@@ -152,7 +152,7 @@ def test_serve_refuses_a_bad_setting_by_its_name() -> None:
 
 def test_the_environment_of_the_process_is_the_default() -> None:
     program = "from gateway import config; print(config.load().api_port, config.unknown_variables())"
-    settings = {"GATEWAY_DATABASE_URL": "postgres://h/x", "GATEWAY_AMQP_URL": "amqp://h/", "GATEWAY_TYPO": "1"}
+    settings = {"GATEWAY_DATABASE_URL": "postgres://u@h/x", "GATEWAY_AMQP_URL": "amqp://h/", "GATEWAY_TYPO": "1"}
     completed = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-c", program],
         env=os.environ | settings | {"GATEWAY_API_PORT": "8123"},
