@@ -132,6 +132,7 @@ async def _reach_database(runtime: Runtime) -> None:
         try:
             await runtime.ids.take(0)
             runtime.database_was_reached = True
+            runtime.pool.log_reached()
         except DatabaseUnavailable:
             await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
 

@@ -29,7 +29,7 @@ NOT_FOR_TOOLS = {"channel_binding", "target_session_attrs"}  # lib/pq, which dbm
 MAX_CONNECT_TIMEOUT_S = 2**31 - 1  # as in libpq
 
 _broken_escape = re.compile(r"%(?![0-9A-Fa-f]{2})").search
-_unencoded = re.compile(r"[^!-~]").search
+_unencoded = re.compile(r"[^!-~]|\\|[\[\]][^/?]*@").search  # brackets only around the host: libraries split there
 _address = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]*))(?::([0-9]*))?").fullmatch
 _host_name = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?").fullmatch
 _parameter_name = re.compile(r"[A-Za-z0-9_.]{1,40}").fullmatch

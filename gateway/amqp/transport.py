@@ -192,6 +192,8 @@ def reason(error: BaseException, close_reply: str = "") -> str:
             "GATEWAY_AMQP_QUEUE and GATEWAY_AMQP_EXCHANGE to new names. Set limits by a policy. A deleted queue loses "
             "its messages"
         )
+    if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
+        return f"{error}. Run `python -m gateway declare`, or set GATEWAY_AMQP_TOPOLOGY=declare"
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
         return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
     return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

@@ -83,6 +83,10 @@ class Pool:
         except TimeoutError:
             self._pool.terminate()
 
+    def log_reached(self) -> None:
+        """Log that the database was reached, with the number of failures before."""
+        log.info("reached the database at %s%s", self._hosts, self._repeats.end())
+
     @property
     def is_up(self) -> bool:
         """False from the first query that no host answered until a host answers again."""

@@ -37,6 +37,7 @@ from tests.support.gateways import (
     run_gateway,
     running,
 )
+from tests.support.outbound_queue import OutboundQueue
 from tests.support.tcp_proxy import TcpProxy
 
 SUPPORTED = [
@@ -305,6 +306,7 @@ async def test_an_unmigrated_database_is_named_as_such_once(
     start_gateway: StartGateway, make_settings: MakeSettings, servers: Servers, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the log and in /readyz; the database may be missing, or have no tables."""
+    caplog.set_level(logging.INFO)
     name = new_name()
     owner = await connect_to_primary(servers.database_url)
     url = database_url(servers, "sslmode=disable", path=f"/{name}")
@@ -327,10 +329,30 @@ async def test_an_unmigrated_database_is_named_as_such_once(
         migrated = await asyncio.to_thread(run_gateway, "migrate", database_url=url)
         assert migrated.returncode == 0, migrated.stderr
         await gateway.wait_until_ready()
+        reached = rf"reached the database at 127.0.0.1:{urlsplit(url).port}, after \d+ failures"
+        assert [line for line in caplog.messages if re.fullmatch(reached, line)]
     finally:
         await pool.close()
         await owner.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
         await owner.close()
+
+
+async def test_missing_queues_are_named_once_with_the_command_that_makes_them(
+    start_gateway: StartGateway, make_settings: MakeSettings, servers: Servers, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = make_settings(amqp_topology="check")
+    gateway = await start_gateway(settings, wait_until_ready=False)
+    connections = gateway.runtime.publisher.connections
+    await eventually(lambda: connections.connect_failures >= 4, timeout=20)
+    (said,) = [line for line in caplog.messages if "cannot connect to the broker" in line]
+    assert f"no exchange '{settings.amqp_exchange}'" in said
+    assert "Run `python -m gateway declare`" in said
+    names = {"GATEWAY_AMQP_EXCHANGE": settings.amqp_exchange, "GATEWAY_AMQP_QUEUE": settings.amqp_queue}
+    declared = await asyncio.to_thread(run_gateway, "declare", environment=process_environment(servers, **names))
+    assert declared.returncode == 0, declared.stderr
+    await gateway.wait_until_ready()
+    async with OutboundQueue(servers.amqp_url, settings.amqp_queue) as queue:
+        await queue.delete()
 
 
 async def test_an_outage_is_logged_once_and_then_counted(

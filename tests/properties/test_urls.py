@@ -109,7 +109,9 @@ def test_a_database_url_is_refused_by_name_or_asyncpg_sees_the_same_parts(url: s
         for name, value in POISON.items():
             environment.setitem(os.environ, name, value)
         for one in database.hosts:
-            arguments = {"dsn": None, "service": None, "servicefile": None} | asyncpg_arguments(database, one)
+            arguments = {"dsn": None, "passfile": None, "service": None, "servicefile": None} | asyncpg_arguments(
+                database, one
+            )
             addresses, found = connect_utils._parse_connect_dsn_and_args(
                 ssl=database.parameters["sslmode"] != "disable", target_session_attrs="primary", **arguments
             )

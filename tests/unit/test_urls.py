@@ -108,6 +108,8 @@ def test_a_database_url_that_cannot_work_is_refused_at_start(url: str, says: str
         ("amqp://u:secret@h/?auth=EXTERNAL", "needs amqps:// and a client certificate. Set GATEWAY_AMQP_CERT_FILE"),
         ("amqps://h/?auth=EXTERNAL", "needs amqps:// and a client certificate. Set GATEWAY_AMQP_CERT_FILE"),
         ("amqp://u:secret@h/#x", "must be percent-encoded"),
+        ("amqp://u:sec[ret@h/", "must be percent-encoded"),
+        ("amqp://u:sec\\ret@h/", "must be percent-encoded"),
         ("amqp://u:secret@h:0/", "A port is a number from 1 to 65535"),
         ("amqp://u:secret@h/%00", "NUL"),
         ("amqp://u:secret@%2Frun%2Fx/", "names a unix socket"),
