@@ -56,9 +56,14 @@ class Runtime:
         reasons = {
             "draining": self.draining,
             "the broker has not been reached yet": not self.publisher.connections.was_connected,
-            "the database has not been reached yet, or is not migrated": not self.database_was_reached,
+            self._database_reason(): not self.database_was_reached,
         }
         return [reason for reason, holds in reasons.items() if holds]
+
+    def _database_reason(self) -> str:
+        if self.pool.is_migrated:
+            return "the database has not been reached yet"
+        return "the database is not migrated: run `python -m gateway migrate`"
 
 
 RUNTIME = web.AppKey("runtime", Runtime)
@@ -131,6 +136,7 @@ async def _reach_database(runtime: Runtime) -> None:
         try:
             await runtime.ids.take(0)
             runtime.database_was_reached = True
+            runtime.pool.log_reached()
         except DatabaseUnavailable:
             await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
 

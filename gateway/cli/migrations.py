@@ -31,7 +31,9 @@ def apply(database_url: str, **options: Any) -> None:
     except DATABASE_ERRORS as error:
         raise unreachable(error) from None
     command = [dbmate, "--migrations-dir", str(_directory()), "--no-dump-schema", "up"]
-    if subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False).returncode:  # noqa: S603
+    # lib/pq would take from PG… variables what the URL does not say.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    if subprocess.run(command, env=inherited | {"DATABASE_URL": url}, check=False).returncode:  # noqa: S603
         raise AdminError("dbmate cannot migrate the database of GATEWAY_DATABASE_URL; its message is above")
 
 

@@ -23,10 +23,10 @@ from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_t
 from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
-from gateway.postgres.pool import DATABASE_ERRORS
+from gateway.postgres.pool import DATABASE_ERRORS, connect_to_host
 from gateway.postgres.pool import reason as database_reason
 from gateway.telemetry.log import printable
-from gateway.urls import tls_parameters, urls_of_hosts
+from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -137,11 +137,13 @@ async def collect(
 
     `migrations` are the versions that this gateway has. `must_run`: a gateway that is not running is a problem.
     """
-    host_urls = urls_of_hosts(settings.database_url_with_tls())
+    database = settings.database()
     states, nodes_and_queues, hosts_and_schemas = await asyncio.gather(
         asyncio.gather(*(_check_gateway(url, must_run=must_run) for url in gateways)),
         asyncio.gather(*(_check_node(settings, URL(node)) for node in settings.amqp_nodes())),
-        asyncio.gather(*(_check_host(url, migrations, settings.database_statement_cache) for url in host_urls)),
+        asyncio.gather(
+            *(_check_host(database, one, migrations, settings.database_statement_cache) for one in database.hosts)
+        ),
     )
     queues = next((queues for _, queues in nodes_and_queues if queues), None)
     for queue in queues or []:
@@ -294,17 +296,21 @@ async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
         state.problem = "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs"
 
 
-async def _check_host(url: str, migrations: Sequence[str], statement_cache: int) -> tuple[Host, Schema | None]:
+async def _check_host(
+    database: Database, address: Address, migrations: Sequence[str], statement_cache: int
+) -> tuple[Host, Schema | None]:
     """Return one host's state, and the schema if the host is a primary."""
-    host = Host(URL(url).authority.rpartition("@")[2], sslmode=tls_parameters(url)["sslmode"])
+    host = Host(str(address), sslmode=database.parameters["sslmode"])
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            context = await asyncio.to_thread(tls.database_context, url)
-            connection = await asyncpg.connect(
-                url,
-                ssl=context,
+            context = await asyncio.to_thread(tls.database_context, database)
+            connection = await connect_to_host(
+                database,
+                address,
+                context=context,
                 timeout=ANSWER_TIMEOUT_S,
                 command_timeout=ANSWER_TIMEOUT_S,
+                target_session_attrs="any",
                 statement_cache_size=statement_cache,
             )
         try:

@@ -34,6 +34,8 @@ def run(settings: Settings, *, workers: int = 1) -> None:
     tracing.check(settings)
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
+    for variable in config.ignored_variables():
+        logger.warning("%s has no effect; set GATEWAY_DATABASE_URL", variable)
     tls.check(settings)
     for weakness in tls.weaknesses(settings):
         logger.warning(weakness)

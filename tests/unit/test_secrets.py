@@ -166,8 +166,8 @@ FORMS = [
     " {scheme}://user:{password}@host/name\n",
 ]
 SEVERAL = {
-    "GATEWAY_DATABASE_URL": "postgres://user:{password}@one:5432,two,[::1]:5433/name?sslpassword={password}",
-    "GATEWAY_AMQP_URL": "amqp://user:{password}@one/ , amqps://user:{password}@two:5671/v?x={password}",
+    "GATEWAY_DATABASE_URL": "postgres://user:{password}@one:5432,two,[::1]:5433/name?options={password}",
+    "GATEWAY_AMQP_URL": "amqp://user:{password}@one/ , amqps://user:{password}@two:5671/v?auth=PLAIN",
 }
 SCHEMES = {"GATEWAY_DATABASE_URL": ("postgres", "postgresql"), "GATEWAY_AMQP_URL": ("amqp", "amqps")}
 PASSWORDS = ["hunter2", "hünter2", "hunter2 %", "hunter2@:/?#[],&='\"", "hunter2***", "\N{KEY}hunter2"]
@@ -180,9 +180,14 @@ def test_no_form_of_a_url_shows_its_password(variable: str, password: str) -> No
     forms = [form.replace("{scheme}", scheme) for form in FORMS for scheme in SCHEMES[variable]]
     for form in [*forms, SEVERAL[variable]]:
         url = form.replace("{password}", encoded)
-        others = {"GATEWAY_DATABASE_URL": "postgres://h/d", "GATEWAY_AMQP_URL": "amqp://h/"}
-        loaded = config.load(others | {variable: url})
-        for shown in (told(loaded), logged_settings(loaded)):
+        others = {"GATEWAY_DATABASE_URL": "postgres://u@h/d", "GATEWAY_AMQP_URL": "amqp://h/"}
+        try:
+            loaded = config.load(others | {variable: url})
+        except config.ConfigurationError as refusal:
+            texts = [str(refusal), repr(refusal)]
+        else:
+            texts = [told(loaded), logged_settings(loaded)]
+        for shown in texts:
             assert "hunter2" not in shown, form
             assert "nter2" not in shown, form
             assert encoded not in shown, form
