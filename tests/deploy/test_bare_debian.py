@@ -81,5 +81,8 @@ def test_the_demo_runs_and_leaves_only_packages(debian: Path) -> None:
     assert not (debian / "usr/sbin/policy-rc.d").exists()
     states = inside(debian, f"systemctl is-enabled {' '.join(UNITS)} || true").split()
     assert states == ["disabled"] * len(UNITS)
+    # Only what the demo needs: neither HAProxy nor the tools of developers.
     assert not (debian / "usr/sbin/haproxy").exists()
+    assert list(debian.glob("src/.venv/lib/*/site-packages/aiohttp"))
+    assert list(debian.glob("src/.venv/lib/*/site-packages/mypy")) == []
     assert inside(debian, "cd /src && git status --porcelain") == ""
