@@ -1,8 +1,8 @@
 """Private PostgreSQL, PgBouncer, RabbitMQ, HAProxy and gateway processes for tests, benchmarks, examples and the demo.
 
 Every server is real. Each has its own folder, ports, node name, cookie and epmd. So any number of runs can go on side
-by side, and the machine's own servers are not touched. Each runs under testbed/supervisor.py, so it ends with the
-process that started it, however that process ends. Linux only.
+by side, and the machine's own servers are not touched. All listen on 127.0.0.1 only. Each runs under
+testbed/supervisor.py, so it ends with the process that started it, however that process ends. Linux only.
 
     with Servers() as servers:    # both at once; one that the environment names is used instead of a private one
         print(servers.environment())

@@ -14,6 +14,8 @@ from testbed.processes import Certificates, Port, Server, ServerError, find_prog
 
 DISK_FREE_LIMIT = "50MB"
 MEMORY_WATERMARK = "1GB"  # several nodes share one small machine: far above what any of our tests holds at once
+# Without it, the node and rabbitmqctl listen for other nodes on all addresses.
+DISTRIBUTION_ON_LOOPBACK = "-kernel inet_dist_use_interface {127,0,0,1}"
 
 
 class RabbitMQ(Server):
@@ -95,6 +97,8 @@ class RabbitMQ(Server):
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": DISTRIBUTION_ON_LOOPBACK,
+            "RABBITMQ_CTL_ERL_ARGS": DISTRIBUTION_ON_LOOPBACK,
             # Erlang tries 50,000 file names while it starts, each with a hand-over between two threads. With
             # RabbitMQ's default, "none", the threads sleep in between, and a start took 7.5 to 30 s instead of 6.
             "RABBITMQ_SCHEDULER_BUSY_WAIT_THRESHOLD": "very_short",
@@ -103,6 +107,8 @@ class RabbitMQ(Server):
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "config"),
             "RABBITMQ_SCHEMA_DIR": str(folder / "schema"),
+            # RabbitMQ 4 of Debian does not find them from its tools.
+            "RABBITMQ_PLUGINS_DIR": str(self._program("rabbitmq-plugins").resolve().parents[1] / "plugins"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
             "RABBITMQ_LOG_BASE": str(folder / "logs"),

@@ -12,7 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import aio_pika
@@ -134,6 +135,47 @@ def test_without_any_free_port_an_error_says_so(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(random, "sample", lambda *_: [])
     with pytest.raises(ServerError, match="no free TCP port"):
         Port()
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Return the addresses, without ports, on which processes listen or receive. One that has ended has none."""
+    found = set()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            sockets = psutil.Process(pid).net_connections("inet")
+            found |= {one.laddr.ip for one in sockets if one.status in (psutil.CONN_LISTEN, psutil.CONN_NONE)}
+    return found
+
+
+LOOPBACK = {"127.0.0.1", "::1"}
+
+
+def test_a_server_listens_on_the_loopback_address_only(server: Server) -> None:
+    """RabbitMQ: also its port for other nodes, and epmd."""
+    addresses = listening(server.processes)
+    assert "127.0.0.1" in addresses
+    assert addresses <= LOOPBACK
+
+
+def servers_of(running: Servers) -> set[int]:
+    """Return the pids of all processes of the servers."""
+    return {pid for one in (running.postgres, running.rabbitmq) if one for pid in one.processes}
+
+
+def test_rabbitmqctl_listens_on_the_loopback_address_only(running: Servers) -> None:
+    node = running.rabbitmq
+    assert node is not None
+    node.start()
+    seen: set[str] = set()
+    with ThreadPoolExecutor() as pool:
+        done = pool.submit(node.ctl, "eval", "timer:sleep(1000).")
+        while not done.done():
+            below = {child.pid for child in psutil.Process().children(recursive=True)}
+            seen |= listening(list(below - servers_of(running)))
+            time.sleep(0.02)
+    assert done.result().strip() == "ok"
+    assert "127.0.0.1" in seen
+    assert seen <= LOOPBACK
 
 
 @pytest.mark.parametrize("how", ["stop", "kill"])
