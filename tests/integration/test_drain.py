@@ -1,4 +1,7 @@
-"""The drain of a listener, with an application whose answers do not say `Connection: close`. Promise 11."""
+"""The drain of a listener, its bounds on request heads, and its last reads. Promises 11 and 12.
+
+Its application's answers do not say `Connection: close` in a drain.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +10,7 @@ import pytest
 from aiohttp import web
 
 from gateway.web.answers import refuse_unhandled
-from gateway.web.connections import BoundedRunner, _Server
+from gateway.web.connections import BoundedRunner, _DiscardingParser, _Server
 from gateway.web.sockets import Limits
 from tests.support.eventually import eventually
 from tests.support.raw_http import Conversation, connect
@@ -21,6 +24,7 @@ class Listener:
     def __init__(self, drain_s: float = 8.0) -> None:
         self.drain_s = drain_s
         self.may_answer = asyncio.Event()
+        self.closes = False  # after an answer
         app = web.Application()
         app.router.add_get("/", self._answer)
         self.runner = BoundedRunner(app, Limits(5.0, 5.0, 10), refuse_unhandled, drain_timeout_s=drain_s)
@@ -31,7 +35,10 @@ class Listener:
 
     async def _answer(self, _request: web.Request) -> web.Response:
         await self.may_answer.wait()
-        return web.Response(text="answered", headers={"Server": "test"})
+        response = web.Response(text="answered", headers={"Server": "test"})
+        if self.closes:
+            response.force_close()
+        return response
 
 
 @pytest.fixture
@@ -105,6 +112,97 @@ async def test_an_evicted_head_costs_nothing_at_once_and_a_request_is_not_evicte
         assert not connection.evict()
         listener.may_answer.set()
         assert (await caller.read_answer()).status == 200
+
+
+HEADER_OF_1_KB = b"X-A: " + b"a" * 1_017 + b"\r\n"
+
+
+async def test_a_head_in_pieces_may_have_32_kb(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.may_answer.set()
+    async with connect(listener.url) as caller, connect(listener.url) as other:
+        await caller.send(GET[:-2] + HEADER_OF_1_KB * 31)
+        await eventually(lambda: server.cost_of_heads > 0)
+        await caller.send(b"\r\n")
+        assert (await caller.read_answer()).status == 200
+        await other.send(GET[:-2] + HEADER_OF_1_KB * 33)
+        assert (await other.read_answer()).status == 400
+
+
+async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        await caller.send(GET[:-2] + HEADER_OF_1_KB * 33)
+        await eventually(lambda: server.cost_of_heads > 3 * 33 * 1024)
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        assert await caller.is_closed()
+
+
+async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_much(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.may_answer.set()
+    begun, others = GET[:-2] + HEADER_OF_1_KB * 2 + b"X-B: b", 64 * 1024 * 1024
+    async with connect(listener.url) as large, connect(listener.url) as small:
+        await large.send(begun)
+        await small.send(GET[:10])
+        # A byte is kept about three times; each of the four lines is a few objects.
+        await eventually(lambda: server.cost_of_heads == 3 * (len(begun) + 10) + 4 * 350)
+        server.cost_of_heads += others
+        await small.send(GET[10:12])
+        assert (await large.read_answer()).status == 503
+        server.cost_of_heads -= others
+        await small.send(GET[12:])
+        assert (await small.read_answer()).status == 200
+
+
+@pytest.mark.parametrize(
+    ("line", "server_closes", "caller_ends", "lingers"),
+    [
+        (b"", False, False, False),
+        (b"Connection: close\r\n", False, False, False),
+        (b"", True, False, True),
+        (b"", True, True, False),
+    ],
+    ids=["kept", "closed by the caller", "closed by the server", "half-closed by the caller"],
+)
+async def test_only_what_a_caller_may_have_sent_before_it_learns_of_the_close_is_discarded(
+    listener: Listener,
+    monkeypatch: pytest.MonkeyPatch,
+    line: bytes,
+    server_closes: bool,
+    caller_ends: bool,
+    lingers: bool,
+) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    lingering, may_end = asyncio.Event(), asyncio.Event()
+
+    async def drain(_parser: _DiscardingParser) -> None:
+        lingering.set()
+        await may_end.wait()
+
+    monkeypatch.setattr(_DiscardingParser, "drain", drain)
+    listener.closes = server_closes
+    async with connect(listener.url) as caller:
+        await caller.send(GET[:-2] + line + b"\r\n")
+        if caller_ends:
+            caller.end()
+            await eventually(lambda: any(each._is_half_closed for each in server._connections))
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        if server_closes or line:
+            assert await caller.is_closed(), "the caller sees the end at once"
+        else:
+            await caller.send(GET)
+            assert (await caller.read_answer()).status == 200
+    assert lingering.is_set() is lingers
+    may_end.set()
 
 
 async def test_the_timer_of_an_unread_answer_ends_with_its_connection(listener: Listener) -> None:
