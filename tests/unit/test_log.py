@@ -157,6 +157,18 @@ def test_after_a_flush_in_vain_the_next_one_waits_only_when_the_reader_is_back(m
         os.close(writing)
 
 
+def test_a_line_that_is_written_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_PENDING_BYTES", 5)
+    handler = handler_on(-1)
+    written: list[bytes] = []
+    monkeypatch.setattr(handler, "_write", written.append)
+    for _ in range(2):
+        handler.write_line(b"line\n")
+        handler.flush()
+    handler.close()
+    assert written == [b"line\n"] * 2
+
+
 def test_a_line_that_comes_during_the_last_write_is_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
     handler = handler_on(-1)
     written: list[bytes] = []
@@ -186,12 +198,20 @@ def test_a_line_is_written_whole_to_a_descriptor_that_does_not_block() -> None:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     handler = handler_on(writing)
-    line = b"x" * 200_000 + b"\n"  # more than a pipe holds
+    line, received = b"x" * 200_000 + b"\n", list[bytes]()  # more than a pipe holds
+
+    def read_all() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            received.append(lines.read())
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
     handler.write_line(line)
-    with os.fdopen(reading, "rb") as lines:
-        assert lines.readline() == line
     handler.close()
+    handler._thread.join(10)
     os.close(writing)
+    reader.join(10)
+    assert received == [line]
 
 
 def test_lines_after_the_end_of_the_reader_go_nowhere_and_the_thread_goes_on() -> None:
