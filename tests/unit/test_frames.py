@@ -1,6 +1,7 @@
 """pamqp unpacks what PublishFramer packs; IncomingFrames sees the same events wherever the bytes are cut."""
 
 import struct
+from functools import reduce
 from itertools import accumulate
 
 import pytest
@@ -77,6 +78,10 @@ def frame_of(payload: bytes, kind: int = 1) -> bytes:
     return struct.pack(">BHI", kind, PUBLISH_CHANNEL, len(payload)) + payload + b"\xce"
 
 
+ARRAYS = reduce(lambda inner, _: b"A" + struct.pack(">i", len(inner)) + inner, range(2_000), b"")
+DEEP = frame_of(struct.pack(">HHQHiBc", 60, 0, 2, 0x2000, 2 + len(ARRAYS), 1, b"n") + ARRAYS, kind=2)
+
+
 def test_an_event_comes_with_the_last_byte_of_its_frames_and_not_before() -> None:
     frames = listening()
     parts = [marshal(frame, PUBLISH_CHANNEL) for frame in returned(PUBLISH_CHANNEL, "AbC12345", b"x" * 50, 20)]
@@ -92,8 +97,8 @@ def test_a_return_without_a_message_id_is_an_event_all_the_same() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [HEADER + frame_of(b"123", kind=3), frame_of(b"", kind=3), frame_of(HEADER[7:15], kind=2)],
-    ids=["a body that is too long", "a body without a header", "half a header"],
+    [HEADER + frame_of(b"123", kind=3), frame_of(b"", kind=3), frame_of(HEADER[7:15], kind=2), DEEP],
+    ids=["a body that is too long", "a body without a header", "half a header", "arrays in arrays"],
 )
 def test_a_return_whose_content_cannot_be_is_garbage(content: bytes) -> None:
     frames = listening()
