@@ -5,6 +5,7 @@ Its application's answers do not say `Connection: close` in a drain.
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import pytest
 from aiohttp import web
@@ -161,48 +162,100 @@ async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_muc
         assert (await small.read_answer()).status == 200
 
 
-@pytest.mark.parametrize(
-    ("line", "server_closes", "caller_ends", "lingers"),
-    [
-        (b"", False, False, False),
-        (b"Connection: close\r\n", False, False, False),
-        (b"", True, False, True),
-        (b"", True, True, False),
-    ],
-    ids=["kept", "closed by the caller", "closed by the server", "half-closed by the caller"],
-)
+class LastRead:
+    """The reading of what arrives before a close: its beginning, and permission to end."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def drain(self) -> None:
+        self.begun.set()
+        await self.may_end.wait()
+
+
+@pytest.fixture
+def last_read(monkeypatch: pytest.MonkeyPatch) -> LastRead:
+    read = LastRead()
+    monkeypatch.setattr(_DiscardingParser, "drain", lambda _parser: read.drain())
+    return read
+
+
+class Ending(NamedTuple):
+    """A request, the end of its connection, and whether the last read follows its answer."""
+
+    lines: bytes = b""
+    server_closes: bool = False
+    caller_ends: bool = False
+    rest: bytes = b""  # sent behind the answer
+    is_last_read: bool = False
+
+
+ENDINGS = {
+    "kept": Ending(),
+    "closed by the caller": Ending(b"Connection: close\r\n"),
+    "closed by the server": Ending(server_closes=True, is_last_read=True),
+    "half-closed by the caller": Ending(server_closes=True, caller_ends=True),
+    "closed by the server in a body": Ending(b"Content-Length: 2\r\n", server_closes=True, rest=b"{}"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
 async def test_only_what_a_caller_may_have_sent_before_it_learns_of_the_close_is_discarded(
-    listener: Listener,
-    monkeypatch: pytest.MonkeyPatch,
-    line: bytes,
-    server_closes: bool,
-    caller_ends: bool,
-    lingers: bool,
+    listener: Listener, last_read: LastRead, ending: Ending
 ) -> None:
     server = listener.runner.server
     assert isinstance(server, _Server)
-    lingering, may_end = asyncio.Event(), asyncio.Event()
-
-    async def drain(_parser: _DiscardingParser) -> None:
-        lingering.set()
-        await may_end.wait()
-
-    monkeypatch.setattr(_DiscardingParser, "drain", drain)
-    listener.closes = server_closes
+    listener.closes = ending.server_closes
     async with connect(listener.url) as caller:
-        await caller.send(GET[:-2] + line + b"\r\n")
-        if caller_ends:
+        await caller.send(GET[:-2] + ending.lines + b"\r\n")
+        if ending.caller_ends:
             caller.end()
             await eventually(lambda: any(each._is_half_closed for each in server._connections))
         listener.may_answer.set()
         assert (await caller.read_answer()).status == 200
-        if server_closes or line:
-            assert await caller.is_closed(), "the caller sees the end at once"
-        else:
+        if ending == Ending():
             await caller.send(GET)
             assert (await caller.read_answer()).status == 200
-    assert lingering.is_set() is lingers
-    may_end.set()
+        else:
+            await caller.send(ending.rest)
+            assert await caller.is_closed(), "the caller sees the end at once"
+    assert last_read.begun.is_set() is ending.is_last_read
+    last_read.may_end.set()
+
+
+async def test_what_comes_behind_a_broken_body_is_discarded_too(listener: Listener, last_read: LastRead) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(GET[:-2] + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        (connection,) = server._connections
+        await caller.send(b"zz\r\n")
+        await eventually(lambda: connection._body.exception() is not None)
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        assert await caller.is_closed()
+    assert last_read.begun.is_set()
+    last_read.may_end.set()
+
+
+async def test_requests_behind_a_last_answer_are_read_although_too_many_had_arrived(
+    listener: Listener, last_read: LastRead
+) -> None:
+    """A close with unread bytes makes the kernel send a reset, which can take the answer from the caller."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.closes = True
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        (connection,) = server._connections
+        await caller.send(GET * 4_000)
+        await eventually(lambda: connection._buffer_paused)
+        listener.may_answer.set()
+        await last_read.begun.wait()
+        assert not connection._buffer_paused
+        last_read.may_end.set()
 
 
 async def test_the_timer_of_an_unread_answer_ends_with_its_connection(listener: Listener) -> None:
