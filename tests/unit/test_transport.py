@@ -8,8 +8,16 @@ from pamqp import commands
 from pamqp.frame import marshal
 from yarl import URL
 
+from gateway import config
 from gateway.amqp.frames import HEARTBEAT_FRAME, Event, Settled
-from gateway.amqp.transport import TappedTransport, _Tap, address, reason, stray_cancellation_is_loss
+from gateway.amqp.transport import (
+    TappedTransport,
+    _Tap,
+    address,
+    prepare_connection,
+    reason,
+    stray_cancellation_is_loss,
+)
 
 CHANNEL = 3
 ACK = marshal(commands.Basic.Ack(1), CHANNEL)
@@ -78,6 +86,18 @@ async def test_a_closing_connection_takes_no_buffer_and_drops_those_it_has(
         TappedTransport().write(b"before it is opened")
 
 
+@pytest.mark.parametrize("scheme", ["amqp", "amqps"])
+async def test_a_connection_has_heartbeat_and_name_and_tls_if_its_url_says_so(
+    transport: TappedTransport, scheme: str
+) -> None:
+    settings = config.load({"GATEWAY_DATABASE_URL": "postgres://u:p@h/d", "GATEWAY_AMQP_URL": f"{scheme}://h/"})
+    prepared = await prepare_connection(settings, URL(f"{scheme}://h/"), "gateway 1", transport)
+    query = prepared.url.query
+    assert (query["heartbeat"], query["name"]) == (str(settings.amqp_heartbeat_s), "gateway 1")
+    assert prepared.kwargs["transport_factory"] is transport
+    assert (prepared.kwargs.get("context") is not None) is (scheme == "amqps")
+
+
 class Tapped:
     """A tap with a clock that is set, and what the library and the publisher get from it."""
 
@@ -127,6 +147,14 @@ async def test_the_loss_of_the_socket_is_reported_and_ends_the_librarys_reading(
     tapped.tap.connection_lost(None)
     assert lost == [True]
     assert tapped.reader.at_eof()
+
+
+async def test_the_reply_with_which_the_broker_closes_is_kept() -> None:
+    tapped, transport = Tapped(), TappedTransport()
+    assert transport.close_reply == ""
+    transport._tap = tapped.tap
+    tapped.receive(marshal(commands.Connection.Close(320, "CONNECTION_FORCED", 0, 0), 0))
+    assert transport.close_reply == "320 CONNECTION_FORCED"
 
 
 async def _be_cancelled() -> None:
