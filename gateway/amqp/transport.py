@@ -111,12 +111,7 @@ class TappedTransport(TransportFactory):
         tap = _Tap(reader)
         tap.on_event, tap.on_lost = self._callbacks
         self._tap = tap
-        try:
-            transport, _ = await loop.create_connection(
-                lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs
-            )
-        except OSError as error:
-            raise aiormq.exceptions.AMQPConnectionError(*error.args) from error
+        transport, _ = await loop.create_connection(lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs)
         self._transport = transport
         return reader, asyncio.StreamWriter(transport, tap, reader, loop)
 
