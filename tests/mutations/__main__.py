@@ -31,7 +31,7 @@ TESTS = {
     "examples/consumer/inbox.py": ["tests/examples/test_consumer.py"],
     "examples/consumer/payloads.py": ["tests/unit/test_e164.py", "tests/examples"],
     "examples/consumer/settings.py": ["tests/examples/test_settings.py"],
-    "examples/demo.py": ["tests/examples/test_demo.py"],
+    "examples/demo.py": ["tests/examples/test_demo.py", "tests/examples/test_demo_counts.py"],
     "gateway/amqp/connection.py": ["tests/integration/publisher"],
     "gateway/amqp/publisher.py": ["tests/integration/publisher"],
     "gateway/amqp/transport.py": ["tests/unit/test_transport.py", "tests/integration/publisher"],
