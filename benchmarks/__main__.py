@@ -20,6 +20,7 @@ from benchmarks.questions import (
     bodies,
     capacity,
     compare,
+    keyed,
     load,
     memory,
     neighbour,
@@ -277,6 +278,24 @@ def bodies_command(
     options = bodies.Options(like=like, rounds=rounds)
     measured = bodies.measure(options, lambda reading: typer.echo(bodies.show(reading)))
     publish(measured, bodies.report(measured), json_file, report_file)
+
+
+@app.command("keyed")
+def keyed_command(
+    *,
+    connections: Annotated[str, typer.Option(help="Connections, separated by commas.")] = "64,128,256",
+    commit_ms: Annotated[int, typer.Option(min=0, help="Time of a commit, as with a synchronous standby.")] = 10,
+    rounds: Rounds = 3,
+    seconds: Seconds = 3.0,
+    json_file: JsonFile = None,
+    report_file: ReportFile = None,
+) -> None:
+    """Rate of requests with an Idempotency-Key while each commit takes 10 ms."""
+    options = keyed.Options(connections=numbers(connections), commit_ms=commit_ms, rounds=rounds, seconds=seconds)
+    measured = keyed.measure(options, lambda reading: typer.echo(keyed.show(reading)))
+    publish(measured, keyed.report(measured), json_file, report_file)
+    if any(reading.void for reading in measured.readings):
+        raise typer.Exit(EXIT_VOID)
 
 
 @app.command("neighbour")

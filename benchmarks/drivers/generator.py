@@ -31,6 +31,7 @@ BODIES = 16  # different request bodies, sent in turn
 RECONNECT_S = 0.05
 SLOW_BYTES = 80  # of a slow body: the last bytes, sent one by one
 CONNECT_TIMEOUT_S = 5.0
+NEXT_KEY = b"the next Idempotency-Key"  # stands in a prepared request for a number
 
 
 class Plan(msgspec.Struct):
@@ -54,6 +55,7 @@ class Plan(msgspec.Struct):
     more_callers: dict[str, list[str]] = {}  # API key → lists, of further accounts: all accounts send in turn
     pause_s: float = 0.0  # closed loop: from an answer to the next request
     drip_s: float = 0.0  # slow bodies: from one of the last SLOW_BYTES to the next; aborted when the time is up
+    keyed: bool = False  # each request has an Idempotency-Key of its own
 
 
 def arrivals(plan: Plan) -> Iterator[float]:
@@ -103,6 +105,8 @@ def _prepare(plan: Plan, key: str, list_numbers: list[str]) -> list[_Request]:
         f"POST {url.path.rstrip('/') or PATH} HTTP/1.1\r\nHost: {url.netloc}\r\n"
         f"X-Api-Key: {key}\r\nContent-Type: application/json\r\n"
     )
+    if plan.keyed:
+        head += f"Idempotency-Key: {NEXT_KEY.decode()}\r\n"
     if plan.all_bad:
         flaw = {"format": traffic.WRONG_FORMAT, "type": traffic.WRONG_TYPE}[plan.all_bad]
         content = traffic.messages(plan.batch, list_numbers, body_length=plan.body_length, bad=plan.batch, flaws=[flaw])
@@ -137,11 +141,12 @@ class _Connection(asyncio.Protocol):
         """Send a request that was due at `since`."""
         assert self._transport is not None  # noqa: S101 - only made connections are asked to send
         self._request, self._since = request, since
+        content = self._load.with_key(request.content)
         if self._drip_s:
-            self._transport.write(request.content[:-SLOW_BYTES])
-            self._drip_later(request.content[-SLOW_BYTES:])
+            self._transport.write(content[:-SLOW_BYTES])
+            self._drip_later(content[-SLOW_BYTES:])
         else:
-            self._transport.write(request.content)
+            self._transport.write(content)
 
     def _drip_later(self, rest: bytes) -> None:
         self._drip_timer = asyncio.get_running_loop().call_later(self._drip_s, self._drip, rest) if rest else None
@@ -215,6 +220,7 @@ class Load:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._requests = cycle(prepare(plan))
+        self._keys = count(random.getrandbits(48) << 16)
         self._idle: deque[_Connection] = deque()
         self._due: deque[float] = deque()  # open loop: arrivals that wait for a connection
         self._open: set[_Connection] = set()
@@ -252,6 +258,10 @@ class Load:
         result.seconds = max(0.0, min(time.perf_counter() - start.measure_from, start.duration_s))
         result.latencies = self._recorder.encoded()
         return result
+
+    def with_key(self, content: bytes) -> bytes:
+        """Return a prepared request with an Idempotency-Key that no other request has, if the plan says so."""
+        return content.replace(NEXT_KEY, b"%d" % next(self._keys), 1) if self._plan.keyed else content
 
     def completed(self, since: float, status: str, queued: int, *, failed: bool) -> None:
         """Count a request that has been answered, or that never will be."""
