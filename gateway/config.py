@@ -6,6 +6,7 @@ A setting's variable is `GATEWAY_` and the field's name in upper case. The error
 import ipaddress
 import os
 import re
+import socket
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -66,7 +67,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Several nodes are separated by commas.
     amqp_url: str
 
-    # Address of the API. "::" or "*": all addresses, of IPv6 and IPv4.
+    # Address of the API. "::": all addresses, of IPv6 and IPv4. "*": the same, or all of IPv4 on machines without IPv6.
     api_host: str = "0.0.0.0"  # noqa: S104 - the container exists to offer the API
     api_port: Port = 8080
     # Path of a unix socket that replaces host and port.
@@ -221,7 +222,8 @@ def _raw(variable: str, environ: Mapping[str, str]) -> str:
 
 def _listen_host(variable: str, text: str) -> str:
     """Return the address to listen on. Raises ConfigurationError for what is neither an address nor a host name."""
-    host = "::" if text == "*" else re.sub(r"^\[(.*)\]$", r"\1", text)
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as the operator asks
+    host = everywhere if text == "*" else re.sub(r"^\[(.*)\]$", r"\1", text)
     if ":" in host:
         try:
             host = str(ipaddress.IPv6Address(host))
@@ -229,8 +231,8 @@ def _listen_host(variable: str, text: str) -> str:
             host = ""
     if not re.fullmatch(r"[A-Za-z0-9._:%-]+", host):
         raise ConfigurationError(
-            f"{variable}={text!r} is not an address. Use 0.0.0.0 (IPv4), :: (IPv6 and IPv4), or one address of this "
-            f"machine. The port is set by {variable.removesuffix('HOST')}PORT"
+            f"{variable}={text!r} is not an address. Use 0.0.0.0 (IPv4), :: (IPv6 and IPv4), * (what this machine "
+            f"has), or one address of this machine. The port is set by {variable.removesuffix('HOST')}PORT"
         )
     return host
 

@@ -122,7 +122,7 @@ def test_migrating_twice_changes_nothing(servers: Servers) -> None:
     [
         ("", "GATEWAY_DATABASE_URL is not set"),
         ("mysql://x/y", "GATEWAY_DATABASE_URL is not a postgres URL"),
-        ("postgres://127.0.0.1:1/x", "cannot reach the database of GATEWAY_DATABASE_URL"),
+        ("postgres://u@127.0.0.1:1/x", "cannot reach the database of GATEWAY_DATABASE_URL"),
     ],
 )
 def test_a_wrong_database_url_is_one_clear_line(url: str, says: str) -> None:

@@ -161,9 +161,15 @@ def test_addresses_are_shown_with_brackets_around_ipv6() -> None:
 
 
 @pytest.mark.parametrize(("host", "listens_on"), [("*", "::"), ("[::]", "::"), ("::1", "::1"), ("db-1.x", "db-1.x")])
-def test_addresses_to_listen_on(host: str, listens_on: str) -> None:
+def test_addresses_to_listen_on(host: str, listens_on: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.has_dualstack_ipv6", lambda: True)
     loaded = config.load(BASE | {"GATEWAY_API_HOST": host, "GATEWAY_OPS_HOST": host})
     assert (loaded.api_host, loaded.ops_host) == (listens_on, listens_on)
+
+
+def test_a_star_is_ipv4_on_a_machine_without_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.has_dualstack_ipv6", lambda: False)
+    assert config.load(BASE | {"GATEWAY_API_HOST": "*"}).api_host == "0.0.0.0"  # noqa: S104 - read, not bound
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0:8080", "http://0.0.0.0", "[::]:8080", "a b", "**", ":::", "[]"])
