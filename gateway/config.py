@@ -24,6 +24,8 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=3600)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 
+STATEMENT_CACHE = 100
+
 # Parameters of AMQP URLs, as libraries and RabbitMQ name them, which the gateway has settings for.
 AMQP_SETTINGS = {
     "heartbeat": "AMQP_HEARTBEAT_S",
@@ -67,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Several nodes are separated by commas.
     amqp_url: str
 
-    # Address of the API. "::": all addresses, of IPv6 and IPv4. "*": the same, or all of IPv4 on machines without IPv6.
+    # Address of the API. "::": all addresses, IPv6 and IPv4. "*": the same, or all of IPv4 on a machine without IPv6.
     api_host: str = "0.0.0.0"  # noqa: S104 - the container exists to offer the API
     api_port: Port = 8080
     # Path of a unix socket that replaces host and port.
@@ -76,6 +78,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_cert_file: str = ""
     # PEM file of the key; "" if the certificate's file holds it. The same holds for the key files below.
     api_tls_key_file: str = ""
+    # "on": /docs, the API's documentation, also stands on the API's port, for anyone who reaches it.
+    api_docs: Literal["on", "off"] = "off"
     # Address of the operations listener. Probes from outside need 0.0.0.0.
     ops_host: str = "127.0.0.1"
     ops_port: Port = 9090
@@ -90,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Longest time for one query, the wait for a connection included.
     database_timeout_s: Seconds = 2.0
     # Prepared statements per connection; 0 behind PgBouncer before 1.21.
-    database_statement_cache: Annotated[int, Meta(ge=0)] = 100
+    database_statement_cache: Annotated[int, Meta(ge=0)] = STATEMENT_CACHE
 
     # TLS files, as for the database.
     amqp_ca_file: str = ""
@@ -262,6 +266,13 @@ def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
     if "sslkey" in parameters and "sslcert" not in parameters and not key_file:
         raise ConfigurationError(f"{variable} has sslkey without sslcert. Set {PREFIX}DATABASE_CERT_FILE")
     return urls.with_tls(url, **files)
+
+
+def load_statement_cache(environ: Mapping[str, str] = os.environ) -> int:
+    """Read the number of prepared statements per connection alone, for administration. Raises ConfigurationError."""
+    name = "database_statement_cache"
+    found = _read({name: get_type_hints(Settings, include_extras=True)[name]}, environ)
+    return int(found.get(name, STATEMENT_CACHE))
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.amqp.depths import QueueDepths
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
@@ -37,6 +38,7 @@ class Runtime:
     ids: IdSupply
     idempotency: Idempotency
     publisher: Publisher
+    depths: QueueDepths
     pipeline: Pipeline
     admission: Admission
     counters: Counters
@@ -97,6 +99,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             ids=ids,
             idempotency=idempotency,
             publisher=publisher,
+            depths=QueueDepths(settings, publisher.connections),
             pipeline=Pipeline(
                 queries=queries, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
             ),
@@ -112,6 +115,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         )
         _run(stack, _reach_database(runtime), "reach the database")
         _run(stack, idempotency.sweep_for_ever(), "sweep idempotency keys")
+        _run(stack, runtime.depths.watch_for_ever(), "watch the depths of queues")
         _run(stack, _watch_event_loop(runtime.counters.loop_lag_s), "watch the event loop")
         yield runtime
 

@@ -191,12 +191,12 @@ async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
     return connection
 
 
-async def find_primary(url: str, *, timeout_s: float) -> str:
+async def find_primary(url: str, **options: Any) -> str:
     """Return the URL of the primary alone, for tools that take one host. Raises as connect_to_primary does."""
     database = Database.of(url)
     if len(database.hosts) == 1:
         return database.url(database.hosts[0])
-    connection, address = await _connect_to_first(database, {"timeout": timeout_s})
+    connection, address = await _connect_to_first(database, options)
     await connection.close()
     return database.url(address)
 

@@ -67,6 +67,8 @@ def test_tables_show_what_there_is_and_no_secret(servers: Servers) -> None:
     assert key[:8] in shown[1]
     assert key not in "".join(shown)
     assert number in shown[2]
+    for table in shown:
+        assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC ", table), table
 
 
 def test_a_table_shows_a_name_literally_and_escapes_what_the_terminal_would_obey(servers: Servers) -> None:

@@ -185,8 +185,8 @@ async def test_tools_that_take_one_host_get_the_primary(servers: Servers) -> Non
     async with proxy_to(servers) as dead, proxy_to(servers) as alive:
         dead.black_hole()
         url = through(servers.database_url, dead.port, alive.port)
-        assert await find_primary(url, timeout_s=5.0) == through(servers.database_url, alive.port)
-        assert await find_primary("postgres://u@one/name?sslmode=disable", timeout_s=5.0) == (
+        assert await find_primary(url, timeout=5.0) == through(servers.database_url, alive.port)
+        assert await find_primary("postgres://u@one/name?sslmode=disable", timeout=5.0) == (
             "postgres://u@one:5432/name?sslmode=disable"
         )
 

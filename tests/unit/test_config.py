@@ -29,6 +29,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_ca_file": ("/tls/ca.pem", "/tls/ca.pem"),
     "amqp_cert_file": ("/tls/us.pem", "/tls/us.pem"),
     "amqp_key_file": ("/tls/us.key", "/tls/us.key"),
+    "api_docs": ("on", "on"),
     "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
     "ops_port": ("65535", 65_535),
     "database_pool_size": ("1", 1),
@@ -68,6 +69,7 @@ BAD: list[tuple[str, str, str]] = [
     ("api_port", "-1", ">= 0"),
     ("api_port", "65536", "<= 65535"),
     ("api_port", "http", "int"),
+    ("api_docs", "yes", "Use one of on, off"),
     ("ops_port", "80.5", "int"),
     ("database_pool_size", "0", ">= 1"),
     ("database_pool_size", "1001", "<= 1000"),

@@ -151,6 +151,12 @@ def test_a_line_has_its_process_and_its_fields() -> None:
     assert (line["process"], line["status"], line["message"]) == ("worker-1", 200, "request")
 
 
+def test_fields_are_redacted_at_any_depth() -> None:
+    fields = {"settings": {"url": "amqp://u:secret@h/", "servers": {"other": "postgres://u:secret@h/", "port": 1}}}
+    line = json.loads(JsonLines().format(record("settings", fields=fields)))
+    assert line["settings"] == {"url": "amqp://u:***@h/", "servers": {"other": "postgres://u:***@h/", "port": 1}}
+
+
 def test_the_console_format_is_one_line_and_cannot_be_forged() -> None:
     made = record("hello\n%s", "\x1b[31m\u2028", created=1795431600.1239, fields={"status": 200, "errors": {"a": 1}})
     line = ConsoleLines("worker-1").format(made)

@@ -14,7 +14,7 @@ from gateway import config
 from gateway.config import Settings
 from gateway.ingest.wire import Message
 from gateway.postgres.pool import reason
-from gateway.telemetry.log import JsonLines, redact
+from gateway.telemetry.log import ConsoleLines, JsonLines, redact
 
 KEY = "trk_" + "Kk0Zz9" * 5 + "aB"
 TEXT = "a text for one reader"
@@ -200,5 +200,6 @@ def told(loaded: Settings) -> str:
 
 
 def logged_settings(loaded: Settings) -> str:
-    made = logging.LogRecord("gateway", logging.INFO, "", 1, "settings: %s %s", (loaded.masked(), loaded), None)
-    return JsonLines().format(made)
+    made = logging.LogRecord("gateway", logging.INFO, "", 1, "settings %s", (loaded,), None)
+    made.fields = {"settings": loaded.masked()}
+    return JsonLines().format(made) + ConsoleLines().format(made)
