@@ -87,6 +87,20 @@ def send(gateway: Gateway, key: str, messages: list[Message], shown: str) -> Mes
     return answer
 
 
+def show_what_to_try(gateway: Gateway, settings: dict[str, str], send_one: str) -> None:
+    """Print commands for this gateway, as another terminal takes them."""
+    own = {name: value for name, value in settings.items() if os.environ.get(name) != value}
+    status = f"{shlex.quote(sys.executable)} -m gateway status --gateway {gateway.ops_url}"
+    title("The gateway runs until Ctrl-C. Try it, in another terminal. A message more:")
+    print(send_one)
+    title("The state of gateway, broker and database:")
+    for name, value in own.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print(f"(cd {shlex.quote(str(REPOSITORY))} && {status})")
+    title("The API's documentation, as a page, and the metrics:")
+    print(f"{gateway.ops_url}/docs\n{gateway.ops_url}/metrics", flush=True)
+
+
 def mixed_batch(lists: tuple[str, str]) -> tuple[list[Message], Counter[str]]:
     """Return 1,000 messages, some of them bad, and the number of bad ones by error code."""
     messages: list[Message] = [
@@ -197,8 +211,7 @@ def show(once: bool) -> None:
 
             if once:
                 return
-            title("The gateway runs until Ctrl-C. Try it:")
-            print(curl(gateway, key, json.dumps({"messages": two[:1]})), flush=True)
+            show_what_to_try(gateway, settings, curl(gateway, key, json.dumps({"messages": two[:1]})))
             with suppress(KeyboardInterrupt):
                 signal.pause()
             print("\nstopping")

@@ -1,10 +1,12 @@
 """One RabbitMQ node, from the system's `rabbitmq-server`."""
 
 import os
+import re
 import secrets
 import socket
 import ssl
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +14,8 @@ from testbed.processes import Certificates, Port, Server, ServerError, find_prog
 
 DISK_FREE_LIMIT = "50MB"
 MEMORY_WATERMARK = "1GB"  # several nodes share one small machine: far above what any of our tests holds at once
+# Without it, the node and rabbitmqctl listen for other nodes on all addresses.
+DISTRIBUTION_ON_LOOPBACK = "-kernel inet_dist_use_interface {127,0,0,1}"
 
 
 class RabbitMQ(Server):
@@ -26,9 +30,21 @@ class RabbitMQ(Server):
         self._certificates = certificates
         self.distribution_port = Port()
         self.epmd_port = Port()
-        self.node = f"sms-gateway-{self.port}@localhost"
         self.cookie = secrets.token_hex(20)
         self._programs: Path | None = None
+
+    @property
+    def node(self) -> str:
+        """Return the node's name, by which it also finds its data."""
+        return f"sms-gateway-{self.port}@localhost"
+
+    def keep(self, parent: Path) -> None:
+        """Use a folder below `parent` that stays, with data, port and password of an earlier run."""
+        super().keep(parent)
+        with suppress(FileNotFoundError):
+            configuration = (parent / self.name.lower() / "rabbitmq.conf").read_text()
+            if found := re.search("^default_pass = (.+)$", configuration, re.MULTILINE):
+                self.password = found[1]
 
     @property
     def url(self) -> str:
@@ -38,6 +54,7 @@ class RabbitMQ(Server):
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
         cookie = self.directory / ".erlang.cookie"
+        cookie.unlink(missing_ok=True)  # it is read-only
         cookie.write_text(self.cookie)
         cookie.chmod(0o400)
         (self.directory / "enabled_plugins").write_text("[].\n")
@@ -80,6 +97,8 @@ class RabbitMQ(Server):
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODENAME": self.node,
             "RABBITMQ_DIST_PORT": str(self.distribution_port),
+            "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": DISTRIBUTION_ON_LOOPBACK,
+            "RABBITMQ_CTL_ERL_ARGS": DISTRIBUTION_ON_LOOPBACK,
             # Erlang tries 50,000 file names while it starts, each with a hand-over between two threads. With
             # RabbitMQ's default, "none", the threads sleep in between, and a start took 7.5 to 30 s instead of 6.
             "RABBITMQ_SCHEDULER_BUSY_WAIT_THRESHOLD": "very_short",
@@ -88,6 +107,8 @@ class RabbitMQ(Server):
             "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
             "RABBITMQ_GENERATED_CONFIG_DIR": str(folder / "config"),
             "RABBITMQ_SCHEMA_DIR": str(folder / "schema"),
+            # RabbitMQ 4 of Debian does not find them from its tools.
+            "RABBITMQ_PLUGINS_DIR": str(self._program("rabbitmq-plugins").resolve().parents[1] / "plugins"),
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
             "RABBITMQ_LOG_BASE": str(folder / "logs"),
@@ -167,7 +188,7 @@ class RabbitMQ(Server):
         )
 
     def close(self) -> None:
-        """Kill it, remove its data, and release its ports."""
+        """Kill it, remove its data, and release its ports. With keep(): stop it, keep its data."""
         super().close()
         self.distribution_port.release()
         self.epmd_port.release()

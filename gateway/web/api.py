@@ -10,7 +10,6 @@ from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
 from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import BULK, SINGLE, Form, SendRequest, draft_early
-from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, WAIT
 from gateway.telemetry.requests import RequestRecord
@@ -32,7 +31,7 @@ RECORD = web.RequestKey("record", RequestRecord)
 
 def make_app(runtime: Runtime) -> web.Application:
     """Return the application for callers."""
-    app = web.Application(middlewares=[record_every_request, answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[record_every_request, answer_every_request])
     app[RUNTIME] = runtime
     app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
     app.router.add_post(SEND, send_single, expect_handler=expect_later)

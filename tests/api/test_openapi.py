@@ -228,13 +228,14 @@ async def outcome_unknown(stage: Stage) -> RawAnswer:
 
 REFUSALS: dict[str, Refuse] = {
     "missing_messages": lambda stage: stage.post(b"{}"),
+    "invalid_field": lambda stage: stage.post(b'{"messages":[{}],"dry_run":1}'),
     "invalid_json": lambda stage: stage.post(b"{"),  # as the example: it ends too early
     "malformed_http": lambda stage: stage.post(None, "Transfer-Encoding: chunked"),
     "invalid_idempotency_key": lambda stage: stage.post(None, "Idempotency-Key:"),
     "missing_api_key": lambda stage: stage.post(key=None),
     "invalid_api_key": lambda stage: stage.post(key="trk_nonsense"),
     "account_suspended": account_suspended,
-    "not_found": lambda stage: stage.call("POST /api/v2/send"),
+    "not_found": lambda stage: stage.call("POST /api/v2/sends"),
     "method_not_allowed": lambda stage: stage.call("GET /api/v2/send/bulk"),
     "request_timeout": request_timeout,
     "idempotency_in_progress": idempotency_in_progress,

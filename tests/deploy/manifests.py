@@ -60,7 +60,7 @@ def probes_of(container: Object) -> dict[str, Object]:
     return {name: value for name, value in container.items() if name.endswith("Probe")}
 
 
-def environment_of(folder: str) -> dict[str, str]:
+def environment_of(folder: str | Path) -> dict[str, str]:
     """Return the gateway's environment, with example URLs in place of the Secrets' values."""
     objects = render(folder)
     container = gateway_of(only(objects, "Deployment"))
@@ -69,13 +69,19 @@ def environment_of(folder: str) -> dict[str, str]:
     environment: dict[str, str] = {**URLS}
     for name in wanted:
         environment |= maps[name]
-    return environment | _variables_of(container)
+    return environment | _variables_of(container, only(objects, "Deployment")["metadata"])
 
 
-def _variables_of(container: Object) -> dict[str, str]:
+def _variables_of(container: Object, metadata: Object) -> dict[str, str]:
     """Return what `env` sets, expanded in order as Kubernetes does it; the value of a Secret's key is its name."""
     values: dict[str, str] = {}
     for variable in container.get("env", []):
-        raw = variable.get("value") or variable["valueFrom"]["secretKeyRef"]["key"]
-        values[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], raw)
+        match variable:
+            case {"value": raw}:
+                value = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], raw)
+            case {"valueFrom": {"secretKeyRef": {"key": value}}}:
+                pass
+            case {"valueFrom": {"fieldRef": {"fieldPath": path}}}:
+                value = metadata[path.removeprefix("metadata.")]
+        values[variable["name"]] = value
     return values

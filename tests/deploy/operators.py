@@ -1,7 +1,8 @@
-"""The fields of RabbitMQ's operators that the manifests use, with their types; any other field is an error.
+"""The fields of operators' resources that the manifests use, with their types; any other field is an error.
 
-Source: the published resource definitions (rabbitmq.com/v1beta1) of cluster-operator and messaging-topology-operator,
-which no Python package contains. Enumerations are those of the definitions.
+Source: the published resource definitions of cluster-operator and messaging-topology-operator (rabbitmq.com/v1beta1),
+prometheus-operator (monitoring.coreos.com/v1) and cert-manager (cert-manager.io/v1), which no Python package contains.
+Enumerations are those of the definitions.
 """
 
 from typing import Any, Literal
@@ -87,6 +88,59 @@ class RabbitmqCluster(Strict):
     affinity: dict[str, Any]
 
 
-SPECIFICATIONS: dict[str, type[Strict]] = {
-    kind.__name__: kind for kind in (Exchange, Queue, Binding, Policy, User, Permission, RabbitmqCluster)
+class Selector(Strict):
+    match_labels: dict[str, str]
+
+
+class PodMetricsEndpoint(Strict):
+    port: str
+    path: str
+    interval: str
+
+
+class PodMonitor(Strict):
+    job_label: str
+    selector: Selector
+    pod_metrics_endpoints: list[PodMetricsEndpoint]
+
+
+class Rule(Strict):
+    expr: str
+    record: str | msgspec.UnsetType = msgspec.UNSET
+    alert: str | msgspec.UnsetType = msgspec.UNSET
+    # `for` is a keyword of Python.
+    duration: str | msgspec.UnsetType = msgspec.field(name="for", default=msgspec.UNSET)
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
+
+
+class RuleGroup(Strict):
+    name: str
+    rules: list[Rule]
+
+
+class PrometheusRule(Strict):
+    groups: list[RuleGroup]
+
+
+class Issuer(Strict):
+    kind: Literal["Issuer", "ClusterIssuer"]
+    name: str
+
+
+class Certificate(Strict):
+    secret_name: str
+    issuer_ref: Issuer
+    dns_names: list[str]
+
+
+_RABBITMQ = (Exchange, Queue, Binding, Policy, User, Permission, RabbitmqCluster)
+_GROUPS: dict[str, tuple[type[Strict], ...]] = {
+    "rabbitmq.com/v1beta1": _RABBITMQ,
+    "monitoring.coreos.com/v1": (PodMonitor, PrometheusRule),
+    "cert-manager.io/v1": (Certificate,),
+}
+# By apiVersion and kind.
+SPECIFICATIONS: dict[tuple[str, str], type[Strict]] = {
+    (version, kind.__name__): kind for version, kinds in _GROUPS.items() for kind in kinds
 }

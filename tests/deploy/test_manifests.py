@@ -2,15 +2,20 @@
 
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import kubernetes_validate
 import msgspec
 import pytest
+import yaml
 
 from gateway import __version__, config
 from gateway.config import Settings
+from gateway.ingest.wire import MAX_BODY_BYTES
 from tests.deploy.manifests import (
     KUBERNETES,
     Object,
@@ -26,7 +31,8 @@ from tests.deploy.operators import SPECIFICATIONS
 FOLDERS = ["base", "migrate", "migrate-example", "rabbitmq", "example", "sidecar-example"]
 # The oldest version with sidecars, and the newest one with schemas.
 KUBERNETES_VERSIONS = ["1.29", "1.37"]
-RABBITMQ = "rabbitmq.com/v1beta1"
+ALERTS = KUBERNETES.parent / "prometheus" / "alerts.yaml"
+GUIDE = KUBERNETES.parents[1] / "docs" / "kubernetes.md"
 # Between the end of the drain and the end of the process, connections are closed and Python exits.
 EXIT_MARGIN_S = 2
 
@@ -44,17 +50,22 @@ def cases(*kinds: str) -> list[Any]:
 GATEWAYS = ["base", "example", "sidecar-example"]  # the folders with a Deployment of the gateway
 
 
-def settings_of(folder: str) -> Settings:
+def settings_of(folder: str | Path) -> Settings:
     return config.load(environment_of(folder))
+
+
+def check_schema(one: Object, version: str) -> None:
+    """Raise unless an object follows its schema; unknown fields are errors."""
+    if specification := SPECIFICATIONS.get((one["apiVersion"], one["kind"])):
+        msgspec.convert(one["spec"], specification)
+    else:
+        kubernetes_validate.validate(one, version, strict=True)
 
 
 @pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
 @pytest.mark.parametrize("one", cases())
 def test_an_object_follows_its_schema(one: Object, version: str) -> None:
-    if one["apiVersion"] == RABBITMQ:
-        msgspec.convert(one["spec"], SPECIFICATIONS[one["kind"]])
-    else:
-        kubernetes_validate.validate(one, version, strict=True)
+    check_schema(one, version)
 
 
 def test_a_misspelt_field_would_be_seen() -> None:
@@ -63,7 +74,7 @@ def test_a_misspelt_field_would_be_seen() -> None:
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(deployment, KUBERNETES_VERSIONS[-1], strict=True)
     with pytest.raises(msgspec.ValidationError):
-        msgspec.convert({"vhost": "/", "user": "typo"}, SPECIFICATIONS["Permission"])
+        msgspec.convert({"vhost": "/", "user": "typo"}, SPECIFICATIONS["rabbitmq.com/v1beta1", "Permission"])
 
 
 @pytest.mark.parametrize("workload", cases("Deployment", "Job"))
@@ -181,8 +192,7 @@ def outgoing(policy: Object) -> set[tuple[int, str]]:
 
 def test_the_gateways_network_lets_through_what_it_needs_and_nothing_else() -> None:
     policy = only(render("example"), "NetworkPolicy")
-    settings = settings_of("example")
-    broker_ports = {int(node.partition("-nodes.sms.svc:")[2].partition("/")[0]) for node in settings.amqp_nodes()}
+    broker_ports = {urlsplit(node).port for node in settings_of("example").amqp_nodes()}
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert outgoing(policy) == {(53, "UDP"), (53, "TCP"), (5432, "TCP"), *((port, "TCP") for port in broker_ports)}
     assert [port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]] == ["api", "ops"]
@@ -206,14 +216,136 @@ def test_the_migration_to_copy_has_the_examples_image_and_namespace() -> None:
     assert job["metadata"]["namespace"] == deployment["metadata"]["namespace"]
 
 
+def nodes_of(cluster: Object) -> list[str]:
+    """Return the host names that RabbitMQ's cluster operator gives to the nodes."""
+    name, namespace = cluster["metadata"]["name"], cluster["metadata"]["namespace"]
+    return [f"{name}-server-{number}.{name}-nodes.{namespace}.svc" for number in range(cluster["spec"]["replicas"])]
+
+
 def test_the_example_names_every_node_of_the_cluster_by_its_own_address() -> None:
+    hosts = nodes_of(only(render("example"), "RabbitmqCluster"))
+    assert [urlsplit(node).hostname for node in settings_of("example").amqp_nodes()] == hosts
+    assert len(hosts) >= 3
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """Return a copy of deploy/kubernetes in which the example has another namespace and the component `monitoring`."""
+    folder = shutil.copytree(KUBERNETES, tmp_path.resolve() / "kubernetes")
+    for file, before, after in (
+        ("example/common/kustomization.yaml", "namespace: sms\n", "namespace: elsewhere\n"),
+        ("example/kustomization.yaml", "# - ../monitoring\n", "- ../monitoring\n"),
+    ):
+        text = (folder / file).read_text()
+        assert text.count(before) == 1
+        (folder / file).write_text(text.replace(before, after))
+    return folder
+
+
+def test_the_namespace_stands_in_one_place(copied: Path) -> None:
+    objects = [*render(copied / "example"), *render(copied / "migrate-example")]
+    for one in objects:
+        name = one["metadata"]["name"] if one["kind"] == "Namespace" else one["metadata"]["namespace"]
+        assert name == "elsewhere", f"{one['kind']} {one['metadata']['name']}"
+    hosts = nodes_of(only(objects, "RabbitmqCluster"))
+    assert [urlsplit(node).hostname for node in settings_of(copied / "example").amqp_nodes()] == hosts
+    assert not re.search(r"\bsms\.svc\b", yaml.safe_dump(objects))
+
+
+def test_the_certificate_is_for_the_hosts_that_the_gateway_connects_to(copied: Path) -> None:
+    for folder in ("example", copied / "example"):
+        objects = render(folder)
+        certificate, cluster = only(objects, "Certificate"), only(objects, "RabbitmqCluster")
+        assert certificate["spec"]["secretName"] == cluster["spec"]["tls"]["secretName"]
+        wildcard, service = certificate["spec"]["dnsNames"]
+        assert {"*." + host.partition(".")[2] for host in nodes_of(cluster)} == {wildcard}
+        assert service == f"{cluster['metadata']['name']}.{cluster['metadata']['namespace']}.svc"
+
+
+@pytest.mark.parametrize("version", KUBERNETES_VERSIONS)
+def test_the_monitoring_component_follows_its_schemas(copied: Path, version: str) -> None:
+    objects = render(copied / "example")
+    assert {"PodMonitor", "PrometheusRule"} == {one["kind"] for one in objects} - {
+        one["kind"] for one in render("example")
+    }
+    for one in objects:
+        check_schema(one, version)
+
+
+def test_the_pod_monitor_scrapes_the_gateways_pods_alone_under_the_job_that_the_alerts_name(copied: Path) -> None:
+    objects = render(copied / "example")
+    monitor = only(objects, "PodMonitor")["spec"]
+    gateway, migration = only(objects, "Deployment"), only(render("migrate-example"), "Job")
+    wanted = monitor["selector"]["matchLabels"].items()
+    labels = gateway["spec"]["template"]["metadata"]["labels"]
+    assert wanted <= labels.items()
+    assert not wanted <= migration["spec"]["template"]["metadata"]["labels"].items()
+    # The operator takes the job's name from this label of the pod.
+    job = labels[monitor["jobLabel"]]
+    assert set(re.findall(r'job="([^"]+)"', ALERTS.read_text())) == {job}
+    (endpoint,) = monitor["podMetricsEndpoints"]
+    ports = {port["name"]: port["containerPort"] for port in gateway_of(gateway)["ports"]}
+    assert ports[endpoint["port"]] == settings_of("example").ops_port
+    assert endpoint["path"] == "/metrics"
+    scrape = yaml.safe_load((ALERTS.parent / "prometheus.yml").read_text())["global"]["scrape_interval"]
+    assert endpoint["interval"] == scrape
+
+
+def test_the_rules_for_the_prometheus_operator_are_those_of_prometheus(copied: Path) -> None:
+    rule = only(render(copied / "example"), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load(ALERTS.read_text()), "run scripts/rules"
+
+
+def test_the_ingress_leads_to_the_service_and_lets_the_largest_body_through() -> None:
     objects = render("example")
-    cluster = only(objects, "RabbitmqCluster")
-    name, count = cluster["metadata"]["name"], cluster["spec"]["replicas"]
-    namespace = cluster["metadata"]["namespace"]
-    hosts = [f"{name}-server-{number}.{name}-nodes.{namespace}.svc" for number in range(count)]
-    assert [node.partition("@")[2].partition(":")[0] for node in settings_of("example").amqp_nodes()] == hosts
-    assert count >= 3
+    ingress, service = only(objects, "Ingress"), only(objects, "Service")
+    (rule,) = ingress["spec"]["rules"]
+    (path,) = rule["http"]["paths"]
+    assert path["backend"]["service"]["name"] == service["metadata"]["name"]
+    assert path["backend"]["service"]["port"]["name"] in {port["name"] for port in service["spec"]["ports"]}
+    assert ingress["spec"]["tls"][0]["hosts"] == [rule["host"]]
+    limits_mib = [int(value.removesuffix("m")) for value in ingress["metadata"]["annotations"].values()]
+    assert len(limits_mib) == 2
+    assert min(limits_mib) * 2**20 > MAX_BODY_BYTES
+
+
+def test_the_sidecars_namespace_is_another_and_its_policy_leads_to_the_servers() -> None:
+    objects, broker = render("sidecar-example"), only(render("example"), "RabbitmqCluster")
+    deployment, policy = only(objects, "Deployment"), only(objects, "NetworkPolicy")
+    assert {one["metadata"]["namespace"] for one in objects} == {"campaigns"}
+    assert policy["spec"]["podSelector"]["matchLabels"].items() <= (
+        deployment["spec"]["template"]["metadata"]["labels"].items()
+    )
+    assert outgoing(policy) == outgoing(only(render("example"), "NetworkPolicy"))
+    (selector,) = [
+        peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in policy["spec"]["egress"]
+        if rule["ports"][0]["port"] == 5671
+        for peer in rule["to"]
+    ]
+    assert selector == broker["metadata"]["namespace"]
+
+
+def test_the_guides_commands_make_what_the_sidecars_namespace_needs(tmp_path: Path) -> None:
+    """A stand-in for kubectl gives each value of a Secret, and keeps the commands that would create something."""
+    (tmp_path / "kubectl").write_text(
+        '#!/bin/sh\ncase $3 in get) printf secret | base64 ;; *) echo "$*" >>created ;; esac\n'
+    )
+    (tmp_path / "kubectl").chmod(0o755)
+    guide = GUIDE.read_text().partition("\n## Sidecar\n")[2].partition("\n## ")[0]
+    commands = guide.partition("```sh\n")[2].partition("```")[0]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(["/bin/sh", "-euc", commands], cwd=tmp_path, env={"PATH": path}, check=True)  # noqa: S603
+    made = dict(line.split("=", 1) for line in (tmp_path / "sms-gateway.env").read_text().splitlines())
+    settings = config.load(environment_of("sidecar-example") | made)
+    nodes = [urlsplit(node) for node in settings.amqp_nodes()]
+    assert [node.hostname for node in nodes] == nodes_of(only(render("example"), "RabbitmqCluster"))
+    assert {node.password for node in nodes} == {(tmp_path / "ca.crt").read_text()} == {"secret"}
+    created = (tmp_path / "created").read_text()
+    pod = only(render("sidecar-example"), "Deployment")["spec"]["template"]["spec"]
+    (volume,) = pod["volumes"]
+    assert f"--namespace campaigns create configmap {volume['configMap']['name']}" in created
+    assert "--namespace campaigns create secret generic sms-gateway " in created
 
 
 def test_the_brokers_users_may_do_what_they_must_and_no_more() -> None:
@@ -226,7 +358,7 @@ def test_the_brokers_users_may_do_what_they_must_and_no_more() -> None:
     }
     assert set(rights) == {one["metadata"]["name"] for one in objects if one["kind"] == "User"}
     exchange, queue = re.escape(settings.amqp_exchange), re.escape(settings.amqp_queue)
-    assert rights["sms-gateway"] == {"configure": "^$", "write": f"^{exchange}$", "read": "^$"}
+    assert rights["sms-gateway"] == {"configure": "^$", "write": rf"^{exchange}(\.dead)?$", "read": "^$"}
     assert rights["sms-consumer"] == {"configure": "^$", "write": "^$", "read": f"^{queue}$"}
     credentials = gateway_of(only(render("example"), "Deployment"))["env"][0]["valueFrom"]["secretKeyRef"]["name"]
     # The operator chooses this name.
@@ -234,8 +366,8 @@ def test_the_brokers_users_may_do_what_they_must_and_no_more() -> None:
 
 
 def test_no_secret_lies_in_the_repository_and_each_that_is_wanted_is_explained() -> None:
-    guide = (KUBERNETES.parents[1] / "docs" / "kubernetes.md").read_text()
-    wanted = {"sms-rabbitmq-tls"}
+    guide = GUIDE.read_text()
+    wanted = {"sms-rabbitmq-tls", "sms-gateway-tls"}
     for folder in FOLDERS:
         for one in render(folder):
             assert one["kind"] != "Secret"

@@ -86,7 +86,8 @@ async def test_a_pod_gets_ready_serves_and_ends_within_its_grace_period(
     folder: str, servers: Servers, caller: Caller
 ) -> None:
     name = new_name()
-    own = {"GATEWAY_API_PORT", "GATEWAY_OPS_PORT"}  # two runs on one machine cannot both have 8080
+    # Two runs on one machine cannot both have 8080, and the tests' broker has no certificate.
+    own = {"GATEWAY_API_PORT", "GATEWAY_OPS_PORT", "GATEWAY_AMQP_CA_FILE"}
     pods = {key: value for key, value in environment_of(folder).items() if key not in own}
     # Tests listen on the loopback address only.
     tests = {**servers.environment(), "GATEWAY_API_HOST": "127.0.0.1", "GATEWAY_OPS_HOST": "127.0.0.1"}

