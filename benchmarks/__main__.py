@@ -5,6 +5,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import msgspec
 import typer
@@ -71,6 +72,18 @@ def settings_of(given: list[str]) -> dict[str, str]:
     if wrong := [one for one in given if not re.fullmatch(r"GATEWAY_[A-Z_]+=.*", one)]:
         raise typer.BadParameter(f"{wrong[0]!r} is not of the form GATEWAY_NAME=VALUE")
     return {name: value for name, _, value in (one.partition("=") for one in given)}
+
+
+def url_of(text: str) -> str:
+    """Return `text` when it is the URL of an HTTP server."""
+    try:
+        parts = urlsplit(text)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise typer.BadParameter(f"--url: {text!r} is not a URL such as http://127.0.0.1:8080")
+    return text
 
 
 def systems_of(text: str, baseline: Path | None) -> tuple[str, ...]:
@@ -358,14 +371,14 @@ def load_command(
 ) -> None:
     """Load test of a deployment of your own.
 
-    Exit status: 0 success, 1 a threshold is broken, 2 unusable options or address, 3 the server is gone. A request
-    succeeds when the answer is 200 and queued_count is the number of its good messages. Accepted messages are really
-    queued: use a deployment whose messages are not delivered.
+    Exit status: 0 success, 1 a threshold is broken or nothing was accepted, 2 unusable options or address, 3 the server
+    is gone. A request succeeds when the answer is 200 and queued_count is the number of its good messages. Accepted
+    messages are really queued: use a deployment whose messages are not delivered.
     """
     if processes > connections:
         raise typer.BadParameter("each of --processes needs at least one connection")
     options = load.Options(
-        url=url,
+        url=url_of(url),
         list_numbers=tuple(list_number),
         batch=batch,
         connections=connections,

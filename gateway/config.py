@@ -3,10 +3,12 @@
 A setting's variable is `GATEWAY_` and the field's name in upper case. The error for a bad value names the variable.
 """
 
+import ipaddress
 import os
+import re
+import socket
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-from urllib.parse import parse_qs
 
 import msgspec
 from msgspec import Meta
@@ -14,7 +16,6 @@ from msgspec import Meta
 from gateway import urls
 
 PREFIX = "GATEWAY_"
-ESCAPE_HINT = ", with the special characters of the password percent-encoded"
 
 Port = Annotated[int, Meta(ge=0, le=65535)]  # 0: a free port
 Positive = Annotated[int, Meta(ge=1, le=10**12)]  # far above any use, and loads computed from it fit 64 bits
@@ -23,8 +24,30 @@ SecondsOrZero = Annotated[float, Meta(ge=0, le=3600)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 AmqpName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._:-]{1,200}$")]
 
-# TLS parameters of aiormq's URLs. The gateway makes its own TLS context and would ignore them, so they are refused.
-AMQP_TLS_PARAMETERS = {"cafile", "capath", "cadata", "keyfile", "certfile", "no_verify_ssl"}
+STATEMENT_CACHE = 100
+
+# Parameters of AMQP URLs, as libraries and RabbitMQ name them, which the gateway has settings for.
+AMQP_SETTINGS = {
+    "heartbeat": "AMQP_HEARTBEAT_S",
+    "timeout": "AMQP_CONNECT_TIMEOUT_S",
+    "connection_timeout": "AMQP_CONNECT_TIMEOUT_S",
+    "cafile": "AMQP_CA_FILE",
+    "cacertfile": "AMQP_CA_FILE",
+    "capath": "AMQP_CA_FILE",
+    "cadata": "AMQP_CA_FILE",
+    "verify": "AMQP_CA_FILE",
+    "no_verify_ssl": "AMQP_CA_FILE",
+    "certfile": "AMQP_CERT_FILE",
+    "keyfile": "AMQP_KEY_FILE",
+}
+AMQP_AUTH = ("plain", "external")
+
+# libpq's variables about a connection. The URL alone counts (decision 0042).
+PG_VARIABLES = {
+    *("PGHOST", "PGHOSTADDR", "PGPORT", "PGUSER", "PGPASSWORD", "PGPASSFILE", "PGDATABASE", "PGSERVICE", "PGOPTIONS"),
+    *("PGSSLMODE", "PGSSLROOTCERT", "PGSSLCERT", "PGSSLKEY", "PGSSLCRL", "PGSSLNEGOTIATION", "PGTARGETSESSIONATTRS"),
+    *("PGAPPNAME", "PGCONNECT_TIMEOUT", "PGCHANNELBINDING", "PGREQUIREAUTH", "PGKRBSRVNAME", "PGGSSLIB"),
+}
 
 # Deadlines that depend on each other: the shorter one, the longer one, and what happens otherwise.
 DEADLINES = (
@@ -46,7 +69,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Several nodes are separated by commas.
     amqp_url: str
 
-    # Address of the API.
+    # Address of the API. "::": all addresses, IPv6 and IPv4. "*": the same, or all of IPv4 on a machine without IPv6.
     api_host: str = "0.0.0.0"  # noqa: S104 - the container exists to offer the API
     api_port: Port = 8080
     # Path of a unix socket that replaces host and port.
@@ -55,6 +78,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_cert_file: str = ""
     # PEM file of the key; "" if the certificate's file holds it. The same holds for the key files below.
     api_tls_key_file: str = ""
+    # "on": /docs, the API's documentation, also stands on the API's port, for anyone who reaches it.
+    api_docs: Literal["on", "off"] = "off"
     # Address of the operations listener. Probes from outside need 0.0.0.0.
     ops_host: str = "127.0.0.1"
     ops_port: Port = 9090
@@ -69,7 +94,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # Longest time for one query, the wait for a connection included.
     database_timeout_s: Seconds = 2.0
     # Prepared statements per connection; 0 behind PgBouncer before 1.21.
-    database_statement_cache: Annotated[int, Meta(ge=0)] = 100
+    database_statement_cache: Annotated[int, Meta(ge=0)] = STATEMENT_CACHE
 
     # TLS files, as for the database.
     amqp_ca_file: str = ""
@@ -154,6 +179,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             sslkey=self.database_key_file,
         )
 
+    def database(self) -> urls.Database:
+        """Return the parts of the database's URL. Raises urls.UnusableUrl."""
+        return urls.Database.of(self.database_url_with_tls())
+
     def amqp_nodes(self) -> list[str]:
         """Return the URLs of the broker's nodes, in order."""
         return urls.split_nodes(self.amqp_url)
@@ -163,7 +192,10 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises ConfigurationError."""
     values = _read(get_type_hints(Settings, include_extras=True), environ)
     load_database_url(environ)
-    _check_amqp_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")))
+    for name in ("api_host", "ops_host"):
+        if name in values:
+            values[name] = _listen_host(PREFIX + name.upper(), values[name])
+    _check_amqp_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), has_certificate="amqp_cert_file" in values)
     settings = msgspec.convert(values, Settings)
     _check_deadlines(settings)
     return settings
@@ -174,15 +206,39 @@ def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any
     values: dict[str, Any] = {}
     for name, kind in kinds.items():
         variable = PREFIX + name.upper()
-        raw = environ.get(variable, "").strip()
-        if not raw:
-            continue  # compose files and shells set a variable to "" to unset it
+        if not (raw := _raw(variable, environ)):
+            continue
         try:
             values[name] = msgspec.convert(raw, kind, strict=False)
         except msgspec.ValidationError as error:
             values_allowed = f". Use one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
             raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}{values_allowed}") from None
     return values
+
+
+def _raw(variable: str, environ: Mapping[str, str]) -> str:
+    """Return a variable's value; "" if it is not set: compose files and shells set a variable to "" to unset it."""
+    raw = environ.get(variable, "").strip()
+    if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"":
+        raise ConfigurationError(f"{variable} is in quotation marks, which are read as a part of it. Remove them")
+    return raw
+
+
+def _listen_host(variable: str, text: str) -> str:
+    """Return the address to listen on. Raises ConfigurationError for what is neither an address nor a host name."""
+    everywhere = "::" if socket.has_dualstack_ipv6() else "0.0.0.0"  # noqa: S104 - as the operator asks
+    host = everywhere if text == "*" else re.sub(r"^\[(.*)\]$", r"\1", text)
+    if ":" in host:
+        try:
+            host = str(ipaddress.IPv6Address(host))
+        except ValueError:
+            host = ""
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]+", host):
+        raise ConfigurationError(
+            f"{variable}={text!r} is not an address. Use 0.0.0.0 (IPv4), :: (IPv6 and IPv4), * (what this machine "
+            f"has), or one address of this machine. The port is set by {variable.removesuffix('HOST')}PORT"
+        )
+    return host
 
 
 def _check_deadlines(settings: Settings) -> None:
@@ -195,12 +251,28 @@ def _check_deadlines(settings: Settings) -> None:
 def load_database_url(environ: Mapping[str, str] = os.environ) -> str:
     """Read the database's URL alone, with explicit TLS parameters, for administration. Raises ConfigurationError."""
     variable = PREFIX + "DATABASE_URL"
-    url = environ.get(variable, "").strip()
-    _check_database_url(variable, url)
+    if not (url := _raw(variable, environ)):
+        raise ConfigurationError(
+            f"{variable} is not set. Set {variable} to a URL such as postgres://user:password@host/name"
+        )
     ca_file, cert_file, key_file = (
-        environ.get(f"{PREFIX}DATABASE_{name}", "").strip() for name in ("CA_FILE", "CERT_FILE", "KEY_FILE")
+        _raw(f"{PREFIX}DATABASE_{name}", environ) for name in ("CA_FILE", "CERT_FILE", "KEY_FILE")
     )
-    return urls.with_tls(url, sslrootcert=ca_file, sslcert=cert_file, sslkey=key_file)
+    files = {"sslrootcert": ca_file, "sslcert": cert_file, "sslkey": key_file}
+    try:
+        parameters = urls.Database.of(url, **files).parameters
+    except urls.UnusableUrl as error:
+        raise ConfigurationError(f"{variable} {error}") from None
+    if "sslkey" in parameters and "sslcert" not in parameters and not key_file:
+        raise ConfigurationError(f"{variable} has sslkey without sslcert. Set {PREFIX}DATABASE_CERT_FILE")
+    return urls.with_tls(url, **files)
+
+
+def load_statement_cache(environ: Mapping[str, str] = os.environ) -> int:
+    """Read the number of prepared statements per connection alone, for administration. Raises ConfigurationError."""
+    name = "database_statement_cache"
+    found = _read({name: get_type_hints(Settings, include_extras=True)[name]}, environ)
+    return int(found.get(name, STATEMENT_CACHE))
 
 
 def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
@@ -212,27 +284,37 @@ def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
 
 
-def _check_database_url(variable: str, url: str) -> None:
-    hint = f"Set {variable} to a URL such as postgres://user:password@host/name"
-    if not url:
-        raise ConfigurationError(f"{variable} is not set. {hint}")
-    if not urls.is_complete(url, urls.POSTGRES):
-        raise ConfigurationError(f"{variable} is not a postgres URL. {hint}{ESCAPE_HINT}")
-    mode = parse_qs(urls.split_url(url).query).get("sslmode", ["verify-full"])[-1]
-    if mode not in urls.SSL_MODES:
-        raise ConfigurationError(f"{variable} has sslmode={mode}. Set sslmode to one of {', '.join(urls.SSL_MODES)}")
+def ignored_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return those of PG_VARIABLES that are set, sorted."""
+    return sorted(PG_VARIABLES & environ.keys())
 
 
-def _check_amqp_urls(variable: str, value: str) -> None:
-    hint = f"Set {variable} to a URL such as amqp://user:password@host/name"
+def _check_amqp_urls(variable: str, value: str, *, has_certificate: bool) -> None:
     nodes = urls.split_nodes(value)
     if not nodes:
-        raise ConfigurationError(f"{variable} is not set. {hint}")
+        raise ConfigurationError(
+            f"{variable} is not set. Set {variable} to a URL such as amqp://user:password@host/name"
+        )
     for url in nodes:
-        if not urls.is_complete(url, urls.AMQP):
-            raise ConfigurationError(f"{variable} is not an amqp URL. {hint}{ESCAPE_HINT}")
-        if ignored := AMQP_TLS_PARAMETERS & parse_qs(urls.split_url(url).query).keys():
+        try:
+            given = urls.check_broker(url)
+        except urls.UnusableUrl as error:
+            raise ConfigurationError(f"{variable} {error}. A comma separates nodes") from None
+        auth = given.pop("auth", "plain").lower()
+        if auth not in AMQP_AUTH:
+            raise ConfigurationError(f"{variable} has another auth. Set auth to one of {', '.join(AMQP_AUTH)}")
+        if auth == "external" and not (url.lower().startswith("amqps:") and has_certificate):
             raise ConfigurationError(
-                f"{variable} has {', '.join(sorted(ignored))}, which the gateway ignores. Set {PREFIX}AMQP_CA_FILE, "
-                f"{PREFIX}AMQP_CERT_FILE and {PREFIX}AMQP_KEY_FILE instead"
+                f"{variable} has auth=external, which needs amqps:// and a client certificate. "
+                f"Set {PREFIX}AMQP_CERT_FILE"
             )
+        if given:
+            raise ConfigurationError(f"{variable} {_unsupported(given)}")
+
+
+def _unsupported(given: Mapping[str, str]) -> str:
+    settings = sorted({PREFIX + AMQP_SETTINGS[name] for name in given if name in AMQP_SETTINGS})
+    named = urls.names_of(given, hides_password="password" in given)
+    return f"has {named}, which the gateway would ignore. " + (
+        f"Set {' and '.join(settings)} instead" if settings else "Remove it. The only supported parameter is auth"
+    )

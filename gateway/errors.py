@@ -63,10 +63,13 @@ class InvalidIdempotencyKey(GatewayError):
 
 
 class InvalidJson(GatewayError):
-    """The body is not JSON in UTF-8, or not an object."""
+    """The body is not JSON in UTF-8, or not an object. `reason` says what is wrong, and never quotes the body."""
 
     status, code = 400, "invalid_json"
     sentence = "The request body must be one JSON object in UTF-8"
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(f"{self.sentence}: {reason}" if reason else None)
 
 
 class MalformedHttp(GatewayError):
@@ -79,13 +82,13 @@ class MalformedHttp(GatewayError):
 class MissingApiKey(GatewayError):
     """The request has no X-Api-Key header."""
 
-    status, code, sentence = 401, "missing_api_key", "API key required"
+    status, code, sentence = 401, "missing_api_key", "API key required in the header X-Api-Key"
 
 
 class InvalidApiKey(GatewayError):
     """The key is malformed, unknown or revoked, or the X-Api-Key header is repeated."""
 
-    status, code, sentence = 401, "invalid_api_key", "Invalid API key"
+    status, code, sentence = 401, "invalid_api_key", "Invalid API key in the header X-Api-Key"
 
 
 class AccountSuspended(GatewayError):
@@ -241,6 +244,7 @@ class Refusal(NamedTuple):
 
 
 MISSING_TO = Refusal("missing_to", "to is required")
+NO_OBJECT = Refusal("missing_to", "A message must be an object with to, list_number and body")
 MISSING_LIST_NUMBER = Refusal("missing_list_number", "list_number is required")
 MISSING_BODY = Refusal("missing_body", "body is required and must be a non-empty string")
 INVALID_PHONE = Refusal("invalid_phone", "to must be an E.164 phone number such as +14155551234")

@@ -9,6 +9,7 @@ from typing import Any
 
 from aiohttp import web
 
+from gateway.amqp.depths import QueueDepths
 from gateway.amqp.publisher import Publisher
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
@@ -37,6 +38,7 @@ class Runtime:
     ids: IdSupply
     idempotency: Idempotency
     publisher: Publisher
+    depths: QueueDepths
     pipeline: Pipeline
     admission: Admission
     counters: Counters
@@ -54,9 +56,14 @@ class Runtime:
         reasons = {
             "draining": self.draining,
             "the broker has not been reached yet": not self.publisher.connections.was_connected,
-            "the database has not been reached yet, or is not migrated": not self.database_was_reached,
+            self._database_reason(): not self.database_was_reached,
         }
         return [reason for reason, holds in reasons.items() if holds]
+
+    def _database_reason(self) -> str:
+        if self.pool.is_migrated:
+            return "the database has not been reached yet"
+        return "the database is not migrated: run `python -m gateway migrate`"
 
 
 RUNTIME = web.AppKey("runtime", Runtime)
@@ -92,6 +99,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
             ids=ids,
             idempotency=idempotency,
             publisher=publisher,
+            depths=QueueDepths(settings, publisher.connections),
             pipeline=Pipeline(
                 queries=queries, ids=ids, idempotency=idempotency, publisher=publisher, layout=layout, tracing=tracing
             ),
@@ -107,6 +115,7 @@ async def open_runtime(settings: Settings) -> AsyncIterator[Runtime]:
         )
         _run(stack, _reach_database(runtime), "reach the database")
         _run(stack, idempotency.sweep_for_ever(), "sweep idempotency keys")
+        _run(stack, runtime.depths.watch_for_ever(), "watch the depths of queues")
         _run(stack, _watch_event_loop(runtime.counters.loop_lag_s), "watch the event loop")
         yield runtime
 
@@ -127,6 +136,7 @@ async def _reach_database(runtime: Runtime) -> None:
         try:
             await runtime.ids.take(0)
             runtime.database_was_reached = True
+            runtime.pool.log_reached()
         except DatabaseUnavailable:
             await asyncio.sleep(random.uniform(0.1, 1.0))  # noqa: S311 - full jitter
 

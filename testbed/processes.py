@@ -23,6 +23,7 @@ START_TIMEOUT_S = 120.0  # RabbitMQ: 5 to 8 s on two idle cores, 30 s seen on a 
 STOP_TIMEOUT_S = 15.0
 POLL_S = 0.02
 LOG_TAIL_LINES = 30
+NOBODY = 65534  # PostgreSQL and PgBouncer refuse to run as root; every Linux has this user
 
 
 class ServerError(Exception):
@@ -37,9 +38,10 @@ class Port:
     the reservation as an abstract UNIX socket, which the kernel frees when the process ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: int | None = None) -> None:
+        """`wanted`: the port of an earlier run; None: any."""
         lowest_outgoing = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-        numbers = range(10_000, max(lowest_outgoing, 20_000))
+        numbers = range(10_000, max(lowest_outgoing, 20_000)) if wanted is None else range(wanted, wanted + 1)
         for number in random.sample(numbers, len(numbers)):
             self._reservation = socket.socket(socket.AF_UNIX)
             try:
@@ -52,7 +54,7 @@ class Port:
                 continue
             self.number = number
             return
-        raise ServerError("no free TCP port on 127.0.0.1")
+        raise ServerError("no free TCP port on 127.0.0.1" if wanted is None else f"port {wanted} is taken")
 
     def __str__(self) -> str:
         return str(self.number)
@@ -117,6 +119,7 @@ class Server(Startable):
     def __init__(self) -> None:
         self.port = Port()
         self._directory: Path | None = None
+        self._kept: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
 
     @property
@@ -124,8 +127,29 @@ class Server(Startable):
     def url(self) -> str:
         """Return the URL for clients; it stays the same over restarts."""
 
+    def keep(self, parent: Path) -> None:
+        """Use a folder below `parent` that stays, with the data and the port of an earlier run. Call it before start().
+
+        Raises ServerError when another program has the port.
+        """
+        self._kept = parent.resolve() / self.name.lower()
+        with suppress(FileNotFoundError):
+            number = int((self._kept / "port").read_text())
+            self.port.release()
+            try:
+                self.port = Port(number)
+            except ServerError as error:
+                raise ServerError(f"{error}, which {self._kept} needs. Is that folder in use?") from None
+
+    def _make_directory(self) -> Path:
+        if self._kept is None:
+            return Path(tempfile.mkdtemp(prefix=f"sms-gateway-{self.name.lower()}-"))
+        self._kept.mkdir(parents=True, exist_ok=True)
+        (self._kept / "port").write_text(str(self.port))
+        return self._kept
+
     def _prepare(self) -> None:
-        """Fill the empty folder, once, before the first start."""
+        """Fill the folder, once, before the first start. A folder that is kept has the files of earlier runs."""
 
     @abstractmethod
     def _command(self) -> list[str]:
@@ -144,7 +168,7 @@ class Server(Startable):
 
     @property
     def directory(self) -> Path:
-        """Return its folder: data, configuration, `log`. The first start() makes it, close() removes it."""
+        """Return its folder: data, configuration, `log`. The first start() makes it, close() removes it if not kept."""
         if self._directory is None:
             raise ServerError(f"{self.name} was never started")
         return self._directory
@@ -191,7 +215,7 @@ class Server(Startable):
         if self.is_running:
             return
         if self._directory is None:
-            self._directory = Path(tempfile.mkdtemp(prefix=f"sms-gateway-{self.name.lower()}-"))
+            self._directory = self._make_directory()
             # PostgreSQL runs as another user, who must reach the data folder inside.
             self._directory.chmod(0o711)
             try:
@@ -200,7 +224,8 @@ class Server(Startable):
                 self.close()
                 raise
         supervise = [sys.executable, "-IS", supervisor.__file__]
-        arguments = [str(self.directory), str(self._user_id), str(int(self.last_signal)), *self._command()]
+        removed = "" if self._kept else str(self.directory)
+        arguments = [removed, str(self._user_id), str(int(self.last_signal)), *self._command()]
         with self.log.open("ab") as log:
             self._supervisor = subprocess.Popen(
                 supervise + arguments,
@@ -281,11 +306,14 @@ class Server(Startable):
             below = supervisor.descendants(self._supervisor.pid)
 
     def close(self) -> None:
-        """Kill it, remove its folder, and release its port."""
-        self.kill()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        """Kill it, remove its folder, and release its port. With keep(): stop it in an orderly way, keep its folder."""
+        if self._kept is not None:
+            self.stop()
+        else:
+            self.kill()
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
+        self._directory = None
         self.port.release()
 
 

@@ -1,10 +1,12 @@
 """One RabbitMQ node, from the system's `rabbitmq-server`."""
 
 import os
+import re
 import secrets
 import socket
 import ssl
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +30,21 @@ class RabbitMQ(Server):
         self._certificates = certificates
         self.distribution_port = Port()
         self.epmd_port = Port()
-        self.node = f"sms-gateway-{self.port}@localhost"
         self.cookie = secrets.token_hex(20)
         self._programs: Path | None = None
+
+    @property
+    def node(self) -> str:
+        """Return the node's name, by which it also finds its data."""
+        return f"sms-gateway-{self.port}@localhost"
+
+    def keep(self, parent: Path) -> None:
+        """Use a folder below `parent` that stays, with data, port and password of an earlier run."""
+        super().keep(parent)
+        with suppress(FileNotFoundError):
+            configuration = (parent / self.name.lower() / "rabbitmq.conf").read_text()
+            if found := re.search("^default_pass = (.+)$", configuration, re.MULTILINE):
+                self.password = found[1]
 
     @property
     def url(self) -> str:
@@ -40,6 +54,7 @@ class RabbitMQ(Server):
     def _prepare(self) -> None:
         self._programs = _rabbitmq_programs()
         cookie = self.directory / ".erlang.cookie"
+        cookie.unlink(missing_ok=True)  # it is read-only
         cookie.write_text(self.cookie)
         cookie.chmod(0o400)
         (self.directory / "enabled_plugins").write_text("[].\n")
@@ -173,7 +188,7 @@ class RabbitMQ(Server):
         )
 
     def close(self) -> None:
-        """Kill it, remove its data, and release its ports."""
+        """Kill it, remove its data, and release its ports. With keep(): stop it, keep its data."""
         super().close()
         self.distribution_port.release()
         self.epmd_port.release()

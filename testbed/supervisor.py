@@ -4,7 +4,8 @@
 
 The client (testbed/processes.py) holds the other end of this program's standard input. Each byte that it writes is the
 number of a signal for the server; SIGKILL goes to all processes below this one. When the pipe closes, the client has
-ended, perhaps by a SIGKILL: the server then gets LAST_SIGNAL, later SIGKILL, and its DIRECTORY is removed.
+ended, perhaps by a SIGKILL: the server then gets LAST_SIGNAL, later SIGKILL, and its DIRECTORY is removed, unless it
+is "".
 
 This program is a "child subreaper" (prctl(2)): it adopts every orphan below it. So processes that detach themselves, as
 Erlang's epmd does, can still be paused and killed. Linux only; standard library only.
@@ -90,7 +91,8 @@ def main(directory: str, user_id: int, last_signal: int, command: list[str]) -> 
             server.send_signal(last_signal)
             select.select([ended], [], [], LAST_SIGNAL_GRACE_S)
             kill_descendants()
-            shutil.rmtree(directory, ignore_errors=True)
+            if directory:
+                shutil.rmtree(directory, ignore_errors=True)
             return 0
         if order[0] == signal.SIGKILL:
             break

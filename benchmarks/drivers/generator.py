@@ -12,6 +12,7 @@ import asyncio
 import math
 import random
 import ssl
+import sys
 import time
 from collections import deque
 from collections.abc import Coroutine, Iterator
@@ -378,7 +379,10 @@ class Load:
 async def run(plan: Plan) -> Result:
     """Connect, wait for the start, send."""
     load = Load(plan)
-    await load.connect()
+    try:
+        await load.connect()
+    except (OSError, UnicodeError) as error:
+        sys.exit(f"cannot connect to {plan.url}: {str(error) or 'no answer in time'}")
     workers.write_line(Ready())
     start = workers.read_line(Start)
     workers.exit_with_parent()

@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
     """The exit status of the command."""
 
     FINE = 0
-    THRESHOLD_BROKEN = 1
+    THRESHOLD_BROKEN = 1  # or nothing was accepted
     UNUSABLE = 2  # wrong options, or no server at the address
     SERVER_GONE = 3
 
@@ -178,10 +178,13 @@ def judge(described: Machine, options: Options, results: Sequence[Result], momen
 
 
 def broken_thresholds(outcome: Outcome) -> list[str]:
-    """Return a sentence for each threshold that does not hold."""
+    """Return a sentence for each threshold that does not hold, and one if nothing was accepted."""
     limits = outcome.options.thresholds
     p99 = outcome.latencies.at(99)
     sentences = []
+    # With bad messages alone (--bad-share 1) a request succeeds, although nothing of it is accepted.
+    if not outcome.messages_per_s and (outcome.failures or not outcome.requests):
+        sentences.append("no message was accepted")
     if limits.max_p99_ms is not None and p99 > limits.max_p99_ms:
         sentences.append(f"p99 is {p99:,.1f} ms, at most {limits.max_p99_ms:,.1f} ms are allowed")
     if limits.min_rate is not None and outcome.messages_per_s < limits.min_rate:

@@ -123,7 +123,7 @@ class ConfirmTracker:
 
     def ack_range(self, first_tag: int, last_tag: int) -> list[PublishedRange]:
         """Apply the acks of consecutive tags, each for one message. Unknown and settled tags change nothing."""
-        return self._settle(_ACK, first_tag, min(last_tag, self._next_tag - 1))
+        return self._settle(_ACK, first_tag, last_tag)
 
     def _settle(self, table: bytes, first_tag: int, last_tag: int) -> list[PublishedRange]:
         ranges = self._ranges

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import aio_pika
+from aio_pika.abc import AbstractChannel
 from yarl import URL
 
 from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
@@ -70,7 +71,7 @@ class PublishConnection:
         self._blocked_at = 0.0
         self._blocked_s = 0.0
         self._lost = self._loop.create_future()
-        self._channel: aio_pika.abc.AbstractChannel | None = None
+        self._channel: AbstractChannel | None = None
         self._channel_reply = ""
         self._nacked_since = self._first_nack_at = NEVER  # the former: without an ack since
         self._is_retiring = False
@@ -117,6 +118,11 @@ class PublishConnection:
         """Declare or check the topology, as ensure_topology does. Raises any error of the libraries."""
         assert self._connection is not None  # noqa: S101 - called by open(), and after it
         return await ensure_topology(self._connection, self._settings)
+
+    def side_channel(self) -> AbstractChannel:
+        """Return a channel beside the publish channel, still to be opened. Its loss harms no message."""
+        assert self._connection is not None  # noqa: S101 - called after open()
+        return self._connection.channel(publisher_confirms=False)
 
     def successor(self) -> "PublishConnection":
         """Return an object for the next channel on the same socket; call its open()."""

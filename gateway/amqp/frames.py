@@ -315,6 +315,6 @@ def _read_header(data: bytes) -> tuple[str | None, int]:
     header = ContentHeader()
     try:
         header.unmarshal(data)
-    except (struct.error, ValueError, LookupError, TypeError, ArithmeticError) as error:  # pamqp's errors for garbage
+    except (struct.error, ValueError, OverflowError, RecursionError) as error:  # pamqp's errors for garbage
         raise _NotAFrame from error
     return header.properties.message_id, header.body_size

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 
 from yarl import URL
 
@@ -11,6 +11,7 @@ from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
 from gateway.amqp.transport import address, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
+from gateway.repeats import Repeats
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class PublishConnections:
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
+        self._repeats: defaultdict[str, Repeats] = defaultdict(lambda: Repeats(log))  # by node
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
         self._warned_of_returns_at = float("-inf")
@@ -157,10 +159,10 @@ class PublishConnections:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
-            log.warning("cannot connect to the broker at %s: %s", node, reason(error, connection.close_reply))
+            self._repeats[node].note(f"cannot connect to the broker at {node}: {reason(error, connection.close_reply)}")
             self.connect_failures += 1
             return False
-        log.info("connected to the broker at %s", node)
+        log.info("connected to the broker at %s%s", node, self._repeats[node].end())
         if connection.unverified and not self._has_warned_of_rights:
             log.warning(UNVERIFIED, node, connection.unverified)
             self._has_warned_of_rights = True

@@ -19,11 +19,16 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
         return await verify_topology(connection, settings)
     async with connection.channel() as channel:
         exchange = await _exchange(channel, settings)
-        if settings.amqp_queue_type != "stream":  # streams keep all messages and dead-letter none
-            await _declare_dead_letters(channel, settings)
+        if dead := dead_letter_queue(settings):
+            await _declare_dead_letters(channel, settings, dead)
         for queue in await _queues(channel, settings):
             await queue.bind(exchange, routing_key=queue.name)
     return ""
+
+
+def dead_letter_queue(settings: Settings) -> str | None:
+    """Return the name of the queue of dead letters. None: streams keep all messages and dead-letter none."""
+    return None if settings.amqp_queue_type == "stream" else f"{settings.amqp_queue}.dead"
 
 
 async def verify_topology(connection: AbstractConnection, settings: Settings) -> str:
@@ -77,11 +82,9 @@ async def check_may_publish(channel: AbstractChannel, settings: Settings) -> Non
             raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
 
 
-async def _declare_dead_letters(channel: AbstractChannel, settings: Settings) -> None:
+async def _declare_dead_letters(channel: AbstractChannel, settings: Settings, name: str) -> None:
     exchange = await channel.declare_exchange(
         f"{settings.amqp_exchange}.dlx", aio_pika.ExchangeType.FANOUT, durable=True
     )
-    queue = await channel.declare_queue(
-        f"{settings.amqp_queue}.dead", durable=True, arguments={"x-queue-type": settings.amqp_queue_type}
-    )
+    queue = await channel.declare_queue(name, durable=True, arguments={"x-queue-type": settings.amqp_queue_type})
     await queue.bind(exchange)

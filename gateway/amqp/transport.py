@@ -111,12 +111,7 @@ class TappedTransport(TransportFactory):
         tap = _Tap(reader)
         tap.on_event, tap.on_lost = self._callbacks
         self._tap = tap
-        try:
-            transport, _ = await loop.create_connection(
-                lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs
-            )
-        except OSError as error:
-            raise aiormq.exceptions.AMQPConnectionError(*error.args) from error
+        transport, _ = await loop.create_connection(lambda: tap, url.host or "", url.port or 0, ssl=context, **kwargs)
         self._transport = transport
         return reader, asyncio.StreamWriter(transport, tap, reader, loop)
 
@@ -176,7 +171,7 @@ class TappedTransport(TransportFactory):
 
 def address(node: URL) -> str:
     """Return the host and the port of a node, as logs and `status` show them."""
-    return f"{node.host}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"
+    return f"{node.host_subcomponent}:{node.port or (5671 if node.scheme == 'amqps' else 5672)}"
 
 
 def reason(error: BaseException, close_reply: str = "") -> str:
@@ -188,9 +183,12 @@ def reason(error: BaseException, close_reply: str = "") -> str:
         return f"the broker has closed the connection: {close_reply}"
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
-            f"{error}. It exists with other arguments than the gateway's: remove it, and make it with "
-            "`python -m gateway declare`. Set limits by a policy"
+            f"{error}. It exists with other arguments than the gateway's. Set GATEWAY_AMQP_QUEUE_TYPE to its type, or "
+            "GATEWAY_AMQP_QUEUE and GATEWAY_AMQP_EXCHANGE to new names. Set limits by a policy. A deleted queue loses "
+            "its messages"
         )
+    if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
+        return f"{error}. Run `python -m gateway declare`, or set GATEWAY_AMQP_TOPOLOGY=declare"
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
         return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
     return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

@@ -7,7 +7,7 @@ import re
 import secrets
 import string
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import asyncpg
@@ -100,6 +100,7 @@ FIND_RIGHTS = """
 _rights_in = re.compile(r"([A-Z]+)(?: \(([^)]*)\))?").findall
 
 CONNECT_TIMEOUT_S = 5.0
+COMMAND_TIMEOUT_S = 30.0
 KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: 24 bits of 190
 
 Row = dict[str, Any]
@@ -242,16 +243,39 @@ def unreachable(error: BaseException) -> AdminError:
     return AdminError(f"cannot reach the database of GATEWAY_DATABASE_URL: {reason(error)}")
 
 
+def _refused(error: BaseException) -> AdminError:
+    """Return the AdminError for a statement that the database refused or did not answer."""
+    match error:
+        case asyncpg.UndefinedTableError():
+            return AdminError("the database has no tables yet: run `python -m gateway migrate`")
+        case asyncpg.UndefinedColumnError():
+            return AdminError("the tables are those of an older version: run `python -m gateway migrate`")
+        case asyncpg.InsufficientPrivilegeError():
+            return AdminError(
+                f"the user of GATEWAY_DATABASE_URL may not do this ({error.args[0]}). Use the owner of the tables"
+            )
+        case asyncpg.ReadOnlySQLTransactionError():
+            return AdminError(
+                f"the database of GATEWAY_DATABASE_URL is read-only ({error.args[0]}). Name the primary, with a user "
+                "and a database that may write"
+            )
+        case _:
+            return AdminError(f"the database of GATEWAY_DATABASE_URL failed: {reason(error)}")
+
+
 @asynccontextmanager
-async def open_admin(database_url: str) -> AsyncIterator[Admin]:
-    """Connect to the primary. Raises AdminError when it cannot be reached, or the database is not migrated."""
+async def open_admin(database_url: str, **options: Any) -> AsyncIterator[Admin]:
+    """Connect to the primary, with `options` of asyncpg.connect. Every failure of the database is an AdminError."""
     try:
-        connection = await connect_to_primary(database_url, timeout=CONNECT_TIMEOUT_S, command_timeout=30)
+        connection = await connect_to_primary(
+            database_url, timeout=CONNECT_TIMEOUT_S, command_timeout=COMMAND_TIMEOUT_S, **options
+        )
     except DATABASE_ERRORS as error:
         raise unreachable(error) from None
     try:
         yield Admin(connection)
-    except asyncpg.UndefinedTableError:
-        raise AdminError("the database has no tables yet: run `python -m gateway migrate`") from None
+    except DATABASE_ERRORS as error:
+        raise _refused(error) from None
     finally:
-        await connection.close()
+        with suppress(*DATABASE_ERRORS):
+            await connection.close(timeout=CONNECT_TIMEOUT_S)

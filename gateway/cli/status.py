@@ -18,14 +18,15 @@ import msgspec
 from yarl import URL
 
 from gateway import __version__, tls
-from gateway.amqp.topology import check_may_publish, verify_topology
+from gateway.amqp.depths import DEAD_LETTERS, OUTBOUND
+from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_topology
 from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
-from gateway.postgres.pool import DATABASE_ERRORS
+from gateway.postgres.pool import DATABASE_ERRORS, connect_to_host
 from gateway.postgres.pool import reason as database_reason
 from gateway.telemetry.log import printable
-from gateway.urls import urls_of_hosts
+from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 3.0  # per server
 CLOSE_TIMEOUT_S = 0.5
+# SMS in one outbound queue. 30 minutes after it was accepted an SMS is stale, and 17,000 a minute is the default rate
+# at which the platform sends from one list.
+MAX_BACKLOG = 30 * 17_000
 
 SERVER_STATE = "SELECT pg_is_in_recovery(), current_setting('server_version')"
 STANDBY_LAG = """
@@ -67,11 +71,19 @@ class Node(msgspec.Struct):
     problem: str = ""
 
 
+class Limits(msgspec.Struct):
+    """Numbers of AMQP messages in one queue above which they are a problem."""
+
+    backlog: int | None = None  # None: MAX_BACKLOG SMS
+    dead_letters: int = 0
+
+
 class Queue(msgspec.Struct):
-    """The state of one outbound queue. `configured_type` comes from the settings."""
+    """The state of one queue. `configured_type` comes from the settings."""
 
     name: str
     configured_type: str
+    kind: str = OUTBOUND  # or DEAD_LETTERS
     messages: int | None = None
     consumers: int | None = None
     problem: str = ""
@@ -84,6 +96,7 @@ class Host(msgspec.Struct):
     role: str = ""  # "primary" or "standby"
     version: str = ""
     lag_s: float | None = None  # of a standby
+    sslmode: str = ""  # in force, also where the URL names none
     problem: str = ""
 
 
@@ -113,26 +126,34 @@ class Status(msgspec.Struct, kw_only=True):
 
 
 async def collect(
-    settings: Settings, gateways: Sequence[URL], migrations: Sequence[str], *, must_run: bool = False
+    settings: Settings,
+    gateways: Sequence[URL],
+    migrations: Sequence[str],
+    *,
+    must_run: bool = False,
+    limits: Limits | None = None,
 ) -> Status:
     """Collect the state of all servers within about 3 × ANSWER_TIMEOUT_S. A server that is down is a problem, no error.
 
     `migrations` are the versions that this gateway has. `must_run`: a gateway that is not running is a problem.
     """
-    host_urls = urls_of_hosts(settings.database_url_with_tls())
+    database = settings.database()
     states, nodes_and_queues, hosts_and_schemas = await asyncio.gather(
         asyncio.gather(*(_check_gateway(url, must_run=must_run) for url in gateways)),
         asyncio.gather(*(_check_node(settings, URL(node)) for node in settings.amqp_nodes())),
-        asyncio.gather(*(_check_host(url, migrations) for url in host_urls)),
+        asyncio.gather(
+            *(_check_host(database, one, migrations, settings.database_statement_cache) for one in database.hosts)
+        ),
     )
     queues = next((queues for _, queues in nodes_and_queues if queues), None)
+    for queue in queues or []:
+        queue.problem = queue.problem or _contents_problem(queue, settings, limits or Limits())
     status = Status(
         ok=False,
         version=__version__,
         gateways=list(states),
         nodes=[node for node, _ in nodes_and_queues],
-        queues=queues
-        or [Queue(name, settings.amqp_queue_type, problem="no broker node answers") for name in settings.queues()],
+        queues=queues or [msgspec.structs.replace(one, problem="no broker node answers") for one in _queues(settings)],
         hosts=[host for host, _ in hosts_and_schemas],
         schema=_only_schema([schema for _, schema in hosts_and_schemas if schema is not None]),
         settings=settings.masked(),
@@ -141,6 +162,33 @@ async def collect(
     status.problems = list(_problems(status))
     status.ok = not status.problems
     return status
+
+
+def _queues(settings: Settings) -> list[Queue]:
+    queues = [Queue(name, settings.amqp_queue_type) for name in settings.queues()]
+    if dead := dead_letter_queue(settings):
+        queues.append(Queue(dead, settings.amqp_queue_type, DEAD_LETTERS))
+    return queues
+
+
+def _contents_problem(queue: Queue, settings: Settings, limits: Limits) -> str:
+    """Return a sentence if messages in the queue are a problem. A stream keeps what was read: its length says nothing.
+
+    MAX_BACKLOG is in SMS. With envelopes a message may have so many that the limit is lower.
+    """
+    messages = queue.messages or 0
+    if queue.kind == DEAD_LETTERS:
+        if messages > limits.dead_letters:
+            return f"dead letters ({messages:,}): see docs/runbook.md#gatewaydeadletters"
+        return ""
+    backlog = limits.backlog if limits.backlog is not None else MAX_BACKLOG // settings.messages_per_envelope
+    if queue.configured_type == "stream" or not messages:
+        return ""
+    if not queue.consumers:
+        return f"no consumer reads its messages ({messages:,}). An SMS is stale 30 minutes after it was accepted"
+    if messages > backlog:
+        return f"messages ({messages:,}) above the limit of {backlog:,}: the consumers are too slow, or hang"
+    return ""
 
 
 def _only_schema(found: Sequence[Schema]) -> Schema:
@@ -186,9 +234,9 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
             properties = transport.connection.server_properties if transport else {}
             state.version = " ".join(str(properties.get(name, "")) for name in ("product", "version")).strip()
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                queues = [await _check_queue(connection, name, settings.amqp_queue_type) for name in settings.queues()]
+                queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
                 await check_may_publish(await connection.channel(), settings)
-                if not any(queue.problem for queue in queues):
+                if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
                     await verify_topology(connection, settings)
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
@@ -214,14 +262,17 @@ async def _broker(settings: Settings, node: URL, socket: TappedTransport) -> "As
         await asyncio.gather(closing, return_exceptions=True)
 
 
-async def _check_queue(connection: "AbstractConnection", name: str, queue_type: str) -> Queue:
-    queue = Queue(name, queue_type)
+async def _check_queue(connection: "AbstractConnection", queue: Queue) -> Queue:
     channel: AbstractChannel = await connection.channel(publisher_confirms=False)
     try:
-        found = (await channel.declare_queue(name, passive=True)).declaration_result
+        found = (await channel.declare_queue(queue.name, passive=True)).declaration_result
         queue.messages, queue.consumers = found.message_count, found.consumer_count
     except aiormq.exceptions.ChannelNotFoundEntity:
         queue.problem = "does not exist. A gateway declares it when it connects, unless GATEWAY_AMQP_TOPOLOGY=check"
+        if queue.kind == DEAD_LETTERS:
+            queue.problem += ". RabbitMQ drops what consumers reject"
+    except aiormq.exceptions.ChannelAccessRefused as error:  # RabbitMQ 4.2.6 and later ask for a right to the queue
+        queue.problem = f"{error}. Its messages are not counted: docs/security.md#broker"
     except aiormq.exceptions.AMQPChannelError as error:
         queue.problem = _one_line(error, broker_reason(error))
     finally:
@@ -245,14 +296,22 @@ async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
         state.problem = "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs"
 
 
-async def _check_host(url: str, migrations: Sequence[str]) -> tuple[Host, Schema | None]:
+async def _check_host(
+    database: Database, address: Address, migrations: Sequence[str], statement_cache: int
+) -> tuple[Host, Schema | None]:
     """Return one host's state, and the schema if the host is a primary."""
-    host = Host(URL(url).authority.rpartition("@")[2])
+    host = Host(str(address), sslmode=database.parameters["sslmode"])
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
-            context = await asyncio.to_thread(tls.database_context, url)
-            connection = await asyncpg.connect(
-                url, ssl=context, timeout=ANSWER_TIMEOUT_S, command_timeout=ANSWER_TIMEOUT_S
+            context = await asyncio.to_thread(tls.database_context, database)
+            connection = await connect_to_host(
+                database,
+                address,
+                context=context,
+                timeout=ANSWER_TIMEOUT_S,
+                command_timeout=ANSWER_TIMEOUT_S,
+                target_session_attrs="any",
+                statement_cache_size=statement_cache,
             )
         try:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
@@ -305,11 +364,13 @@ def as_text(status: Status) -> str:
         confirm = f"confirm {node.confirm_ms} ms" if node.confirm_ms is not None else node.note
         lines += _row("broker", node.node, f"{node.version}  {confirm}", node.problem)
     for queue in status.queues:
-        counts = "" if queue.messages is None else f"{queue.messages} messages, {queue.consumers} consumers"
-        lines += _row("queue", queue.name, f"{counts}  configured as {queue.configured_type}", queue.problem)
+        counts = "" if queue.messages is None else f"{queue.messages:,} messages, {queue.consumers} consumers  "
+        kind = "queue" if queue.kind == OUTBOUND else "dead letters"
+        lines += _row(kind, queue.name, f"{counts}configured as {queue.configured_type}", queue.problem)
     for host in status.hosts:
         lag = "" if host.lag_s is None else f"  {host.lag_s:.1f} s behind"
-        lines += _row("database", host.host, f"{host.role}  {host.version}{lag}", host.problem)
+        state = f"{host.role}  {host.version}{lag}  sslmode={host.sslmode}"
+        lines += _row("database", host.host, state, host.problem)
     schema = status.schema
     newer = f", {len(schema.newer)} of a newer version" if schema.newer else ""
     state = f"{len(schema.applied)} migrations applied, {len(schema.pending)} pending{newer}"

@@ -18,6 +18,7 @@ from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
+    NO_OBJECT,
     Bulk,
     ErrorRow,
     Message,
@@ -158,7 +159,7 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
     """Return the first check that fails, in the contract's order; None if all pass."""
     to, body = message.to, message.body
     if to is None or to == "":
-        return errors.MISSING_TO
+        return errors.NO_OBJECT if message is NO_OBJECT else errors.MISSING_TO
     if list_number is None or list_number == "":
         return errors.MISSING_LIST_NUMBER
     if not isinstance(body, str) or not body:

@@ -51,7 +51,10 @@ class MistypedMessage(msgspec.Struct, gc=False):
 
 
 WRONG_TYPE: Final = object()
+NO_OBJECT: Final = MistypedMessage()  # an element of `messages` that is no object
 _NULL: Final = memoryview(b"null")
+NOT_AN_OBJECT: Final = "it is not an object"
+_malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
 _is_object = re.compile(rb"[ \t\r\n]*+\{").match
 _WORDS = {b"true": True, b"false": False, b"null": None}
 
@@ -180,15 +183,15 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
             _check_utf8(body)
         if len(body) > LARGE_BODY_BYTES:
             if not _is_object(body):
-                raise InvalidJson
+                raise InvalidJson(NOT_AN_OBJECT)
             if _has_many_commas(body) or (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)):
                 return _decode_loosely(body, _loose_bulk)
         try:
             typed = _typed_bulk.decode(body)
         except msgspec.ValidationError:
             return _decode_loosely(body, _listed_bulk if len(body) <= HUGE_BODY_BYTES else _loose_bulk)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise InvalidJson from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InvalidJson(_reason(body, error)) from None
     _check_count(len(typed.messages))
     return Bulk(typed.messages, typed.list_number)  # type: ignore[arg-type]  # list is invariant; read only
 
@@ -215,14 +218,40 @@ def _has_many_brackets(body: bytes | bytearray) -> bool:
 
 
 def _check_utf8(body: bytes | bytearray) -> None:
-    """Raise UnicodeDecodeError for invalid UTF-8: msgspec does not check the bytes of raw and unknown fields.
+    """Raise InvalidJson for invalid UTF-8: msgspec does not check the bytes of raw and unknown fields.
 
     In pieces, because a character may take four times its bytes in Python.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    for start in range(0, len(body), PIECE_BYTES):
-        decoder.decode(body[start : start + PIECE_BYTES])
-    decoder.decode(b"", True)
+    try:
+        for start in range(0, len(body), PIECE_BYTES):
+            decoder.decode(body[start : start + PIECE_BYTES])
+        start = len(body)
+        decoder.decode(b"", True)
+    except UnicodeDecodeError as error:
+        # The decoder prepends the bytes of a character that began in the piece before.
+        begun = len(error.object) - len(body[start : start + PIECE_BYTES])
+        raise InvalidJson(f"invalid UTF-8 near byte {start - begun + error.start}") from None
+
+
+def _reason(body: bytes | bytearray, error: Exception) -> str:
+    """Return what is wrong with a body that cannot be decoded, from the decoder's error. Bytes count from 0.
+
+    The texts of msgspec's DecodeError are constants, with a position. Those of its ValidationError may quote the body.
+    """
+    if not body:
+        return "it is empty"
+    if body.startswith(codecs.BOM_UTF8):
+        return "it starts with a byte order mark"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, msgspec.ValidationError):
+        return NOT_AN_OBJECT
+    found = _malformed(str(error))
+    if found:
+        return "{} near byte {}".format(*found.groups())
+    # Of half of a surrogate pair in the last 11 bytes, the decoder says the same as of a body that is cut off.
+    return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
 
 
 def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> Bulk:
@@ -262,7 +291,7 @@ def _message_of(element: object) -> Message | MistypedMessage:
         except msgspec.ValidationError:
             element = _loose_message.decode(element) if _first_byte(element) == b"{" else None
     if not isinstance(element, _LooseMessage):
-        return MistypedMessage()
+        return NO_OBJECT
     to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
     word = b"null" if element.wrap_links is UNSET else bytes(memoryview(element.wrap_links)[:6])
     wrap_links = _WORDS.get(word, WRONG_TYPE)

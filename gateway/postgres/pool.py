@@ -6,6 +6,7 @@ After a query without an answer, new queries are refused at once. One task probe
 import asyncio
 import logging
 import random
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -16,13 +17,16 @@ import asyncpg
 from gateway import tls
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.urls import urls_of_hosts
+from gateway.repeats import Repeats
+from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
     from asyncpg.pool import PoolConnectionProxy
 
 log = logging.getLogger(__name__)
 
+SERVER_PARAMETERS = ("application_name", "options", "search_path")  # of a URL, which the server gets as they are
+CONNECT_TIMEOUT_S = 60.0  # asyncpg's default, where the caller gives none
 PROBE_DELAYS_S = (0.05, 0.5)  # a random delay between these: several gateways do not probe at the same moment
 
 # Errors of a server that is gone, hung, starting or stopping; not asyncpg's errors for a single lost connection.
@@ -31,6 +35,13 @@ OUTAGE_ERRORS = (
     TimeoutError,
     asyncpg.CannotConnectNowError,
     asyncpg.TargetServerAttributeNotMatched,
+)
+# Errors of a database that `migrate` has not made, or not brought up to date.
+NOT_MIGRATED_ERRORS = (
+    asyncpg.UndefinedTableError,
+    asyncpg.UndefinedColumnError,
+    asyncpg.InvalidCatalogNameError,
+    asyncpg.InvalidSchemaNameError,
 )
 DATABASE_ERRORS = (*OUTAGE_ERRORS, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
@@ -43,6 +54,9 @@ class Pool:
         self._recovery: asyncio.Task[None] | None = None
         self._answered_at = float("-inf")
         self.failures = 0  # queries that failed or timed out
+        self.is_migrated = True  # False: the last failure was a missing table, column or database
+        self._hosts = str(settings.database())
+        self._repeats = Repeats(log)
         self._pool = asyncpg.create_pool(
             settings.database_url_with_tls(),
             connect=connect_to_primary,
@@ -52,7 +66,6 @@ class Pool:
             command_timeout=settings.database_timeout_s,  # bounds the pool's own commands as well
             statement_cache_size=settings.database_statement_cache,
             reset=_keep_session,
-            server_settings={"application_name": "sms-gateway"},
         )
 
     async def open(self) -> None:
@@ -69,6 +82,10 @@ class Pool:
                 await self._pool.close()
         except TimeoutError:
             self._pool.terminate()
+
+    def log_reached(self) -> None:
+        """Log that the database was reached, with the number of failures before."""
+        log.info("reached the database at %s%s", self._hosts, self._repeats.end())
 
     @property
     def is_up(self) -> bool:
@@ -99,12 +116,18 @@ class Pool:
             self._answered_at = time.monotonic()
         except DATABASE_ERRORS as error:
             self.failures += 1
-            log.warning("the database is unavailable: %s", reason(error))
+            self._note(error)
             # One slow query among others that succeed is not an outage. Recovery would close the good connections.
             is_silent = time.monotonic() - self._answered_at > self._timeout_s
             if is_silent and isinstance(error, OUTAGE_ERRORS) and self._recovery is None:
                 self._recovery = asyncio.create_task(self._recover(), name="wait for the database")
             raise DatabaseUnavailable from error
+
+    def _note(self, error: BaseException) -> None:
+        self.is_migrated = not isinstance(error, NOT_MIGRATED_ERRORS)
+        state = "is unavailable" if self.is_migrated else "is not migrated"
+        where = "" if _has_hosts(error) else f"{self._hosts}: "
+        self._repeats.note(f"the database {state}: {where}{reason(error)}")
 
     @asynccontextmanager
     async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
@@ -125,7 +148,7 @@ class Pool:
             await self._pool.expire_connections()  # another server may be the primary now
             while not await self._answers():  # noqa: ASYNC110 - only polling shows that the server is back
                 await asyncio.sleep(random.uniform(*PROBE_DELAYS_S))  # noqa: S311 - jitter
-            log.info("the database answers again")
+            log.info("the database answers again%s", self._repeats.end())
         finally:
             self._recovery = None
 
@@ -133,50 +156,94 @@ class Pool:
         try:
             async with self._bounded_connection() as connection:
                 await connection.fetchval("SELECT 1")
-        except DATABASE_ERRORS:
+        except DATABASE_ERRORS as error:
+            self._note(error)
             return False
         return True
 
 
 def reason(error: BaseException) -> str:
-    """Return one line for the log: the error's type, its text if that quotes no data and no URL, and advice."""
+    """Return one line for the log: the error's type, its text if that quotes no data and no URL, and advice.
+
+    An error of connect_to_primary is described with each host that was tried.
+    """
+    if _has_hosts(error):
+        return str(error.__notes__[0])
     # SSLCertVerificationError is both a ValueError and an OSError; its text says what to do, and quotes no data.
     if isinstance(error, (asyncpg.DataError, ValueError)) and not isinstance(error, OSError):
         return type(error).__name__
     # str() of a PostgresError would include its details, which quote rows and keys.
     text = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
-    if isinstance(error, asyncpg.UndefinedTableError):
+    if isinstance(error, NOT_MIGRATED_ERRORS):
         text = f"{text}. Run `python -m gateway migrate`"
+    if isinstance(error, TimeoutError):
+        text = "no answer in time"
     return f"{type(error).__name__} {text}{tls.advice(error, 'DATABASE')}".strip()
 
 
 async def connect_to_primary(url: str, **options: Any) -> asyncpg.Connection:
     """Connect to the primary among the hosts of a URL, trying all hosts at once.
 
-    asyncpg tries one host after the other, so a host that hangs would hide the hosts behind it. Raises the last host's
-    error when no host is a primary.
+    asyncpg tries one host after the other, so a host that hangs would hide the hosts behind it. When no host is a
+    primary, raises the error of one of them, one of DATABASE_ERRORS; `reason` names all hosts.
     """
-    connection, _ = await _connect_to_first(url, options)
+    connection, _ = await _connect_to_first(Database.of(url), options)
     return connection
 
 
-async def find_primary(url: str, *, timeout_s: float) -> str:
+async def find_primary(url: str, **options: Any) -> str:
     """Return the URL of the primary alone, for tools that take one host. Raises as connect_to_primary does."""
-    if len(urls_of_hosts(url)) == 1:
-        return url
-    connection, found = await _connect_to_first(url, {"timeout": timeout_s})
+    database = Database.of(url)
+    if len(database.hosts) == 1:
+        return database.url(database.hosts[0])
+    connection, address = await _connect_to_first(database, options)
     await connection.close()
-    return found
+    return database.url(address)
 
 
-async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.Connection, str]:
-    context = await asyncio.to_thread(tls.database_context, url) if tls.is_wanted(url) else False
-    urls = {
-        asyncio.create_task(asyncpg.connect(one, ssl=context, target_session_attrs="primary", **options)): one
-        for one in urls_of_hosts(url)
+async def connect_to_host(
+    database: Database, address: Address, *, context: ssl.SSLContext | bool, timeout: float, **options: Any
+) -> asyncpg.Connection:
+    """Connect to one host of a database. Raises one of DATABASE_ERRORS."""
+    connect_timeout_s = int(database.parameters.get("connect_timeout", "0")) or timeout
+    arguments = asyncpg_arguments(database, address)
+    try:
+        return await asyncpg.connect(ssl=context, timeout=min(timeout, connect_timeout_s), **arguments, **options)
+    except DATABASE_ERRORS:
+        raise
+    except Exception as error:  # whatever a driver raises, requests get 503
+        raise ConnectionError(f"cannot connect: {type(error).__name__}") from error
+
+
+def asyncpg_arguments(database: Database, address: Address) -> dict[str, Any]:
+    """Return asyncpg's arguments for one host: all that it would otherwise take from PG… variables or the home folder.
+
+    Only TLS and the role of the server are left to the caller.
+    """
+    parameters = database.parameters
+    return {
+        "host": address.host,
+        "port": address.port,
+        "user": database.user,
+        "password": database.password,  # "" if there is none: None would mean PGPASSWORD, or a file
+        "database": database.name,
+        "direct_tls": parameters.get("sslnegotiation") == "direct",
+        "server_settings": {"application_name": "sms-gateway"}
+        | {name: parameters[name] for name in SERVER_PARAMETERS if name in parameters},
+        "krbsrvname": "postgres",
+        "gsslib": "gssapi",
     }
-    pending = set(urls)
-    failure: BaseException | None = None
+
+
+async def _connect_to_first(database: Database, given: dict[str, Any]) -> tuple[asyncpg.Connection, Address]:
+    context = await asyncio.to_thread(tls.database_context, database) if tls.is_wanted(database) else False
+    options: dict[str, Any] = {"timeout": CONNECT_TIMEOUT_S, "target_session_attrs": "primary", "context": context}
+    options |= given
+    attempts = {
+        asyncio.create_task(connect_to_host(database, address, **options)): address for address in database.hosts
+    }
+    pending = set(attempts)
+    failures: dict[Address, BaseException] = {}
     try:
         while pending:
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -184,13 +251,21 @@ async def _connect_to_first(url: str, options: dict[str, Any]) -> tuple[asyncpg.
                 if (failure := attempt.exception()) is None:
                     done.discard(attempt)
                     pending |= done  # one of these may have connected at the same moment; closed below
-                    return attempt.result(), urls[attempt]
+                    return attempt.result(), attempts[attempt]
+                failures[attempts[attempt]] = failure
     finally:
         for late in pending:
             late.cancel()
             late.add_done_callback(_close_late)
-    assert failure is not None  # noqa: S101 - a URL has at least one host
+    # A standby says only that it is none; the host that should be the primary says what is wrong.
+    says_more = [one for one in failures.values() if not isinstance(one, asyncpg.TargetServerAttributeNotMatched)]
+    failure = (says_more or list(failures.values()))[-1]
+    failure.add_note("; ".join(f"{address}: {reason(error)}" for address, error in failures.items()))
     raise failure
+
+
+def _has_hosts(error: BaseException) -> bool:
+    return bool(getattr(error, "__notes__", None))
 
 
 def _close_late(late: "asyncio.Task[asyncpg.Connection]") -> None:

@@ -6,6 +6,7 @@ import logging
 import ssl
 import sys
 from collections.abc import Coroutine
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import uvloop
 from gateway import __version__, config, tls
 from gateway.config import ConfigurationError, Settings
 from gateway.runtime import Runtime, open_runtime
-from gateway.server.signals import handle_signals
+from gateway.server.signals import end_at_once, handle_signals
 from gateway.server.supervisor import supervise
 from gateway.server.unix_sockets import listen_on_own_socket
 from gateway.telemetry import log, tracing
@@ -33,6 +34,8 @@ def run(settings: Settings, *, workers: int = 1) -> None:
     tracing.check(settings)
     for variable in config.unknown_variables():
         logger.warning("%s is no setting of the gateway; is it misspelt?", variable)
+    for variable in config.ignored_variables():
+        logger.warning("%s has no effect; set GATEWAY_DATABASE_URL", variable)
     tls.check(settings)
     for weakness in tls.weaknesses(settings):
         logger.warning(weakness)
@@ -65,24 +68,31 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
 
     Order of the shutdown:
 
-    1. `/readyz` answers 503. Requests are served for `drain_delay_s` more, with `Connection: close`.
+    1. `/readyz` answers 503. Requests are served for `drain_delay_s` more, with `Connection: close`. SIGINT cuts this
+       short: Ctrl-C comes from a person, who waits. A second SIGINT ends the process at once.
     2. The API stops listening, and closes idle connections.
     3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
        those that still wait or arrive are refused as draining, and unconfirmed ones are answered as unknown.
     4. The operations listener closes, then the broker's connections, then the database's.
     """
     context = tls.api_context(settings)
-    stop = handle_signals(on_hangup=partial(_renew_certificate, context, settings) if context else None)
+    stop = handle_signals(
+        on_hangup=partial(_renew_certificate, context, settings) if context else None,
+        # A terminal sends SIGINT to the workers too: their supervisor counts, and kills them.
+        on_second_interrupt=end_at_once if ops_socket is None else None,
+    )
     if ops_socket is not None:
-        _stop_with_supervisor(stop)
+        _stop_with_supervisor(stop.requested)
     async with open_runtime(settings) as runtime:
         ops, callers = make_runners(runtime)
         try:
             await _start(settings, ops, callers, context, ops_socket)
-            await stop.wait()
+            await stop.requested.wait()
             logger.info("draining, %s requests in flight", runtime.admission.requests)
             runtime.draining = True
-            await asyncio.sleep(settings.drain_delay_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(settings.drain_delay_s):
+                    await stop.interrupted.wait()
         finally:
             await callers.cleanup()  # steps 2 and 3
             await ops.cleanup()
@@ -119,12 +129,8 @@ async def _start(
     context: ssl.SSLContext | None,
     ops_socket: str | None,
 ) -> None:
-    """Listen for operations, then for callers. Raises ConfigurationError when an address cannot be used."""
-    if ops_socket is None:
-        ops_address = str(await ops.listen(settings.ops_host, settings.ops_port))
-    else:
-        ops_address = ops_socket
-        await ops.listen_on_unix_socket(ops_socket)
+    """Listen for operations and for callers. Raises ConfigurationError when an address cannot be used."""
+    ops_address = ops_socket or str(await ops.listen(settings.ops_host, settings.ops_port, setting="OPS"))
     if settings.api_socket:
         api_address = settings.api_socket
         await listen_on_own_socket(callers, settings.api_socket)
@@ -137,8 +143,11 @@ async def _start(
             handshake_timeout_s=settings.header_timeout_s,
         )
         api_address = f"{port} (TLS)" if context else str(port)
+    if ops_socket is not None:
+        # Last: its presence tells the supervisor that the worker has started.
+        await ops.listen_on_unix_socket(ops_socket)
     logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
-    logger.info("settings: %s", settings.masked())
+    logger.info("settings in force", extra={log.FIELDS: {"settings": settings.masked()}})
 
 
 def _stop_with_supervisor(stop: asyncio.Event) -> None:

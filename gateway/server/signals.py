@@ -8,16 +8,44 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 
-def handle_signals(on_hangup: Callable[[], None] | None) -> asyncio.Event:
-    """Return an event that SIGTERM or SIGINT sets.
+class Stop:
+    """The request to stop, by SIGTERM or SIGINT (Ctrl-C)."""
+
+    def __init__(self) -> None:
+        self.requested = asyncio.Event()
+        # By SIGINT. A person waits at a terminal, and no load balancer does: the process drains without a delay.
+        self.interrupted = asyncio.Event()
+
+
+def end_at_once() -> None:
+    """End the process by SIGINT, without a drain. Its log is written."""
+    logger.warning("ended by a second SIGINT: requests in flight get no answer")
+    logging.shutdown()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)
+
+
+def handle_signals(
+    on_hangup: Callable[[], None] | None, on_second_interrupt: Callable[[], None] | None = end_at_once
+) -> Stop:
+    """Return the Stop that SIGTERM and SIGINT set. None for `on_second_interrupt` ignores a second SIGINT.
 
     `on_hangup` is called on SIGHUP; None ignores SIGHUP, which would end the process without a drain. A SIGHUP that
     has arrived since `gateway/__main__.py` blocked it is handled now.
     """
     loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop = Stop()
+
+    def interrupt() -> None:
+        if on_second_interrupt is not None:
+            if stop.interrupted.is_set():
+                on_second_interrupt()
+            logger.info("SIGINT: the drain begins. A second SIGINT ends the process at once")
+        stop.interrupted.set()
+        stop.requested.set()
+
+    loop.add_signal_handler(signal.SIGTERM, stop.requested.set)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGHUP, on_hangup or _ignore_hangup)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return stop

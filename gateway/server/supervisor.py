@@ -2,8 +2,9 @@
 
 The kernel spreads connections over the workers (SO_REUSEPORT). The supervisor starts the workers, restarts a dead one,
 drains all of them on SIGTERM, and answers the probes: `/livez` for itself, `/readyz` with 200 only if every worker is
-ready. A worker whose supervisor has died drains itself. In Kubernetes, one process per pod is simpler; workers are for
-a machine with several cores.
+ready. If a worker refuses to start, as it does with unusable settings, the supervisor ends all of them and itself. A
+worker whose supervisor has died drains itself. In Kubernetes, one process per pod is simpler; workers are for a machine
+with several cores.
 """
 
 import asyncio
@@ -24,9 +25,10 @@ import msgspec
 from aiohttp import web
 
 from gateway.config import ConfigurationError, Settings
-from gateway.server.signals import handle_signals
+from gateway.server.signals import Stop, end_at_once, handle_signals
 from gateway.web import metrics, openapi, ops
 from gateway.web.answers import answer_every_request
+from gateway.web.sockets import cannot_listen
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +45,15 @@ class Worker:
         self.ops_socket = directory / f"worker-{number}"
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
+        self.cannot_start = False
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
 
-    async def run(self, environment: dict[str, str], stop: asyncio.Event) -> None:
-        """Keep a process running until `stop` is set, drain it, and return."""
-        while not stop.is_set():
+    async def run(self, environment: dict[str, str], stop: Stop) -> None:
+        """Keep a process running until a stop is requested, drain it, and return.
+
+        Request the stop of all workers if the first process ends with an error before it has listened.
+        """
+        while not stop.requested.is_set():
             try:
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
@@ -61,31 +67,32 @@ class Worker:
                 self._process = process
                 self.starts += 1
                 await self._watch(process, stop)
+                if self.starts == 1 and (process.returncode or 0) > 0 and not self.ops_socket.exists():
+                    self.cannot_start = True
+                    stop.requested.set()
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(*RESTART_DELAY_S)):  # noqa: S311 - jitter
-                    await stop.wait()
+                    await stop.requested.wait()
 
-    def renew_certificate(self) -> None:
-        """Tell the process to read its certificate again."""
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, if it runs."""
         if self._process is not None and self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGHUP)
+            with suppress(ProcessLookupError):  # it may end at the same moment
+                self._process.send_signal(number)
 
-    async def _watch(self, process: asyncio.subprocess.Process, stop: asyncio.Event) -> None:
+    async def _watch(self, process: asyncio.subprocess.Process, stop: Stop) -> None:
         """Return when the process has died, has drained, or was killed because its drain took too long."""
-        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.wait())
+        ended, told = asyncio.create_task(process.wait()), asyncio.create_task(stop.requested.wait())
         await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
         told.cancel()
         if ended.done():
             log.error("worker %s ended with status %s", self.number, ended.result())
             return
-        with suppress(ProcessLookupError):  # it may end at the same moment
-            process.send_signal(signal.SIGTERM)
+        self.send_signal(signal.SIGINT if stop.interrupted.is_set() else signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._drain_budget_s)
         if not ended.done():
             log.error("worker %s did not drain in %.0f s: killing it", self.number, self._drain_budget_s)
-            with suppress(ProcessLookupError):
-                process.kill()
+            self.send_signal(signal.SIGKILL)
             await ended
 
     async def probe(self, path: str) -> tuple[int, dict[str, object]]:
@@ -115,9 +122,15 @@ class Worker:
 
 
 async def supervise(settings: Settings, count: int) -> None:
-    """Run `count` workers until SIGTERM or SIGINT, then drain all of them."""
+    """Run `count` workers until SIGTERM or SIGINT, then drain all of them.
+
+    Raises ConfigurationError if a worker cannot start.
+    """
     workers: list[Worker] = []
-    stop = handle_signals(on_hangup=partial(_renew_certificates, workers) if settings.api_tls_cert_file else None)
+    stop = handle_signals(
+        on_hangup=partial(_signal_all, workers, signal.SIGHUP) if settings.api_tls_cert_file else None,
+        on_second_interrupt=partial(_end_all_at_once, workers),
+    )
     with (
         tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory,
         _held_port(settings.api_host, settings.api_port) as port,
@@ -125,12 +138,14 @@ async def supervise(settings: Settings, count: int) -> None:
         workers += [Worker(number, settings, Path(directory)) for number in range(count)]
         runner = ops.make_ops_runner(make_probes_app(workers), settings)
         try:
-            await runner.listen(settings.ops_host, settings.ops_port)
+            await runner.listen(settings.ops_host, settings.ops_port, setting="OPS")
             environment = os.environ | {"GATEWAY_API_PORT": str(port)}
             await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
         finally:
             await runner.cleanup()
     log.info("stopped")
+    if failed := next((worker for worker in workers if worker.cannot_start), None):
+        raise ConfigurationError(f"worker {failed.number} cannot start; its message is above")
 
 
 @contextmanager
@@ -142,18 +157,23 @@ def _held_port(host: str, port: int) -> Iterator[int]:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if host == "::":
+            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as bind_all() of web/sockets.py
         try:
             holder.bind((host, port))
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot listen on {host} port {port}: {error.strerror}. Set GATEWAY_API_PORT to another port"
-            ) from None
+        except (OSError, UnicodeError) as error:
+            raise cannot_listen(host, port, "API", error) from None
         yield holder.getsockname()[1]
 
 
-def _renew_certificates(workers: list[Worker]) -> None:
+def _signal_all(workers: list[Worker], number: signal.Signals) -> None:
     for worker in workers:
-        worker.renew_certificate()
+        worker.send_signal(number)
+
+
+def _end_all_at_once(workers: list[Worker]) -> None:
+    _signal_all(workers, signal.SIGKILL)
+    end_at_once()
 
 
 def make_probes_app(workers: list[Worker]) -> web.Application:

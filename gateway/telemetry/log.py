@@ -132,8 +132,14 @@ class ConsoleLines(logging.Formatter):
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """Return the fields of `extra={FIELDS: …}`, redacted."""
-    found: dict[str, object] = getattr(record, FIELDS, {})
-    return {name: redact(value) if isinstance(value, str) else value for name, value in found.items()}
+    return _redacted(getattr(record, FIELDS, {}))
+
+
+def _redacted(fields: dict[str, object]) -> dict[str, object]:
+    return {
+        name: redact(value) if isinstance(value, str) else _redacted(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
 
 
 def _pairs(fields: dict[str, object], prefix: str = "") -> Iterator[str]:

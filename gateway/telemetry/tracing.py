@@ -10,6 +10,7 @@ GATEWAY_TRACES=on.
 
 import asyncio
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -36,15 +37,41 @@ _METHODS = ("CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT
 
 
 def check(settings: Settings) -> None:
-    """Raise ConfigurationError if traces are wanted and the packages are not installed."""
-    if settings.traces == "on":
-        try:
-            import opentelemetry.exporter.otlp.proto.http.trace_exporter
-            import opentelemetry.sdk.trace  # noqa: F401
-        except ImportError as error:
-            raise ConfigurationError(
-                f"GATEWAY_TRACES=on needs the packages of requirements-traces.txt ({error}). Install them, or unset it"
-            ) from None
+    """Raise ConfigurationError if traces are wanted, and the packages are missing or refuse an OTEL_* variable."""
+    if settings.traces == "off":
+        return
+    try:
+        refusal = _refusal(settings)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"GATEWAY_TRACES=on needs the packages of requirements-traces.txt ({error}). Install them, or unset it"
+        ) from None
+    if refusal:
+        given = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
+        # The SDK rarely names the variable: it is the one without which the SDK is content.
+        alone = [name for name in given if not _refusal(settings, without=name)]
+        # The names without the values: headers may hold a token.
+        raise ConfigurationError(f"OpenTelemetry refuses {' and '.join(alone or given)}: {refusal}")
+
+
+def _refusal(settings: Settings, without: str = "") -> str:
+    """Return the SDK's objection to the OTEL_* variables, one of which is left out; "" if it has none.
+
+    Raises ImportError when its packages are missing.
+    """
+    value = os.environ.pop(without, None)
+    logging.disable()  # what the SDK only warns of, it says when the gateway opens
+    try:
+        Tracing(settings).discard()
+    except ImportError:
+        raise
+    except Exception as error:  # the SDK documents none; most are ValueError, some raised by its imports
+        return str(error) or type(error).__name__
+    finally:
+        logging.disable(logging.NOTSET)
+        if value is not None:
+            os.environ[without] = value
+    return ""
 
 
 class NoTracing:
@@ -160,6 +187,10 @@ class Tracing:
     def _fail(self, span: "Span", record: RequestRecord) -> None:
         span.set_status(self._api.StatusCode.ERROR)
         span.set_attribute("error.type", record.code or "cancelled")
+
+    def discard(self) -> None:
+        """End the SDK's thread. There must be no span: the collector could be slow."""
+        self._provider.shutdown()
 
     async def close(self) -> None:
         """Send the remaining spans, within CLOSE_TIMEOUT_S."""

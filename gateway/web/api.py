@@ -9,7 +9,6 @@ from gateway.errors import MethodNotAllowed, NotFound
 from gateway.ingest import auth, idempotency
 from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import BulkRequest, draft_early
-from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.runtime import RUNTIME, Runtime
 from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, WAIT
 from gateway.telemetry.requests import RequestRecord
@@ -19,7 +18,8 @@ from gateway.web.bodies import expect_later, memory_cost, read_arrived, read_bod
 from gateway.web.connections import SLOT, DirectAnswer
 
 SEND_BULK = "/api/v2/send/bulk"
-ALLOWED = {SEND_BULK: "POST", openapi.PATH: "GET, HEAD"}
+ALLOWED = {SEND_BULK: "POST", openapi.PATH: openapi.METHODS}
+ALLOWED_METHODS = web.AppKey("allowed_methods", dict[str, str])
 API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
@@ -28,10 +28,15 @@ RECORD = web.RequestKey("record", RequestRecord)
 
 def make_app(runtime: Runtime) -> web.Application:
     """Return the application for callers."""
-    app = web.Application(middlewares=[record_every_request, answer_every_request], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[record_every_request, answer_every_request])
     app[RUNTIME] = runtime
     app.router.add_post(SEND_BULK, send_bulk, expect_handler=expect_later)
-    app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+    if runtime.settings.api_docs == "on":
+        openapi.add_page(app, expect_later)
+        app[ALLOWED_METHODS] = ALLOWED | dict.fromkeys(openapi.PAGE_PATHS, openapi.METHODS)
+    else:
+        app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+        app[ALLOWED_METHODS] = ALLOWED
     app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
     return app
 
@@ -81,7 +86,7 @@ async def _receive(request: web.Request, slot: Slot, account_id: int, body: byte
 
 async def refuse_route(request: web.Request) -> web.Response:
     """Refuse every other path and method. aiohttp's own refusals would first answer an `Expect` header."""
-    allowed = ALLOWED.get(request.path)
+    allowed = request.app[ALLOWED_METHODS].get(request.path)
     raise MethodNotAllowed(allowed) if allowed else NotFound
 
 

@@ -23,6 +23,7 @@ tests/integration/test_aiohttp_contract.py names every private name used here, a
 
 import asyncio
 import logging
+import os
 import ssl
 import time
 from collections import deque
@@ -172,19 +173,27 @@ class BoundedRunner(web.AppRunner):
         self._drain_timeout_s = drain_timeout_s
         self._on_drain_ends = on_drain_ends
         self._listening: list[asyncio.Server] = []
+        self._socket_paths: list[str] = []
 
     async def listen(
         self,
         host: str,
         port: int,
         *,
+        setting: str = "API",
         shared: bool = False,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
     ) -> int:
         """Accept connections as `open_tcp` does. Return the port, which the system chooses if `port` is 0."""
         opened = await open_tcp(
-            await self._set_up(), host, port, shared=shared, context=context, handshake_timeout_s=handshake_timeout_s
+            await self._set_up(),
+            host,
+            port,
+            setting=setting,
+            shared=shared,
+            context=context,
+            handshake_timeout_s=handshake_timeout_s,
         )
         self._listening.append(opened)
         bound_port: int = opened.sockets[0].getsockname()[1]
@@ -193,9 +202,14 @@ class BoundedRunner(web.AppRunner):
     async def listen_on_unix_socket(self, path: str) -> None:
         """Accept connections on a unix socket. Raises OSError."""
         self._listening.append(await open_unix(await self._set_up(), path))
+        self._socket_paths.append(path)
 
     async def cleanup(self) -> None:
         """Stop listening, close idle connections, and serve the requests that have begun for `drain_timeout_s`."""
+        # While this process still listens, no other takes the path. Python does the same since 3.13.
+        while self._socket_paths:
+            with suppress(OSError):
+                os.unlink(self._socket_paths.pop())
         while self._listening:
             self._listening.pop().close()
         if isinstance(self.server, _Server):

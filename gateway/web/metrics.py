@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from gateway import __version__, errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.connection import STATES
+from gateway.amqp.depths import KINDS, OUTBOUND, QueueDepths
 from gateway.amqp.publisher import Publisher
 from gateway.amqp.reconnection import PublishConnections
 from gateway.runtime import RUNTIME, Runtime
@@ -52,6 +53,7 @@ class ProcessMetrics(Collector):
         yield from _load_metrics(self._runtime)
         yield from _connection_metrics(self._runtime.publisher.connections)
         yield from _message_metrics(self._runtime.publisher)
+        yield from _queue_metrics(self._runtime.depths)
         yield from _database_metrics(self._runtime)
         yield from _PROCESS.collect()
 
@@ -190,6 +192,34 @@ def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
         publisher.window.messages,
     )
     yield _gauge("gateway_confirm_wait_seconds", "Time to confirm a batch, smoothed.", publisher.window.confirm_s)
+
+
+def _queue_metrics(depths: QueueDepths) -> Iterator[Metric]:
+    known = {kind: [one for one in depths.all if one.kind == kind and one.is_known()] for kind in KINDS}
+    yield _labelled_gauge(
+        "gateway_queue_messages",
+        "AMQP messages ready in the queues, without those delivered and not acked: outbound (all shards), "
+        "dead_letters. Asked every 15 s; absent if no queue has answered for a minute, and for streams.",
+        "queue",
+        {kind: sum(one.messages for one in answers) for kind, answers in known.items() if answers},
+    )
+    yield _labelled_gauge(
+        "gateway_queue_consumers",
+        "Consumers of the queues: outbound (all shards), dead_letters. Absent as gateway_queue_messages is.",
+        "queue",
+        {kind: sum(one.consumers for one in answers) for kind, answers in known.items() if answers},
+    )
+    yield _gauge(
+        "gateway_queues_unread",
+        "Outbound queues with messages and without a consumer.",
+        sum(one.messages > 0 and one.consumers == 0 for one in known[OUTBOUND]),
+    )
+    yield _labelled_gauge(
+        "gateway_queues_unknown",
+        "Queues whose depth is not known: no answer for a minute, no such queue, or refused. The log says which.",
+        "queue",
+        {kind: sum(one.kind == kind and not one.is_known() for one in depths.all) for kind in KINDS},
+    )
 
 
 def _database_metrics(runtime: Runtime) -> Iterator[Metric]:

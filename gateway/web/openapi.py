@@ -1,9 +1,11 @@
 """The OpenAPI document, and a page that shows it.
 
 Callers may read the document without a key. The page is a megabyte of third-party JavaScript (Swagger UI, from the
-package swagger-ui-bundle-v2). Only the operations listener serves it, and it loads nothing from other hosts.
+package swagger-ui-bundle-v2). It loads nothing from other hosts. The operations listener serves it, and with
+GATEWAY_API_DOCS=on the API's listener too.
 """
 
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from pathlib import Path
 
@@ -13,13 +15,19 @@ from swagger_ui_bundle import swagger_ui_path
 
 PATH = "/openapi.json"
 PAGE = "/docs"
+METHODS = "GET, HEAD"
+# Of a file, held for each reader, however slow; aiohttp would hold 256 KiB.
+CHUNK_BYTES = 16 * 1024
+
+ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
 _DOCUMENT = resources.files("gateway.web").joinpath("openapi.json").read_bytes()
 _ASSETS = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
+PAGE_PATHS = (PAGE, f"{PAGE}/show.js", *(f"{PAGE}/{name}" for name in _ASSETS))
 _SCRIPT = """\
 SwaggerUIBundle({
   url: "openapi.json", dom_id: "#document", docExpansion: "full", defaultModelsExpandDepth: 3,
-  supportedSubmitMethods: [],  // this listener does not serve the API
+  supportedSubmitMethods: [],  // for reading: it sends nothing
 });
 """
 _HTML = """\
@@ -44,13 +52,11 @@ async def show(_request: web.Request) -> web.Response:
     return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"})
 
 
-def add_page(app: web.Application) -> None:
-    """Add the routes of the page, its files and the document."""
-    app.router.add_get(PATH, show)
-    app.router.add_get(PAGE, _page)
-    app.router.add_get(f"{PAGE}/show.js", _script)
-    for name in _ASSETS:
-        app.router.add_get(f"{PAGE}/{name}", _file(swagger_ui_path / name))
+def add_page(app: web.Application, expect_handler: ExpectHandler | None = None) -> None:
+    """Add the routes of the document, and of the page and its files."""
+    handlers = (show, _page, _script, *(_file(swagger_ui_path / name) for name in _ASSETS))
+    for path, handler in zip((PATH, *PAGE_PATHS), handlers, strict=True):
+        app.router.add_get(path, handler, expect_handler=expect_handler)
 
 
 async def _page(_request: web.Request) -> web.Response:
@@ -63,6 +69,6 @@ async def _script(_request: web.Request) -> web.Response:
 
 def _file(path: Path) -> Handler:
     async def serve(_request: web.Request) -> web.FileResponse:
-        return web.FileResponse(path)
+        return web.FileResponse(path, chunk_size=CHUNK_BYTES)
 
     return serve

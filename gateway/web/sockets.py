@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
+import os
 import resource
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from gateway.config import ConfigurationError
+from gateway.config import PREFIX, ConfigurationError
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ async def open_tcp(
     host: str,
     port: int,
     *,
+    setting: str,
     shared: bool,
     context: ssl.SSLContext | None,
     handshake_timeout_s: float,
@@ -89,23 +92,48 @@ async def open_tcp(
 
     `shared` lets other processes listen on the same port: the kernel spreads connections over them. A connection
     counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its own.
-    Raises ConfigurationError when host and port cannot be used.
+    Raises ConfigurationError when host and port cannot be used; `setting` is "API" or "OPS".
     """
+    where: dict[str, Any] = {"host": host, "port": port, "reuse_port": shared or None}
     try:
+        if host == "::":  # given the host, asyncio would leave out the addresses of IPv4
+            where = {"sock": bind_all(port, shared=shared)}
         return await asyncio.get_running_loop().create_server(
             factory,
-            host,
-            port,
             ssl=context,
             ssl_handshake_timeout=handshake_timeout_s if context else None,
             backlog=BACKLOG,
-            reuse_port=shared or None,
+            **where,
         )
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot listen on {host} port {port}: {error.strerror}. "
-            "Ports are set by GATEWAY_API_PORT and GATEWAY_OPS_PORT"
-        ) from None
+    except (OSError, UnicodeError) as error:
+        raise cannot_listen(host, port, setting, error) from None
+
+
+def cannot_listen(host: str, port: int, setting: str, error: OSError | UnicodeError) -> ConfigurationError:
+    """Return the ConfigurationError for an address of the setting "API" or "OPS" that cannot be used."""
+    if isinstance(error, UnicodeError):
+        problem = "not a host name"
+    else:
+        # asyncio's text repeats the address. The codes of name resolution are negative, and have no text here.
+        problem = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror)
+    return ConfigurationError(
+        f"cannot listen on {host} port {port}: {problem}. Set {PREFIX}{setting}_HOST and {PREFIX}{setting}_PORT to a "
+        "free address of this machine"
+    )
+
+
+def bind_all(port: int, *, shared: bool) -> socket.socket:
+    """Return a socket that is bound to a port of all addresses, of IPv6 and IPv4. Raises OSError."""
+    bound = socket.socket(socket.AF_INET6)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
+        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        bound.bind(("::", port))
+    except OSError:
+        bound.close()
+        raise
+    return bound
 
 
 async def open_unix(factory: ProtocolFactory, path: str) -> asyncio.Server:

@@ -160,6 +160,7 @@ async def test_nothing_a_caller_sends_makes_a_new_series(gateway: GatewayUnderTe
     def series(found: Samples) -> set[tuple[str, Any]]:
         return {(name, labels) for name, of_name in found.items() for labels in of_name}
 
+    await eventually(lambda: all(depth.is_known() for depth in gateway.runtime.depths.all))
     before = series(samples_of(await scrape(gateway)))
     assert len(before) < MOST_SERIES
     for number in range(20):

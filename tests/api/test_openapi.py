@@ -4,17 +4,29 @@ import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from email.parser import BytesParser
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aiohttp
 import msgspec
 import pytest
 
 from gateway.cli.admin import Admin
 from gateway.ingest.wire import MAX_BODY_BYTES
+from gateway.web import openapi
+from testbed import Servers
 from tests.support.eventually import eventually
-from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.gateways import (
+    GatewayProcess,
+    GatewayUnderTest,
+    MakeSettings,
+    StartGateway,
+    process_environment,
+    running,
+)
 from tests.support.openapi_document import REQUEST, RESPONSES, example_of, faults_of
+from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import RawAnswer, exchange
 from tests.support.scripted_broker import Published, ScriptedBroker, Session
 
@@ -51,18 +63,40 @@ async def test_the_document_is_read_only(gateway: GatewayUnderTest) -> None:
         assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
 
 
-async def test_the_page_and_all_it_loads_come_from_the_operations_port(gateway: GatewayUnderTest) -> None:
-    async with gateway.session.get(f"{gateway.ops_url}/docs") as response:
+@pytest.mark.parametrize("listener", ["api", "operations"])
+async def test_the_page_and_all_it_loads_come_from_the_listener(
+    start_gateway: StartGateway, make_settings: MakeSettings, listener: str
+) -> None:
+    gateway = await start_gateway(make_settings(api_docs="on" if listener == "api" else "off"))
+    url = gateway.api_url if listener == "api" else gateway.ops_url
+    async with gateway.session.get(f"{url}/docs") as response:
         assert (response.status, response.content_type) == (200, "text/html")
         assert "default-src 'none'" in response.headers["Content-Security-Policy"]
         page = await response.text()
     loads = re.findall(r'(?:src|href)="([^"]+)"', page)
-    assert len(loads) == 4
+    assert sorted(loads) == sorted(path.lstrip("/") for path in openapi.PAGE_PATHS[1:])
     for path in loads:
-        async with gateway.session.get(f"{gateway.ops_url}/{path}") as response:
+        async with gateway.session.get(f"{url}/{path}") as response:
             assert response.status == 200, path
-    async with gateway.session.get(f"{gateway.api_url}/docs") as response:
-        assert response.status == 404
+            assert int(response.headers["Content-Length"]) == len(await response.read())
+    async with gateway.session.post(f"{url}/docs") as response:
+        assert (response.status, response.headers["Allow"]) == (405, "GET, HEAD")
+
+
+async def test_several_workers_serve_the_page_and_its_document_on_both_ports(servers: Servers) -> None:
+    settings = process_environment(servers, GATEWAY_API_DOCS="on")
+    async with running(GatewayProcess(settings, workers=2)) as process, aiohttp.ClientSession() as session:
+        for url, path in product((process.url, process.ops_url), (openapi.PATH, *openapi.PAGE_PATHS)):
+            async with session.get(f"{url}{path}") as response:
+                assert response.status == 200, (url, path)
+    async with OutboundQueue(servers.amqp_url, settings["GATEWAY_AMQP_QUEUE"]) as queue:
+        await queue.delete()
+
+
+async def test_the_api_serves_no_page_unless_told_to(gateway: GatewayUnderTest) -> None:
+    for path in openapi.PAGE_PATHS:
+        async with gateway.session.get(f"{gateway.api_url}{path}") as response:
+            assert (response.status, (await response.json())["code"]) == (404, "not_found")
 
 
 # Its examples are true
@@ -194,7 +228,7 @@ async def outcome_unknown(stage: Stage) -> RawAnswer:
 
 REFUSALS: dict[str, Refuse] = {
     "missing_messages": lambda stage: stage.post(b"{}"),
-    "invalid_json": lambda stage: stage.post(b"{"),
+    "invalid_json": lambda stage: stage.post(b"{"),  # as the example: it ends too early
     "malformed_http": lambda stage: stage.post(None, "Transfer-Encoding: chunked"),
     "invalid_idempotency_key": lambda stage: stage.post(None, "Idempotency-Key:"),
     "missing_api_key": lambda stage: stage.post(key=None),

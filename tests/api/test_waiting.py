@@ -14,6 +14,9 @@ from pamqp.base import Frame
 
 from gateway.amqp import publisher
 from gateway.cli.admin import open_admin
+from gateway.ingest.admission import Slot
+from gateway.ingest.pipeline import BulkRequest
+from gateway.telemetry.requests import RequestRecord
 from tests.support.callers import Caller, make_caller
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -78,6 +81,26 @@ async def test_after_half_the_deadline_a_request_is_refused(
         assert int(headers["Retry-After"]) > 0
         assert gateway.runtime.admission.shed == {"confirm_window": 1}
         assert len(broker.published) == FULL
+
+
+async def test_a_wait_takes_its_time_from_the_deadline(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter, pipeline, loop = Slot.enter, gateway.runtime.pipeline, asyncio.get_running_loop()
+    run, left_s = pipeline.run, list[float]()
+
+    async def enter_late(slot: Slot, account_id: int, size: int, key: str) -> None:
+        await enter(slot, account_id, size, key)
+        slot.waited_s = 3.0
+
+    async def note_deadline(received: BulkRequest, record: RequestRecord) -> bytes:
+        left_s.append(received.deadline - loop.time())
+        return await run(received, record)
+
+    monkeypatch.setattr(Slot, "enter", enter_late)
+    monkeypatch.setattr(pipeline, "run", note_deadline)
+    assert (await gateway.send([gateway.message()]))[0] == 200
+    assert left_s[0] <= gateway.runtime.settings.confirm_timeout_s - 3.0
 
 
 async def test_another_accounts_request_is_next_however_many_wait(

@@ -20,6 +20,8 @@ from benchmarks.drivers.workers import REPOSITORY, Result, Tick, start_workers
 from benchmarks.questions import load
 from benchmarks.questions.load import ExitCode, Options, Outcome, Thresholds
 from benchmarks.report import machine
+from tests.support.callers import new_number
+from tests.support.gateways import GatewayUnderTest
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 NOTHING_ASKED = Thresholds()
@@ -207,6 +209,21 @@ def test_thresholds_set_the_exit_code(thresholds: Thresholds, expected: ExitCode
     assert judged(thresholds).exit_code == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"failures": 100}, ExitCode.THRESHOLD_BROKEN),  # a wrong key, or a list of another account
+        ({"failures": 50}, ExitCode.THRESHOLD_BROKEN),  # batches of 1, half of them bad
+        ({"requests": 0, "failures": 0}, ExitCode.THRESHOLD_BROKEN),
+        ({"failures": 0}, ExitCode.FINE),  # bad messages alone, by --bad-share 1
+    ],
+)
+def test_a_run_in_which_nothing_was_accepted_fails(changes: dict[str, int], expected: ExitCode) -> None:
+    outcome = judged(NOTHING_ASKED, messages=0, **changes)
+    assert outcome.exit_code == expected
+    assert outcome.broken == (["no message was accepted"] if expected else [])
+
+
 def test_a_dead_server_weighs_more_than_a_threshold() -> None:
     assert judged(Thresholds(min_rate=1e9), ended_early="gone").exit_code == ExitCode.SERVER_GONE
 
@@ -227,9 +244,11 @@ def test_moments_add_up_the_processes() -> None:
     ]
 
 
-def type_load(url: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+def type_load(
+    url: str, *arguments: str, key: str = "k", list_number: str = "+18005551000"
+) -> "subprocess.CompletedProcess[str]":
     """Run the command as an operator types it."""
-    options = ["--url", url, "--key", "k", "--list-number", "+18005551000", *arguments]
+    options = ["--url", url, "--key", key, "--list-number", list_number, *arguments]
     return subprocess.run(  # noqa: S603
         [sys.executable, "-m", "benchmarks", "load", *options],
         cwd=REPOSITORY,
@@ -253,11 +272,33 @@ async def test_the_command_line_exits_as_the_thresholds_say(tmp_path: Path) -> N
     assert msgspec.json.decode(figures.read_bytes(), type=Outcome).broken
 
 
-def test_an_address_where_nobody_listens_is_one_line_and_exit_code_2() -> None:
-    done = type_load("http://127.0.0.1:1")
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://nowhere.invalid", "http://a..b"])
+def test_an_address_where_nobody_listens_is_one_line_and_exit_code_2(url: str) -> None:
+    done = type_load(url)
     assert done.returncode == ExitCode.UNUSABLE
-    assert done.stderr.startswith("error: ")
+    assert done.stderr.startswith(f"error: cannot connect to {url}: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("url", ["localhost:8080", "127.0.0.1:8080", "ftp://h", "http://", "http://h:http", ""])
+def test_text_that_is_no_url_is_refused_by_the_name_of_the_option(url: str) -> None:
+    done = type_load(url)
+    assert done.returncode == ExitCode.UNUSABLE
+    assert f"--url: '{url}' is not a URL such as" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", ["key", "list"])
+async def test_a_wrong_key_or_a_foreign_list_at_a_real_gateway_fails(gateway: GatewayUnderTest, wrong: str) -> None:
+    """It ends with status 1, and says why the first request failed."""
+    options = ["--duration", "1", "--warm-up", "0", "--connections", "2", "--batch", "10"]
+    caller = gateway.caller
+    key = "k" if wrong == "key" else caller.key
+    number = caller.list_number if wrong == "key" else new_number()
+    done = await asyncio.to_thread(type_load, gateway.url, *options, key=key, list_number=number)
+    assert done.returncode == ExitCode.THRESHOLD_BROKEN, done.stdout + done.stderr
+    assert "no message was accepted" in done.stdout
+    assert "The first failure was" in done.stdout
+    assert ("invalid_api_key" if wrong == "key" else "list_not_found") in done.stdout.replace("\n", "")
 
 
 async def refuse(_request: web.Request) -> web.Response:

@@ -84,7 +84,7 @@ def test_composes_variables_are_settings(name: str) -> None:
 
 
 def test_compose_waits_for_the_drain_and_publishes_to_this_machine_alone() -> None:
-    settings = config.load({"GATEWAY_DATABASE_URL": "postgres://h/d", "GATEWAY_AMQP_URL": "amqp://h/"})
+    settings = config.load({"GATEWAY_DATABASE_URL": "postgres://u@h/d", "GATEWAY_AMQP_URL": "amqp://h/"})
     grace_s = float(SERVICES["gateway"]["stop_grace_period"].removesuffix("s"))
     assert grace_s >= settings.drain_delay_s + settings.drain_timeout_s + 2
     for service in SERVICES.values():

@@ -171,6 +171,14 @@ def halves_of_large_heads(attack: Attack) -> None:
         attack.connect().sendall(half)
 
 
+def pages_that_nobody_reads(attack: Attack) -> None:
+    """Ask for the largest file of the documentation over 2,000 connections, and read none. No key is needed."""
+    request = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n"
+    for _ in range(2_000):
+        attack.connect(receive_buffer=4096).sendall(request)
+    time.sleep(2.0)
+
+
 def a_mix_of_all(attack: Attack) -> None:
     """Run several attacks at the same time."""
     with ThreadPoolExecutor() as pool:
@@ -203,6 +211,7 @@ ROWS = [
     Row(uploads_that_wait, 260, is_flood=True, settings=PATIENT),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
+    Row(pages_that_nobody_reads, 200, settings={"api_docs": "on"}),
     Row(a_mix_of_all, 512, is_flood=True),
 ]
 

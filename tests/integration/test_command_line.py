@@ -67,6 +67,8 @@ def test_tables_show_what_there_is_and_no_secret(servers: Servers) -> None:
     assert key[:8] in shown[1]
     assert key not in "".join(shown)
     assert number in shown[2]
+    for table in shown:
+        assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC ", table), table
 
 
 def test_a_table_shows_a_name_literally_and_escapes_what_the_terminal_would_obey(servers: Servers) -> None:
@@ -122,7 +124,7 @@ def test_migrating_twice_changes_nothing(servers: Servers) -> None:
     [
         ("", "GATEWAY_DATABASE_URL is not set"),
         ("mysql://x/y", "GATEWAY_DATABASE_URL is not a postgres URL"),
-        ("postgres://127.0.0.1:1/x", "cannot reach the database of GATEWAY_DATABASE_URL"),
+        ("postgres://u@127.0.0.1:1/x", "cannot reach the database of GATEWAY_DATABASE_URL"),
     ],
 )
 def test_a_wrong_database_url_is_one_clear_line(url: str, says: str) -> None:
@@ -152,7 +154,7 @@ def test_serve_refuses_a_bad_setting_by_its_name() -> None:
 
 def test_the_environment_of_the_process_is_the_default() -> None:
     program = "from gateway import config; print(config.load().api_port, config.unknown_variables())"
-    settings = {"GATEWAY_DATABASE_URL": "postgres://h/x", "GATEWAY_AMQP_URL": "amqp://h/", "GATEWAY_TYPO": "1"}
+    settings = {"GATEWAY_DATABASE_URL": "postgres://u@h/x", "GATEWAY_AMQP_URL": "amqp://h/", "GATEWAY_TYPO": "1"}
     completed = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-c", program],
         env=os.environ | settings | {"GATEWAY_API_PORT": "8123"},

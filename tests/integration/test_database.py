@@ -12,7 +12,7 @@ import pytest
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Pool, connect_to_primary, find_primary
-from gateway.urls import urls_of_hosts
+from gateway.urls import Address, Database
 from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import run_gateway
@@ -47,14 +47,18 @@ async def ask(pool: Pool) -> int:
     return answer
 
 
-def test_a_url_with_several_hosts_is_one_url_for_each() -> None:
-    url = "postgres://me:p%40ss@one:1,two,[::1]:3/name?sslmode=disable"
-    assert urls_of_hosts(url) == [
+def test_dbmate_gets_a_url_of_one_host() -> None:
+    database = Database.of("postgres://me:p%40ss@one:1,two,[::1]:3/name?sslmode=disable&target_session_attrs=primary")
+    assert [database.url(address) for address in database.hosts] == [
         "postgres://me:p%40ss@one:1/name?sslmode=disable",
-        "postgres://me:p%40ss@two/name?sslmode=disable",
+        "postgres://me:p%40ss@two:5432/name?sslmode=disable",
         "postgres://me:p%40ss@[::1]:3/name?sslmode=disable",
     ]
-    assert urls_of_hosts("postgres://host/name") == ["postgres://host/name"]
+    of_a_socket = Database.of("postgres://me@/name?host=/run/pg&port=5433&connect_timeout=3")
+    assert of_a_socket.hosts == [Address("/run/pg", 5433)]
+    assert of_a_socket.url(of_a_socket.hosts[0]) == (
+        "postgres://me@/name?connect_timeout=3&sslmode=disable&host=%2Frun%2Fpg&port=5433"
+    )
 
 
 @pytest.mark.parametrize("fault", ["hangs", "refuses"])
@@ -181,8 +185,10 @@ async def test_tools_that_take_one_host_get_the_primary(servers: Servers) -> Non
     async with proxy_to(servers) as dead, proxy_to(servers) as alive:
         dead.black_hole()
         url = through(servers.database_url, dead.port, alive.port)
-        assert await find_primary(url, timeout_s=5.0) == through(servers.database_url, alive.port)
-        assert await find_primary("postgres://one/name", timeout_s=5.0) == "postgres://one/name"
+        assert await find_primary(url, timeout=5.0) == through(servers.database_url, alive.port)
+        assert await find_primary("postgres://u@one/name?sslmode=disable", timeout=5.0) == (
+            "postgres://u@one:5432/name?sslmode=disable"
+        )
 
 
 async def test_migrations_and_administration_take_a_url_with_several_hosts(servers: Servers) -> None:

@@ -1,13 +1,17 @@
-"""The drain of a listener, with an application whose answers do not say `Connection: close`. Promise 11."""
+"""The drain of a listener, its bounds on request heads, and its last reads. Promises 11 and 12.
+
+Its application's answers do not say `Connection: close` in a drain.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 import pytest
 from aiohttp import web
 
 from gateway.web.answers import refuse_unhandled
-from gateway.web.connections import BoundedRunner, _Server
+from gateway.web.connections import BoundedRunner, _DiscardingParser, _Server
 from gateway.web.sockets import Limits
 from tests.support.eventually import eventually
 from tests.support.raw_http import Conversation, connect
@@ -21,6 +25,7 @@ class Listener:
     def __init__(self, drain_s: float = 8.0) -> None:
         self.drain_s = drain_s
         self.may_answer = asyncio.Event()
+        self.closes = False  # after an answer
         app = web.Application()
         app.router.add_get("/", self._answer)
         self.runner = BoundedRunner(app, Limits(5.0, 5.0, 10), refuse_unhandled, drain_timeout_s=drain_s)
@@ -31,7 +36,10 @@ class Listener:
 
     async def _answer(self, _request: web.Request) -> web.Response:
         await self.may_answer.wait()
-        return web.Response(text="answered", headers={"Server": "test"})
+        response = web.Response(text="answered", headers={"Server": "test"})
+        if self.closes:
+            response.force_close()
+        return response
 
 
 @pytest.fixture
@@ -105,6 +113,149 @@ async def test_an_evicted_head_costs_nothing_at_once_and_a_request_is_not_evicte
         assert not connection.evict()
         listener.may_answer.set()
         assert (await caller.read_answer()).status == 200
+
+
+HEADER_OF_1_KB = b"X-A: " + b"a" * 1_017 + b"\r\n"
+
+
+async def test_a_head_in_pieces_may_have_32_kb(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.may_answer.set()
+    async with connect(listener.url) as caller, connect(listener.url) as other:
+        await caller.send(GET[:-2] + HEADER_OF_1_KB * 31)
+        await eventually(lambda: server.cost_of_heads > 0)
+        await caller.send(b"\r\n")
+        assert (await caller.read_answer()).status == 200
+        await other.send(GET[:-2] + HEADER_OF_1_KB * 33)
+        assert (await other.read_answer()).status == 400
+
+
+async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        await caller.send(GET[:-2] + HEADER_OF_1_KB * 33)
+        await eventually(lambda: server.cost_of_heads > 3 * 33 * 1024)
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        assert await caller.is_closed()
+
+
+async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_much(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.may_answer.set()
+    begun, others = GET[:-2] + HEADER_OF_1_KB * 2 + b"X-B: b", 64 * 1024 * 1024
+    async with connect(listener.url) as large, connect(listener.url) as small:
+        await large.send(begun)
+        await small.send(GET[:10])
+        # A byte is kept about three times; each of the four lines is a few objects.
+        await eventually(lambda: server.cost_of_heads == 3 * (len(begun) + 10) + 4 * 350)
+        server.cost_of_heads += others
+        await small.send(GET[10:12])
+        assert (await large.read_answer()).status == 503
+        server.cost_of_heads -= others
+        await small.send(GET[12:])
+        assert (await small.read_answer()).status == 200
+
+
+class LastRead:
+    """The reading of what arrives before a close: its beginning, and permission to end."""
+
+    def __init__(self) -> None:
+        self.begun, self.may_end = asyncio.Event(), asyncio.Event()
+
+    async def drain(self) -> None:
+        self.begun.set()
+        await self.may_end.wait()
+
+
+@pytest.fixture
+def last_read(monkeypatch: pytest.MonkeyPatch) -> LastRead:
+    read = LastRead()
+    monkeypatch.setattr(_DiscardingParser, "drain", lambda _parser: read.drain())
+    return read
+
+
+class Ending(NamedTuple):
+    """A request, the end of its connection, and whether the last read follows its answer."""
+
+    lines: bytes = b""
+    server_closes: bool = False
+    caller_ends: bool = False
+    rest: bytes = b""  # sent behind the answer
+    is_last_read: bool = False
+
+
+ENDINGS = {
+    "kept": Ending(),
+    "closed by the caller": Ending(b"Connection: close\r\n"),
+    "closed by the server": Ending(server_closes=True, is_last_read=True),
+    "half-closed by the caller": Ending(server_closes=True, caller_ends=True),
+    "closed by the server in a body": Ending(b"Content-Length: 2\r\n", server_closes=True, rest=b"{}"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS.values(), ids=ENDINGS)
+async def test_only_what_a_caller_may_have_sent_before_it_learns_of_the_close_is_discarded(
+    listener: Listener, last_read: LastRead, ending: Ending
+) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.closes = ending.server_closes
+    async with connect(listener.url) as caller:
+        await caller.send(GET[:-2] + ending.lines + b"\r\n")
+        if ending.caller_ends:
+            caller.end()
+            await eventually(lambda: any(each._is_half_closed for each in server._connections))
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        if ending == Ending():
+            await caller.send(GET)
+            assert (await caller.read_answer()).status == 200
+        else:
+            await caller.send(ending.rest)
+            assert await caller.is_closed(), "the caller sees the end at once"
+    assert last_read.begun.is_set() is ending.is_last_read
+    last_read.may_end.set()
+
+
+async def test_what_comes_behind_a_broken_body_is_discarded_too(listener: Listener, last_read: LastRead) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(GET[:-2] + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        (connection,) = server._connections
+        await caller.send(b"zz\r\n")
+        await eventually(lambda: connection._body.exception() is not None)
+        listener.may_answer.set()
+        assert (await caller.read_answer()).status == 200
+        assert await caller.is_closed()
+    assert last_read.begun.is_set()
+    last_read.may_end.set()
+
+
+async def test_requests_behind_a_last_answer_are_read_although_too_many_had_arrived(
+    listener: Listener, last_read: LastRead
+) -> None:
+    """A close with unread bytes makes the kernel send a reset, which can take the answer from the caller."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.closes = True
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        (connection,) = server._connections
+        await caller.send(GET * 4_000)
+        await eventually(lambda: connection._buffer_paused)
+        listener.may_answer.set()
+        await last_read.begun.wait()
+        assert not connection._buffer_paused
+        last_read.may_end.set()
 
 
 async def test_the_timer_of_an_unread_answer_ends_with_its_connection(listener: Listener) -> None:

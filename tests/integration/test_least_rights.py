@@ -289,7 +289,7 @@ async def broker_user(servers: Servers) -> AsyncIterator[str]:
         pytest.skip("makes and removes a broker user: needs a RabbitMQ of its own")
     user = f"service-{uuid.uuid4().hex[:8]}"
     servers.rabbitmq.ctl("add_user", user, "s3cret")
-    servers.rabbitmq.ctl("set_permissions", "--vhost", "/", user, "", r"^sms\.least$", "")
+    servers.rabbitmq.ctl("set_permissions", "--vhost", "/", user, "", r"^sms\.least(\.dead)?$", "")
     yield str(URL(servers.amqp_url).with_user(user).with_password("s3cret"))
     servers.rabbitmq.ctl("delete_user", user)
 
@@ -312,6 +312,7 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
     async with OutboundQueue(servers.amqp_url, "sms.least") as queue:
         assert (await gateway.send([gateway.message()] * 3))[1]["queued_count"] == 3
         assert len(await queue.take_payloads()) == 3
+        await eventually(lambda: all(depth.is_known() for depth in gateway.runtime.depths.all))
 
         connection = await aio_pika.connect(broker_user)
         async with connection:
@@ -324,6 +325,7 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
 
             message = aio_pika.Message(b"elsewhere")
             assert await refused(lambda channel: channel.default_exchange.publish(message, "sms.least"))
+            assert await refused(lambda channel: channel.default_exchange.publish(message, "sms.least.dead"))
             assert await refused(lambda channel: publish_to(channel, "amq.direct", message))
             assert await refused(lambda channel: publish_to(channel, "sms.least.dlx", message))
             assert await refused(lambda channel: get_from(channel, "sms.least"))

@@ -12,6 +12,8 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gateway.web import metrics
+from tests.integration import incident
+from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest
 
 ROOT = Path(__file__).parents[2]
@@ -21,7 +23,6 @@ DASHBOARD = msgspec.json.decode((ROOT / "deploy/grafana/gateway.json").read_byte
 GROUPS = yaml.safe_load(RULES.read_text())["groups"]
 ALL_RULES: list[dict[str, Any]] = [rule for group in GROUPS for rule in group["rules"]]
 ALERTS = [rule for rule in ALL_RULES if "alert" in rule]
-RECORDED = {rule["record"] for rule in ALL_RULES if "record" in rule}
 
 PROMETHEUS_OWN = {"up": set[str](), "ALERTS": {"alertname", "alertstate"}}
 SCRAPED = {"job", "instance"}  # labels that every scraped series has
@@ -30,6 +31,11 @@ _SELECTOR = re.compile(r"\b([a-z]+:[a-z_0-9:]+|(?:gateway|process)_[a-z_]+|up|AL
 _MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
 _GROUPING = re.compile(r"\b(?:by|without) \(([^)]*)\)")
 
+RECORDED = {
+    rule["record"]: {label.strip() for labels in _GROUPING.findall(rule["expr"]) for label in labels.split(",")}
+    for rule in ALL_RULES
+    if "record" in rule
+}
 EXPRESSIONS = {
     **{f"rule {rule.get('alert', rule.get('record'))}": rule["expr"] for rule in ALL_RULES},
     **{
@@ -49,6 +55,7 @@ EXPRESSIONS = {
 @pytest.fixture
 async def exposed(gateway: GatewayUnderTest) -> dict[str, set[str]]:
     """Return every sample's name with the names of its labels: of one process, and of a supervisor with one worker."""
+    await eventually(lambda: all(depth.is_known() for depth in gateway.runtime.depths.all))
     async with gateway.session.get(f"{gateway.ops_url}/metrics") as response:
         text = await response.text()
     workers = metrics.WorkersMetrics({0: text}, restarts=0).collect()
@@ -69,11 +76,11 @@ async def test_every_query_uses_existing_metrics_and_labels(exposed: dict[str, s
             if name not in exposed and name not in RECORDED:
                 wrong.append(f"{where}: there is no {name}")
                 continue
-            known |= exposed.get(name, set())
+            known |= exposed.get(name, RECORDED.get(name, set()))
             wrong += [
                 f"{where}: {name} has no label {label}"
                 for label in _MATCHER.findall(matchers)
-                if label not in exposed.get(name, set()) | SCRAPED
+                if label not in exposed.get(name, RECORDED.get(name, set())) | SCRAPED
             ]
         asked = {label.strip() for labels in _GROUPING.findall(expression) for label in labels.split(",")}
         wrong += [f"{where}: nothing has the label {label}" for label in asked - known - {"worker"}]
@@ -110,6 +117,23 @@ def test_promtool_takes_the_rules_and_each_alert_fires_when_it_should() -> None:
     for verb, rules in (("check", RULES), ("test", RULES_TEST)):
         done = subprocess.run([promtool, verb, "rules", rules], capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_incident_plays_the_rules_with_every_duration_divided(tmp_path: Path) -> None:
+    played = tmp_path / "alerts.yaml"
+    played.write_text(incident.faster(RULES.read_text()))
+    assert [one / incident.SPEED for one in seconds_in(RULES.read_text())] == seconds_in(played.read_text())
+    promtool = shutil.which("promtool")
+    assert promtool, "scripts/setup installs it, with Debian's prometheus"
+    command = [promtool, "check", "rules", str(played)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def seconds_in(rules: str) -> list[float]:
+    """Return all durations of the rules: of ranges, offsets and `for`."""
+    found = re.findall(r"(?:\[|for: |offset )([\d.]+)([smh])\b", rules)
+    return [float(number) * incident.UNITS[unit] for number, unit in found]
 
 
 def test_promtool_takes_the_configuration_and_its_job_is_the_one_that_the_rules_name() -> None:

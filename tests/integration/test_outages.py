@@ -146,7 +146,7 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
     assert status == 503
     assert body["reasons"] == [
         "the broker has not been reached yet",
-        "the database has not been reached yet, or is not migrated",
+        "the database has not been reached yet",
     ]
     gateway.caller = Caller(key="trk_" + "a" * 32)
     assert (await post(gateway))[0] == 503

@@ -219,6 +219,8 @@ async def test_the_log_is_json_lines_without_texts_numbers_or_keys(process: Gate
     assert {"time", "level", "logger", "message"} <= set(lines[0])
     messages = [line["message"] for line in lines]
     assert "GATEWAY_TYPO is no setting of the gateway; is it misspelt?" in messages
+    [settings] = [line["settings"] for line in lines if line["message"] == "settings in force"]
+    assert (settings["drain_delay_s"], settings["amqp_queue"]) == (0.5, process.settings["GATEWAY_AMQP_QUEUE"])
     for secret in (BODY, RECIPIENT, caller.key, caller.list_number, PASSWORD):
         assert secret not in text
 

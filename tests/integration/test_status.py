@@ -16,7 +16,7 @@ from yarl import URL
 from gateway import __version__
 from gateway.cli import status
 from testbed import Port, Servers
-from tests.support.gateways import GatewayUnderTest, MakeSettings
+from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
 from tests.support.tcp_proxy import TcpProxy
 
@@ -49,6 +49,7 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     gateway: GatewayUnderTest, queue: OutboundQueue
 ) -> None:
     await gateway.send([gateway.message()] * 3)
+    await queue.take_all()
     code, output = await run_status(gateway, "--json", "--gateway", gateway.ops_url)
     found: dict[str, Any] = msgspec.json.decode(output)
     assert (code, found["ok"], found["problems"], found["version"]) == (0, True, [], __version__)
@@ -56,22 +57,108 @@ async def test_when_all_is_well_it_says_so_and_leaves_nothing_behind(
     [node] = found["nodes"]
     assert node["version"].startswith("RabbitMQ ")
     assert node["confirm_ms"] > 0
+    empty = {"configured_type": "quorum", "messages": 0, "consumers": 0, "problem": ""}
     assert found["queues"] == [
-        {"name": queue.name, "configured_type": "quorum", "messages": 3, "consumers": 0, "problem": ""}
+        {"name": queue.name, "kind": "outbound"} | empty,
+        {"name": f"{queue.name}.dead", "kind": "dead_letters"} | empty,
     ]
     [host] = found["hosts"]
-    assert (host["role"], host["lag_s"]) == ("primary", None)
+    assert (host["role"], host["lag_s"], host["sslmode"]) == ("primary", None, "disable")
     assert found["schema"]["pending"] == found["schema"]["newer"] == []
     assert len(found["schema"]["applied"]) == len(list((ROOT / "migrations").glob("*.sql")))
     assert 0 < found["schema"]["leases_used"] < found["schema"]["leases_in_all"] == 62**6 // 256
     assert found["settings"]["amqp_queue"] == queue.name
     assert "guest:guest" not in output
-    assert await queue.depth() == 3
+    assert await queue.depth() == 0
 
     code, text = await run_status(gateway)  # nobody at the default port, perhaps: that is no problem
     assert text.endswith("no problems\n") == (code == 0)
     assert f"✓ queue        {queue.name}" in text
+    assert f"✓ dead letters {queue.name}.dead" in text
+    assert "sslmode=disable\n" in text
     assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith("  "))
+
+
+async def problems_of_queues(gateway: GatewayUnderTest, *arguments: str, **changes: str) -> tuple[int, list[str]]:
+    code, output = await run_status(gateway, "--json", *arguments, **changes)
+    return code, [one for one in msgspec.json.decode(output)["problems"] if one.startswith("queue ")]
+
+
+async def test_messages_that_nobody_reads_are_a_problem(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    await gateway.send([gateway.message()] * 3)
+    code, problems = await problems_of_queues(gateway)
+    stale = "An SMS is stale 30 minutes after it was accepted"
+    assert (code, problems) == (1, [f"queue {queue.name}: no consumer reads its messages (3). {stale}"])
+    code, text = await run_status(gateway)
+    assert code == 1
+    assert f"✗ queue        {queue.name}" in text
+    assert f"    no consumer reads its messages (3). {stale}\n" in text
+
+
+async def keep(_message: aio_pika.abc.AbstractIncomingMessage) -> None:
+    """Neither ack nor reject."""
+
+
+async def test_a_backlog_and_dead_letters_above_their_limits_are_problems(
+    gateway: GatewayUnderTest, queue: OutboundQueue
+) -> None:
+    await gateway.send([gateway.message()] * 8)
+    connection = await aio_pika.connect(gateway.runtime.settings.amqp_url)
+    async with connection, connection.channel() as channel:
+        outbound = await channel.get_queue(queue.name, ensure=False)
+        for _ in range(2):
+            await (await outbound.get()).reject(requeue=False)
+        await channel.set_qos(prefetch_count=1)
+        await outbound.consume(keep)
+        while (await queue.depth()) != 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert await problems_of_queues(gateway, "--max-backlog", "5", "--max-dead-letters", "2") == (0, [])
+        code, problems = await problems_of_queues(gateway, "--max-backlog", "4")
+        assert code == 1
+        assert problems == [
+            f"queue {queue.name}: messages (5) above the limit of 4: the consumers are too slow, or hang",
+            f"queue {queue.name}.dead: dead letters (2): see docs/runbook.md#gatewaydeadletters",
+        ]
+
+
+async def test_a_missing_queue_of_dead_letters_is_a_problem(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    connection = await aio_pika.connect(gateway.runtime.settings.amqp_url)
+    async with connection, connection.channel() as channel:
+        await channel.queue_delete(f"{queue.name}.dead")
+    code, (problem,) = await problems_of_queues(gateway)
+    assert code == 1
+    assert problem.startswith(f"queue {queue.name}.dead: does not exist")
+    assert problem.endswith("RabbitMQ drops what consumers reject")
+
+
+async def test_each_shard_is_looked_at_and_a_stream_is_not_judged(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(queue_shards=2)
+    gateway = await start_gateway(settings)
+    await gateway.send([gateway.message()])
+    found = await status.collect(settings, [], [])
+    assert [queue.name for queue in found.queues] == [*settings.queues(), f"{settings.amqp_queue}.dead"]
+    (problem,) = [one for one in found.problems if one.startswith("queue ")]
+    assert problem.startswith(
+        f"queue {settings.amqp_queue}.{gateway.caller.list_id % 2}: no consumer reads its messages (1)"
+    )
+
+    settings = make_settings(amqp_queue_type="stream")
+    gateway = await start_gateway(settings)
+    await gateway.send([gateway.message()] * 3)
+    found = await status.collect(settings, [], [], limits=status.Limits(backlog=0))
+    assert [(queue.name, queue.problem) for queue in found.queues] == [(settings.amqp_queue, "")]
+
+
+def test_the_default_limit_of_a_backlog_is_half_an_hour_of_sms(make_settings: MakeSettings) -> None:
+    queue = status.Queue("q", "quorum", messages=510_000, consumers=1)
+    assert status._contents_problem(queue, make_settings(), status.Limits()) == ""
+    queue.messages = 510_001
+    assert "above the limit of 510,000" in status._contents_problem(queue, make_settings(), status.Limits())
+    queue.messages = 5_101
+    envelopes = make_settings(messages_per_envelope=100)
+    assert "above the limit of 5,100" in status._contents_problem(queue, envelopes, status.Limits())
 
 
 async def test_a_missing_exchange_is_a_problem_and_is_not_made(gateway: GatewayUnderTest) -> None:

@@ -50,3 +50,20 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, gateway: G
     finally:
         await runner.cleanup()
     assert path.read_text() == "mine"
+
+
+async def test_a_clean_stop_removes_its_own_socket_and_no_other(tmp_path: Path, gateway: GatewayUnderTest) -> None:
+    path = tmp_path / "api"
+    _, first = server.make_runners(gateway.runtime)
+    _, second = server.make_runners(gateway.runtime)
+    try:
+        await listen_on_own_socket(first, str(path))
+        with pytest.raises(ConfigurationError):
+            await listen_on_own_socket(second, str(path))
+        await second.cleanup()
+        assert path.exists()
+        await first.cleanup()
+        assert not path.exists()
+    finally:
+        await first.cleanup()
+        await second.cleanup()

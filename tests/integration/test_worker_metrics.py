@@ -48,6 +48,11 @@ async def test_workers_are_summed_by_the_query_and_a_death_shows_in_one_series(
         assert [list(workers) for sample, workers in found.items() if sample.startswith("gateway_build")] == [[""]]
         assert found["gateway_workers:answering"] == {"": 2}
         assert set(found["process_resident_memory_bytes"]) == {"0", "1", "supervisor"}
+        async with asyncio.timeout(30):  # each worker asks every 15 s, and sees the queue of all
+            while found.get("gateway_queue_messages:outbound") != {"0": 120, "1": 120}:
+                await asyncio.sleep(0.5)
+                found = await scrape(session, process.ops_url)
+        assert found["gateway_queues_unread"] == {"0": 1, "1": 1}
 
         os.kill(process.workers.pop(), signal.SIGKILL)
         while (found := await scrape(session, process.ops_url))["gateway_workers:silent"] != {"": 1}:  # noqa: ASYNC110 - the processes set no event of ours

@@ -31,15 +31,20 @@ TESTS = {
     "examples/consumer/inbox.py": ["tests/examples/test_consumer.py"],
     "examples/consumer/payloads.py": ["tests/unit/test_e164.py", "tests/examples"],
     "examples/consumer/settings.py": ["tests/examples/test_settings.py"],
+    "examples/demo.py": ["tests/examples/test_demo.py", "tests/examples/test_demo_counts.py"],
     "gateway/amqp/connection.py": ["tests/integration/publisher"],
     "gateway/amqp/publisher.py": ["tests/integration/publisher"],
+    "gateway/amqp/transport.py": ["tests/unit/test_transport.py", "tests/integration/publisher"],
     "gateway/cli/admin.py": ["tests/integration/test_least_rights.py", "tests/integration/test_command_line.py"],
     "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
     "gateway/postgres/pool.py": ["tests/unit/test_pool.py", "tests/integration/test_database.py"],
     "gateway/postgres/queries.py": ["tests/unit/test_queries.py", "tests/api/test_idempotency.py"],
+    "gateway/telemetry/log.py": ["tests/unit/test_log.py", "tests/unit/test_secrets.py"],
+    "gateway/telemetry/requests.py": ["tests/unit/test_request_log.py", "tests/unit/test_counters.py"],
     "gateway/tls.py": ["tests/unit/test_config.py", "tests/integration/tls"],
     "gateway/web/api.py": ["tests/api"],
     "gateway/web/connections.py": ["tests/integration/test_drain.py", "tests/api/test_connections.py", "tests/hostile"],
+    "gateway/web/sockets.py": ["tests/unit/test_sockets.py", "tests/integration/test_sockets.py"],
 }
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".*_cache", ".hypothesis")
 

@@ -25,14 +25,14 @@ def test_a_percent_encoded_password_of_any_characters_is_not_shown(password: str
     encoded = quote(password, safe="")
     loaded = config.load(
         {
-            "GATEWAY_DATABASE_URL": f"postgres://u:{encoded}@h1:5432,h2/db?password={encoded}&x=1",
-            "GATEWAY_AMQP_URL": f"amqp://u:{encoded}@h1/, amqps://u:{encoded}@h2:5671/v?password={encoded}",
+            "GATEWAY_DATABASE_URL": f"postgres://u:{encoded}@h1:5432,h2/db?options={encoded}",
+            "GATEWAY_AMQP_URL": f"amqp://u:{encoded}@h1/, amqps://u:{encoded}@h2:5671/v",
         }
     )
     assert encoded in loaded.database_url
     assert loaded.amqp_nodes() == [
         f"amqp://u:{encoded}@h1/",
-        f"amqps://u:{encoded}@h2:5671/v?password={encoded}",
+        f"amqps://u:{encoded}@h2:5671/v",
     ]
     assert encoded not in told(loaded)
     assert password not in told(loaded)

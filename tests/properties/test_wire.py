@@ -1,6 +1,7 @@
 """Decoding any bytes gives messages or one of three refusals. Promise 10."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -11,6 +12,14 @@ from gateway.errors import GatewayError, InvalidJson, MissingMessages, TooManyMe
 from gateway.ingest.wire import decode_bulk
 from tests.properties import MORE
 
+# The whole vocabulary: nothing of it can be a part of the body.
+REASON = re.compile(
+    rf"{InvalidJson.sentence}: (?:it is empty|it is not an object|it is nested too deeply|it ends too early"
+    "|it starts with a byte order mark|half of a surrogate pair near its end|invalid UTF-8 near byte (\\d+)"
+    "|(?:trailing (?:characters|comma in (?:array|object))|object keys must be strings|expected [^ ]{3}(?: or [^ ]{3})?"
+    "|invalid (?:character|number|escaped character|escape character in string|utf-16 surrogate pair"
+    "|character in unicode escape)|unexpected end of (?:hex escape|escaped utf-16 surrogate pair)) near byte (\\d+))"
+)
 EXAMPLES = settings(derandomize=MORE == 1, max_examples=300 * MORE, deadline=None)
 
 
@@ -80,7 +89,10 @@ def test_a_request_damaged_anywhere_is_messages_or_one_of_three_refusals(cut: in
     damaged = whole[:cut] + insert + whole[cut + drop :]
     try:
         bulk = decode_bulk(damaged)
-    except (InvalidJson, MissingMessages, TooManyMessages):
+    except (MissingMessages, TooManyMessages):
+        return
+    except InvalidJson as refusal:
+        assert_reason_fits(refusal, damaged)
         return
     reference = json.loads(damaged)  # nothing is let in that is no JSON
     assert len(bulk.messages) == len(reference["messages"])
@@ -89,5 +101,14 @@ def test_a_request_damaged_anywhere_is_messages_or_one_of_three_refusals(cut: in
 @EXAMPLES
 @given(body=st.binary(max_size=60))
 def test_random_bytes_are_refused(body: bytes) -> None:
-    with pytest.raises((InvalidJson, MissingMessages)):
+    with pytest.raises((InvalidJson, MissingMessages)) as raised:
         decode_bulk(body)
+    if isinstance(raised.value, InvalidJson):
+        assert_reason_fits(raised.value, body)
+
+
+def assert_reason_fits(refusal: InvalidJson, body: bytes) -> None:
+    """Assert that a refusal consists of known words and a position in the body."""
+    found = REASON.fullmatch(str(refusal))
+    assert found, str(refusal)
+    assert int(found[1] or found[2] or 0) <= len(body)

@@ -25,6 +25,7 @@ SENTENCES = {
     "invalid_list_number": "list_number must be an E.164 phone number such as +18005551000",
     "list_not_found": "No active list of this account has this list_number",
 }
+NO_OBJECT = "A message must be an object with to, list_number and body"
 
 
 # The model
@@ -123,7 +124,7 @@ def assert_as_the_model_says(body: bytes) -> None:
         sent = messages[row.index]
         to = sent.get("to") if isinstance(sent, dict) else None
         assert row.to == (to[:64] if isinstance(to, str) else None)
-        assert row.error == SENTENCES.get(row.code, row.error)
+        assert row.error == (SENTENCES.get(row.code, row.error) if isinstance(sent, dict) else NO_OBJECT)
         assert (row.may_be_queued, row.message_id) == (False, "")
 
     good = [index for index, code in expected.items() if code is None]

@@ -13,11 +13,11 @@ class OutboundQueue:
     """The queue behind a test's gateway."""
 
     def __init__(self, amqp_url: str, name: str) -> None:
-        self._url = amqp_url
+        self.url = amqp_url
         self.name = name
 
     async def __aenter__(self) -> Self:
-        self._connection: AbstractRobustConnection = await aio_pika.connect_robust(self._url)
+        self._connection: AbstractRobustConnection = await aio_pika.connect_robust(self.url)
         self._channel = await self._connection.channel()
         return self
 

@@ -100,6 +100,10 @@ class Conversation(asyncio.Protocol):
         if not self._is_closed:
             self._transport.abort()
 
+    def end(self) -> None:
+        """Send no more; answers still arrive."""
+        self._transport.write_eof()
+
     async def send(self, data: bytes) -> None:
         """Send the bytes until the server has taken them all, or closes."""
         async with asyncio.timeout(PATIENCE_S):

@@ -1,8 +1,10 @@
 """Ports are free and distinct. A server keeps its data over faults, and ends with the process that started it."""
 
+import asyncio
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -11,13 +13,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import aio_pika
+import asyncpg
 import psutil
 import pytest
 
 from testbed import Port, Postgres, RabbitMQ, Server, ServerError, Servers, rabbitmq
+from testbed import __main__ as command_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -323,21 +328,95 @@ def test_servers_end_with_the_process_that_started_them(how: str, names: list[st
             starter.kill()
 
 
-@pytest.mark.usefixtures("_ctrl_c_works")
-def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
-    with subprocess.Popen(
-        [sys.executable, "-m", "testbed"], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+@contextmanager
+def services(*arguments: str) -> "Iterator[tuple[subprocess.Popen[str], list[str]]]":
+    """Run the command, with URLs of an earlier run in its environment; yield it with the lines that it prints."""
+    stale = {"GATEWAY_DATABASE_URL": "postgres://gone/", "GATEWAY_AMQP_URL": "amqp://gone/"}
+    with subprocess.Popen(  # noqa: S603 - our own program
+        [sys.executable, "-m", "testbed", *arguments],
+        cwd=ROOT,
+        env=os.environ | stale,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as command:
         try:
             assert command.stdout is not None
-            lines = [command.stdout.readline() for _ in range(3)]
-            assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
-            assert lines[1].startswith("export GATEWAY_AMQP_URL='amqp://guest:")
-            assert lines[2] == "# Running until Ctrl-C or SIGTERM\n"
-            children = psutil.Process(command.pid).children(recursive=True)
-            command.send_signal(signal.SIGINT)
-            assert command.wait(30) == 0
-            assert [child for child in children if child.is_running()] == []
+            yield command, [command.stdout.readline() for _ in range(3)]
         finally:
             command.kill()
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
+def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
+    with services() as (command, lines):
+        assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
+        assert lines[1].startswith("export GATEWAY_AMQP_URL='amqp://guest:")
+        assert lines[2] == "# Running until Ctrl-C or SIGTERM\n"
+        children = psutil.Process(command.pid).children(recursive=True)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(30) == 0
+        assert [child for child in children if child.is_running()] == []
+
+
+async def visit(lines: list[str]) -> tuple[int, int]:
+    """Put a row into the database and a message into a queue; return how many there were before."""
+    database_url, amqp_url = (line.split("'")[1] for line in lines[:2])
+    connection = await asyncpg.connect(database_url)
+    await connection.execute("CREATE TABLE IF NOT EXISTS kept (visit int)")
+    rows = await connection.fetchval("SELECT count(*) FROM kept")
+    await connection.execute("INSERT INTO kept VALUES (1)")
+    await connection.close()
+    async with await aio_pika.connect(amqp_url) as broker:
+        channel = await broker.channel()
+        queue = await channel.declare_queue("kept", durable=True)
+        messages = queue.declaration_result.message_count
+        message = aio_pika.Message(b"x", delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        await channel.default_exchange.publish(message, "kept")
+    return int(rows), int(messages or 0)
+
+
+@pytest.mark.usefixtures("_ctrl_c_works")
+def test_the_command_keeps_data_and_urls_in_a_folder(folder: Path) -> None:
+    """Over an orderly end, a SIGTERM and a SIGKILL. Only one run at a time may have the folder."""
+    urls = set()
+    for number, end in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)):
+        with services("--keep", str(folder / "kept")) as (command, lines):
+            assert lines[2].startswith("# Running"), command.communicate()
+            urls.add((lines[0], lines[1]))
+            assert asyncio.run(visit(lines)) == (number, number)
+            if number == 0:
+                with services("--keep", str(folder / "kept")) as (second, _):
+                    _, errors = second.communicate(timeout=30)
+                    assert (second.returncode, errors.count("\n")) == (2, 1)
+                    assert re.match(r"error: port \d+ is taken, which .* needs. Is that folder in use\?", errors)
+            children = psutil.Process(command.pid).children(recursive=True)
+            command.send_signal(end)
+            assert command.wait(60) == (-end if end == signal.SIGKILL else 0)
+            psutil.wait_procs(children, timeout=30)
+            assert [child for child in children if child.is_running()] == []
+    assert len(urls) == 1
+    assert [path.name for path in folder.iterdir()] == ["kept"]
+
+
+def test_a_folder_that_postgresql_cannot_enter_is_refused_at_once(folder: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root's PostgreSQL runs as another user")
+    folder.chmod(0o700)
+    with services("--keep", str(folder / "kept")) as (command, _):
+        _, errors = command.communicate(timeout=30)
+    assert command.returncode == 2
+    assert f"who cannot enter {folder}: choose another folder for --keep" in errors
+    assert list(folder.iterdir()) == []
+
+
+def test_a_missing_broker_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(rabbitmq, "find_program", lambda _: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process keeps its handlers
+    monkeypatch.setattr(sys, "argv", ["services"])
+    for variable in ("GATEWAY_DATABASE_URL", "GATEWAY_AMQP_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        command_line.main()
+    assert ended.value.code == 2
+    assert re.match("error: RabbitMQ is missing: .*\n$", capsys.readouterr().err)

@@ -7,7 +7,7 @@ import pytest
 
 from gateway import config, tls
 from gateway.config import ConfigurationError, Settings
-from gateway.urls import with_tls
+from gateway.urls import Database, with_tls
 
 URLS = {
     "GATEWAY_DATABASE_URL": "postgres://gateway:pg-secret@db.internal/gateway",
@@ -29,6 +29,7 @@ GOOD: dict[str, tuple[str, object]] = {
     "amqp_ca_file": ("/tls/ca.pem", "/tls/ca.pem"),
     "amqp_cert_file": ("/tls/us.pem", "/tls/us.pem"),
     "amqp_key_file": ("/tls/us.key", "/tls/us.key"),
+    "api_docs": ("on", "on"),
     "ops_host": ("0.0.0.0", "0.0.0.0"),  # noqa: S104 - read, not bound
     "ops_port": ("65535", 65_535),
     "database_pool_size": ("1", 1),
@@ -68,6 +69,7 @@ BAD: list[tuple[str, str, str]] = [
     ("api_port", "-1", ">= 0"),
     ("api_port", "65536", "<= 65535"),
     ("api_port", "http", "int"),
+    ("api_docs", "yes", "Use one of on, off"),
     ("ops_port", "80.5", "int"),
     ("database_pool_size", "0", ">= 1"),
     ("database_pool_size", "1001", "<= 1000"),
@@ -249,15 +251,18 @@ def test_there_is_one_queue_or_one_for_each_shard() -> None:
     assert config.load(URLS | {"GATEWAY_QUEUE_SHARDS": "2"}).queues() == ["sms.outbound.0", "sms.outbound.1"]
 
 
-def test_unknown_variables_are_reported_and_not_refused() -> None:
+def test_variables_without_effect_are_reported_and_not_refused() -> None:
     environ = URLS | {
         "GATEWAY_CONFIRM_TIMEOUT": "5",
         "GATEWAY_PORT": "tcp://10.0.0.1:80",  # Kubernetes, beside a Service named "gateway"
         "GATEWAY_LOG_LEVEL": "INFO",
         "PATH": "/bin",
+        "PGPORT": "tcp://10.0.0.1:5432",
+        "PGDATA": "/var/lib/postgresql",  # of the server
         "XGATEWAY_Y": "1",
     }
     assert config.unknown_variables(environ) == ["GATEWAY_CONFIRM_TIMEOUT", "GATEWAY_PORT"]
+    assert config.ignored_variables(environ) == ["PGPORT"]
     assert config.load(environ) == config.load(URLS)
 
 
@@ -301,10 +306,12 @@ def test_a_database_elsewhere_is_verified_unless_its_url_says_otherwise(url: str
 
 def test_files_of_the_database_are_added_to_its_url_and_what_the_url_says_itself_stays() -> None:
     files = {"GATEWAY_DATABASE_CA_FILE": "/ca 1.pem", "GATEWAY_DATABASE_CERT_FILE": "/us.pem"}
-    url = config.load_database_url({"GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x", **files})
-    assert url == "postgres://127.0.0.1/x?sslrootcert=%2Fca+1.pem&sslcert=%2Fus.pem&sslmode=verify-full"
-    assert config.load(URLS | files | {"GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x"}).database_url_with_tls() == url
-    said = "postgres://h/x?sslmode=verify-ca&sslrootcert=/other.pem&sslcert=/other.pem"
+    url = config.load_database_url({"GATEWAY_DATABASE_URL": "postgres://u@127.0.0.1/x", **files})
+    assert url == "postgres://u@127.0.0.1/x?sslrootcert=%2Fca+1.pem&sslcert=%2Fus.pem&sslmode=verify-full"
+    assert (
+        config.load(URLS | files | {"GATEWAY_DATABASE_URL": "postgres://u@127.0.0.1/x"}).database_url_with_tls() == url
+    )
+    said = "postgres://u@h/x?sslmode=verify-ca&sslrootcert=/other.pem&sslcert=/other.pem"
     assert config.load_database_url({"GATEWAY_DATABASE_URL": said, **files}) == said
 
 
@@ -319,11 +326,27 @@ def test_sslmodes_that_an_attacker_in_between_can_downgrade_are_refused(mode: st
 
 
 @pytest.mark.parametrize(
-    "parameter",
-    ["no_verify_ssl=1", "cafile=/ca.pem", "capath=/cas", "cadata=MII", "certfile=/us.pem", "keyfile=/us.key"],
+    ("parameter", "setting"),
+    [
+        ("no_verify_ssl=1", "CA_FILE"),
+        ("verify=verify_none", "CA_FILE"),
+        ("cafile=/ca.pem", "CA_FILE"),
+        ("cacertfile=/ca.pem", "CA_FILE"),
+        ("capath=/cas", "CA_FILE"),
+        ("cadata=MII", "CA_FILE"),
+        ("certfile=/us.pem", "CERT_FILE"),
+        ("keyfile=/us.key", "KEY_FILE"),
+        ("heartbeat=30", "HEARTBEAT_S"),
+        ("connection_timeout=5000", "CONNECT_TIMEOUT_S"),
+        ("timeout=5", "CONNECT_TIMEOUT_S"),
+    ],
 )
-def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"GATEWAY_AMQP_URL has .*Set GATEWAY_AMQP_CA_FILE"):
+def test_a_parameter_of_a_broker_url_that_is_a_setting_is_refused_with_its_variable(
+    parameter: str, setting: str
+) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"GATEWAY_AMQP_URL has {parameter.partition('=')[0]}, .*Set GATEWAY_AMQP_{setting}"
+    ):
         config.load(URLS | {"GATEWAY_AMQP_URL": f"amqps://u:p@h/?{parameter}"})
 
 
@@ -332,20 +355,20 @@ def test_parameters_that_would_weaken_or_change_tls_unseen_are_refused(parameter
     [
         ({}, ["GATEWAY_AMQP_URL", "GATEWAY_AMQP_URL"]),  # both nodes of URLS are spoken to in plain
         ({"GATEWAY_AMQP_URL": "amqps://mq1.internal/,amqp://127.0.0.1/,amqp://localhost:5673/"}, []),
-        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://127.0.0.1/x?sslmode=disable"}, []),
+        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://u@127.0.0.1/x?sslmode=disable"}, []),
         (
-            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=disable"},
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://u@h/x?sslmode=disable"},
             ["GATEWAY_DATABASE_URL"],
         ),
         (
-            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=require"},
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://u@h/x?sslmode=require"},
             ["GATEWAY_DATABASE_URL"],
         ),
         (
-            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x?sslmode=verify-ca"},
+            {"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://u@h/x?sslmode=verify-ca"},
             ["GATEWAY_DATABASE_URL"],
         ),
-        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://h/x"}, []),
+        ({"GATEWAY_AMQP_URL": "amqps://h/", "GATEWAY_DATABASE_URL": "postgres://u@h/x"}, []),
     ],
 )
 def test_connections_without_verified_tls_are_reported(changes: dict[str, str], weak: list[str]) -> None:
@@ -365,7 +388,7 @@ def test_connections_without_verified_tls_are_reported(changes: dict[str, str], 
     ],
 )
 def test_each_sslmode_verifies_what_libpqs_does(query: str, verify_mode: ssl.VerifyMode, checks_name: bool) -> None:
-    context = tls.database_context(f"postgres://h/x{query}")
+    context = tls.database_context(Database.of(f"postgres://u@h/x{query}"))
     assert context
     assert (context.verify_mode, context.check_hostname) == (verify_mode, checks_name)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.amqp.confirms import ConfirmTracker, Outcome, PublishedRange
+from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, ConfirmTracker, Outcome, PublishedRange
 
 ACKED, NACKED, RETURNED, UNKNOWN = Outcome.ACKED, Outcome.NACKED, Outcome.RETURNED, Outcome.UNKNOWN
 
@@ -88,14 +88,15 @@ def test_a_returned_message_stays_returned_when_it_is_acked(settle: Settling) ->
     assert list(published.outcomes()) == [ACKED, RETURNED]
 
 
-def test_a_lost_channel_leaves_the_written_unknown_and_the_returned_returned() -> None:
+@pytest.mark.parametrize("outcome", [UNKNOWN, NACKED])
+def test_a_lost_channel_leaves_the_written_unknown_or_refused_and_the_returned_returned(outcome: Outcome) -> None:
     tracker = ConfirmTracker()
     published = tracker.add(ids(4))
     ack(tracker, 1)
     nack(tracker, 2)
     tracker.mark_returned("id000002")
-    assert tracker.lose() == [published]
-    assert list(published.outcomes()) == [ACKED, NACKED, RETURNED, UNKNOWN]
+    assert tracker.lose(outcome) == [published]
+    assert list(published.outcomes()) == [ACKED, NACKED, RETURNED, outcome]
     assert published.unsettled == 0
     assert tracker.oldest() is None
 
@@ -153,3 +154,19 @@ def test_a_nack_of_a_classic_queue_is_unknown() -> None:
     published = tracker.add(["A", "B"])
     tracker.settle(acked=False, delivery_tag=2, multiple=True)
     assert list(published.outcomes()) == [Outcome.UNKNOWN] * 2
+
+
+def test_what_refuses_a_second_copy_says_nothing_of_the_first() -> None:
+    outcomes = bytes([ACKED, NACKED, RETURNED, UNKNOWN, Outcome.TOO_LARGE])
+    assert list(outcomes.translate(REFUSED_IS_UNKNOWN)) == [ACKED, *[UNKNOWN] * 4]
+
+
+@pytest.mark.parametrize("touch", [lambda tracker: ack(tracker, 1), lambda tracker: tracker.mark_returned("id000000")])
+def test_a_channel_is_untouched_until_its_first_confirm_or_return(touch: Callable[[ConfirmTracker], object]) -> None:
+    tracker = ConfirmTracker()
+    assert not tracker.is_untouched(), "the broker has been sent nothing"
+    tracker.add(ids(1))
+    tracker.add(["younger1"])
+    assert tracker.is_untouched()
+    touch(tracker)
+    assert not tracker.is_untouched()

@@ -27,6 +27,7 @@ def test_every_message_is_counted_once() -> None:
     record.queued, record.errors = 2, Counter(("a", "b", "a"))
     record.end("id", 200, "")
     assert counters.messages == {"queued": 2, "a": 2, "b": 1}
+    assert counters.request_messages.total == 5
     assert counters.requests == {(200, "ok"): 1}
 
 
@@ -46,3 +47,10 @@ def test_a_replayed_answer_counts_its_messages_as_replayed() -> None:
     record.is_replayed = True
     record.end("id", 200, "")
     assert counters.messages == {"replayed": 6}
+
+
+def test_answers_that_no_handler_gave_are_counted_by_status_and_code() -> None:
+    counters = Counters()
+    for _ in range(2):
+        counters.count_unhandled(400, "malformed_http")
+    assert counters.requests == {(400, "malformed_http"): 2}

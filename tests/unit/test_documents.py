@@ -107,6 +107,12 @@ def test_every_code_is_documented(code: str) -> None:
     assert f"`{code}`" in API
 
 
+def test_every_sentence_of_a_refusal_is_documented_with_its_code() -> None:
+    refusals = [(kind.code, kind.sentence) for kind in errors.kinds()]
+    refusals += [(refusal.code, refusal.sentence) for refusal in errors.refusals()]
+    assert [row for row in refusals if f"| `{row[0]}` | {row[1]}" not in API] == []
+
+
 @pytest.mark.parametrize("code", sorted(REQUEST_ERRORS))
 def test_the_tree_in_errors_py_has_every_request_level_code(code: str) -> None:
     assert code in (errors.__doc__ or "")

@@ -11,12 +11,15 @@ from datetime import UTC, datetime
 
 import pytest
 
+from gateway.telemetry import log
 from gateway.telemetry.log import (
     MAX_PENDING_BYTES,
+    MAX_WRITE_BYTES,
     ConsoleLines,
     JsonLines,
     WriterThread,
     configure,
+    direct_writer,
     mask_number,
     utc,
     whole_lines,
@@ -137,13 +140,106 @@ def test_a_stuck_reader_blocks_nothing_and_learns_how_many_lines_were_dropped() 
     assert "again" in messages
 
 
+def test_after_a_flush_in_vain_the_next_one_waits_only_when_the_reader_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    handler = handler_on(writing)
+    handler.handle(record("x" * 100_000))  # more than a pipe holds
+    with monkeypatch.context() as patch:
+        patch.setattr(log, "FLUSH_TIMEOUT_S", 0.0)
+        handler.flush()
+        patch.setattr(log, "monotonic", lambda: pytest.fail("it waits"))
+        handler.flush()
+    with os.fdopen(reading) as lines:
+        assert lines.readline()
+        assert handler._written.wait(10)
+        assert not handler._is_stuck
+        handler.close()
+        os.close(writing)
+
+
+def test_a_line_that_is_written_makes_room_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "MAX_PENDING_BYTES", 5)
+    handler = handler_on(-1)
+    written: list[bytes] = []
+    monkeypatch.setattr(handler, "_write", written.append)
+    for _ in range(2):
+        handler.write_line(b"line\n")
+        handler.flush()
+    handler.close()
+    assert written == [b"line\n"] * 2
+
+
+def test_a_line_that_comes_during_the_last_write_is_written_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    handler = handler_on(-1)
+    written: list[bytes] = []
+
+    def write(piece: bytes) -> None:
+        written.append(piece)
+        if len(written) == 1:
+            handler._closing = True
+            handler.write_line(b"two\n")
+
+    monkeypatch.setattr(handler, "_write", write)
+    handler.write_line(b"one\n")
+    handler._thread.join(10)
+    assert written == [b"one\n", b"two\n"]
+
+
 def test_lines_are_written_in_pieces_that_do_not_mix_with_another_workers() -> None:
-    lines = [b"x" * size + b"\n" for size in (10, select.PIPE_BUF - 12, 1, 5000, 3)]
+    lines = [b"x" * size + b"\n" for size in (10, select.PIPE_BUF - 12, 1, 1, 5000, 3)]
     pieces = list(whole_lines(lines))
     assert b"".join(pieces) == b"".join(lines)
     assert all(piece.endswith(b"\n") for piece in pieces)
-    assert all(len(piece) <= select.PIPE_BUF or piece in lines for piece in pieces)
-    assert len(pieces) == 4
+    assert list(map(len, pieces)) == [select.PIPE_BUF, 4, 5001, 4]
+    assert list(whole_lines(lines[4:5])) == lines[4:5]
+
+
+def test_a_line_is_written_whole_to_a_descriptor_that_does_not_block() -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    handler = handler_on(writing)
+    line, received = b"x" * 200_000 + b"\n", list[bytes]()  # more than a pipe holds
+
+    def read_all() -> None:
+        with os.fdopen(reading, "rb") as lines:
+            received.append(lines.read())
+
+    reader = threading.Thread(target=read_all)
+    reader.start()
+    handler.write_line(line)
+    handler.close()
+    handler._thread.join(10)
+    os.close(writing)
+    reader.join(10)
+    assert received == [line]
+
+
+def test_lines_after_the_end_of_the_reader_go_nowhere_and_the_thread_goes_on() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    handler = handler_on(writing)
+    handler.write_line(b"one\n")
+    handler.flush()
+    assert handler._thread.is_alive()
+    handler.close()
+    os.close(writing)
+
+
+@pytest.mark.parametrize(("process", "piece_bytes"), [("", MAX_WRITE_BYTES), ("worker-1", select.PIPE_BUF)])
+def test_only_json_lines_of_the_one_handler_are_written_directly(
+    untouched_logging: None, monkeypatch: pytest.MonkeyPatch, process: str, piece_bytes: int
+) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    configure("INFO", process=process)
+    writer = direct_writer()
+    assert writer is not None
+    assert writer._piece_bytes == piece_bytes, "workers share a pipe"
+    root.addHandler(logging.NullHandler())
+    assert direct_writer() is None
+    configure("INFO", "console", process=process)
+    assert direct_writer() is None
+    root.handlers[0].close()
 
 
 def test_a_line_has_its_process_and_its_fields() -> None:
@@ -151,8 +247,16 @@ def test_a_line_has_its_process_and_its_fields() -> None:
     assert (line["process"], line["status"], line["message"]) == ("worker-1", 200, "request")
 
 
-def test_the_console_format_is_one_line_and_cannot_be_forged() -> None:
+def test_fields_are_redacted_at_any_depth() -> None:
+    fields = {"settings": {"url": "amqp://u:secret@h/", "servers": {"other": "postgres://u:secret@h/", "port": 1}}}
+    line = json.loads(JsonLines().format(record("settings", fields=fields)))
+    assert line["settings"] == {"url": "amqp://u:***@h/", "servers": {"other": "postgres://u:***@h/", "port": 1}}
+
+
+def test_a_line_and_a_traceback_for_a_console_cannot_be_forged() -> None:
     made = record("hello\n%s", "\x1b[31m\u2028", created=1795431600.1239, fields={"status": 200, "errors": {"a": 1}})
-    line = ConsoleLines("worker-1").format(made)
+    made.exc_info = (TypeError, TypeError("\x1b[31m\nforged"), None)
+    line, *traceback = ConsoleLines("worker-1").format(made).split("\n")
+    assert traceback == ["    Traceback (most recent call last):", r"    TypeError: \x1b[31m", "    forged"]
     expected = r"11:00:00.123 WARNING  worker-1 gateway.web.api: hello\n\x1b[31m\u2028 status=200 errors.a=1"
     assert line == expected

@@ -12,7 +12,7 @@ from gateway.errors import DatabaseUnavailable
 from gateway.postgres.pool import Pool, connect_to_primary, reason
 from tests.support.eventually import eventually
 
-OF_TWO_HOSTS = "postgres://one,two/name?sslmode=disable"
+OF_TWO_HOSTS = "postgres://u@one,two/name?sslmode=disable"
 
 
 def failing(error: Exception) -> Pool:
@@ -67,10 +67,45 @@ def test_the_reason_quotes_no_data(error: Exception, says: str) -> None:
     assert reason(error) == says
 
 
+async def test_when_no_host_is_a_primary_the_reason_names_each_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is that of the host that should be the primary, not of the standby."""
+    errors = {
+        "one": asyncpg.InvalidPasswordError("password authentication failed"),
+        "two": asyncpg.TargetServerAttributeNotMatched("none of the hosts match"),
+    }
+
+    async def connect(host: str, **_options: Any) -> Mock:
+        raise errors[host]
+
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    with pytest.raises(asyncpg.InvalidPasswordError) as raised:
+        await connect_to_primary(OF_TWO_HOSTS)
+    assert "one:5432: InvalidPasswordError password authentication failed" in reason(raised.value)
+    assert "two:5432: TargetServerAttributeNotMatched none of the hosts match" in reason(raised.value)
+
+
+@pytest.mark.parametrize("error", [KeyError("secret"), UnicodeError("secret"), AssertionError("secret"), Exception()])
+async def test_any_error_of_a_connect_is_an_outage_and_its_text_is_not_shown(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncpg, "connect", AsyncMock(side_effect=error))
+    pool = Pool(Settings(database_url=OF_TWO_HOSTS, amqp_url="amqp://unused"))
+    await pool.open()
+    with pytest.raises(DatabaseUnavailable) as raised:
+        async with pool.connection():
+            pass
+    assert not pool.is_up
+    assert raised.value.__cause__ is not None
+    said = reason(raised.value.__cause__)
+    assert f"one:5432: ConnectionError cannot connect: {type(error).__name__}" in said
+    assert "secret" not in said
+    await pool.close()
+
+
 async def test_of_two_primaries_that_answer_at_once_one_connection_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Mock] = []
 
-    async def connect(_url: str, **options: Any) -> Mock:
+    async def connect(**options: Any) -> Mock:
         assert options["target_session_attrs"] == "primary"
         await asyncio.sleep(0)
         made.append(Mock())
@@ -84,8 +119,8 @@ async def test_of_two_primaries_that_answer_at_once_one_connection_is_kept(monke
 
 
 async def test_an_attempt_that_hangs_ends_with_the_first_that_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def connect(url: str, **_options: Any) -> Mock:
-        if "two" in url:
+    async def connect(host: str, **_options: Any) -> Mock:
+        if host == "two":
             await asyncio.Event().wait()
         return Mock()
 

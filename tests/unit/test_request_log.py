@@ -5,12 +5,13 @@ import logging
 import random
 from collections import Counter
 
+import msgspec
 import pytest
 
 from gateway.telemetry import requests as access
-from gateway.telemetry.counters import AUTHENTICATE, READ, VALIDATE, Counters
+from gateway.telemetry.counters import AUTHENTICATE, READ, SECONDS, VALIDATE, Counters
 from gateway.telemetry.log import JsonLines, WriterThread, redact
-from gateway.telemetry.requests import MAX_LINES_A_SECOND, RequestLog, RequestRecord
+from gateway.telemetry.requests import MAX_LINES_A_SECOND, RequestLine, RequestLog, RequestRecord
 
 
 def ended(status: int = 200, code: str = "", errors: tuple[str, ...] = (), queued: int = 1) -> RequestRecord:
@@ -33,6 +34,12 @@ def read_a_document() -> RequestRecord:
     return record
 
 
+def replayed() -> RequestRecord:
+    record = ended()
+    record.is_replayed = True
+    return record
+
+
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     return [vars(record)["fields"] for record in caplog.records]
 
@@ -42,6 +49,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     [
         (ended(), "queued"),
         (read_a_document(), "read"),
+        (replayed(), "replayed"),
         (ended(errors=("invalid_phone",)), "partial"),
         (ended(errors=("invalid_phone",), queued=0), "refused"),
         (ended(errors=("outcome_unknown",)), "unknown"),
@@ -75,6 +83,21 @@ def test_a_line_has_counts_and_times_and_the_errors_by_code(caplog: pytest.LogCa
         "body_bytes": 100,
         "trace_id": "abc",
     }
+
+
+def test_a_step_lasts_from_the_end_of_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 10.25, 10.75, 11.0])
+    monkeypatch.setattr(access, "perf_counter", lambda: next(times))
+    counters = Counters()
+    record = RequestRecord(counters)
+    record.mark(AUTHENTICATE)
+    record.mark(READ)
+    record.end("id-1", 200, "")
+    assert [histogram.total for histogram in counters.stages_s if histogram.total] == [0.25, 0.5]
+    assert counters.stages_s[READ].counts[SECONDS.index(0.5)] == 1
+    assert (counters.answered_s.total, counters.refused_s.total) == (1.0, 0.0)
+    line = msgspec.to_builtins(RequestLine.of(record, "read", "", 0))
+    assert (line["stages_ms"], line["duration_ms"]) == ({"authenticate": 250.0, "read": 500.0}, 1000.0)
 
 
 def test_a_line_is_the_same_however_it_is_encoded(caplog: pytest.LogCaptureFixture) -> None:
@@ -128,6 +151,20 @@ def test_successes_are_sampled_and_unknown_or_failed_requests_are_not(
     assert len(lines(caplog)) == 4 * MAX_LINES_A_SECOND
 
 
+def test_no_success_has_a_line_in_a_sample_of_none_or_below_the_level(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for record in (ended(), replayed(), read_a_document()):
+        RequestLog(0).write(record)
+    assert lines(caplog) == []
+    caplog.set_level(logging.WARNING, "gateway")
+    written: list[bytes] = []
+    writer = WriterThread()
+    writer.write_line = written.append  # type: ignore[method-assign, assignment]
+    RequestLog(1, writer).write(ended())
+    writer.close()
+    assert written == []
+
+
 def test_a_flood_of_refusals_costs_few_lines_and_omissions_are_counted(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,8 +176,10 @@ def test_a_flood_of_refusals_costs_few_lines_and_omissions_are_counted(
         log.write(ended(503, "overloaded"))
     log.write(ended(401, "invalid_api_key"))  # its kind is not flooded
     assert len(lines(caplog)) == MAX_LINES_A_SECOND + 1
-    now += 1
+    now += 0.5
+    log.write(ended(503, "overloaded"))
+    now += 0.5
     caplog.clear()
     log.write(ended(503, "overloaded"))
     log.write(ended(503, "overloaded"))
-    assert [line.get("unlogged") for line in lines(caplog)] == [5_000 - MAX_LINES_A_SECOND, None]
+    assert [line.get("unlogged") for line in lines(caplog)] == [5_001 - MAX_LINES_A_SECOND, None]

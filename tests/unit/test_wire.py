@@ -8,7 +8,16 @@ from msgspec import UNSET, Raw
 
 from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import wire
-from gateway.ingest.wire import Answer, ErrorRow, Message, MistypedMessage, decode_bulk, encode
+from gateway.ingest.wire import (
+    LARGE_BODY_BYTES,
+    PIECE_BYTES,
+    Answer,
+    ErrorRow,
+    Message,
+    MistypedMessage,
+    decode_bulk,
+    encode,
+)
 
 GOOD = b'{"to":"+14155551234","list_number":"+18005551000","body":"Hi"}'
 
@@ -104,6 +113,38 @@ NO_MESSAGES = {
 def test_what_is_not_one_json_object_in_utf_8_is_invalid_json(body: bytes) -> None:
     with pytest.raises(InvalidJson):
         decode_bulk(body)
+
+
+REASONS = {
+    b"": "it is empty",
+    b" \n": "it ends too early",
+    b"[]": "it is not an object",
+    b"null": "it is not an object",
+    b"[" * LARGE_BODY_BYTES + b" ": "it is not an object",
+    request_of(GOOD)[:-1]: "it ends too early",
+    request_of(GOOD) + b" x": f"trailing characters near byte {len(request_of(GOOD)) + 2}",
+    request_of(GOOD[:-1] + b",}"): f"trailing comma in object near byte {len(request_of(GOOD)) - 2}",
+    request_of(b'{"to":5,}'): "trailing comma in object near byte 21",
+    request_of(b'{"to":5,"body":"\n"}'): "invalid character near byte 29",
+    b"{'messages':[]}": "object keys must be strings near byte 1",
+    request_of(b"5", b"NaN"): "invalid character near byte 15",
+    request_of(b'{"body":"\\ud800"}'): "half of a surrogate pair near its end",
+    b'{"body":"\\ud80067890': "half of a surrogate pair near its end",
+    b'{"body":"\\ud800678901': "unexpected end of hex escape near byte 15",
+    b'{"body":"\\u00e9678901': "it ends too early",
+    b"\xef\xbb\xbf" + request_of(GOOD): "it starts with a byte order mark",
+    request_of(b'{"to":"\xff"}'): "invalid UTF-8 near byte 20",
+    b'{"x":"' + "€".encode() * PIECE_BYTES + b'\xff"}': f"invalid UTF-8 near byte {6 + 3 * PIECE_BYTES}",
+    request_of(GOOD)[:-1] + b',"x":"\xe2\x82': f"invalid UTF-8 near byte {len(request_of(GOOD)) + 5}",
+    b'{"x":' + b"[" * 100_000: "it is nested too deeply",
+}
+
+
+@pytest.mark.parametrize(("body", "reason"), REASONS.items(), ids=REASONS.values())
+def test_the_refusal_says_what_is_wrong_and_where(body: bytes, reason: str) -> None:
+    with pytest.raises(InvalidJson) as raised:
+        decode_bulk(body)
+    assert str(raised.value) == f"The request body must be one JSON object in UTF-8: {reason}"
 
 
 @pytest.mark.parametrize("body", LONE_SURROGATES.values(), ids=LONE_SURROGATES)

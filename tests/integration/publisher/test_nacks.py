@@ -23,13 +23,14 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconnection, "WATCH_INTERVAL_S", 0.02)
 
 
-def nacking(broker: ScriptedBroker, full: str) -> set[int]:
+def nacking(broker: ScriptedBroker, full: str) -> dict[int, object]:
     """Nack what is for the queue `full` on the channel that is open first. Return the channels, as they are used."""
-    selected = set[int]()
+    selected: dict[int, object] = {}  # by id; kept, so that no later channel gets the id of a closed one
     broker.mode = "silent"
 
     def answer(session: Session, message: Published) -> None:
-        selected.add(id(session._channels[message.channel]))
+        channel = session._channels[message.channel]
+        selected[id(channel)] = channel
         is_first = len(selected) == 1
         settle = session.nack if is_first and message.routing_key == full else session.ack
         settle(message.delivery_tag, channel=message.channel)

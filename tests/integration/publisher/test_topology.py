@@ -120,6 +120,8 @@ async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
         assert list(await publish(publisher, 1)) == [ACKED]
     assert "inequivalent arg 'x-queue-type'" in caplog.text
     assert "exists with other arguments" in caplog.text
+    assert "A deleted queue loses its messages" in caplog.text
+    assert "remove" not in caplog.text
 
 
 @pytest.mark.parametrize("topology", ["declare", "check"])

@@ -2,13 +2,16 @@
 
 import asyncio
 import ssl
+import subprocess
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import asyncpg
 import pytest
 from yarl import URL
 
+from gateway import config
 from gateway.amqp.connection import PublishConnection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.amqp.transport import stray_cancellation_is_loss
@@ -99,6 +102,22 @@ async def test_a_server_that_offers_no_tls_is_refused_with_what_to_do(secured: S
     assert "The server offers no TLS" in await database_says(secured.settings(database_url=url))
     url = servers.amqp_url.replace("amqp:", "amqps:")
     assert "The server speaks no TLS on this port" in await broker_says(secured.settings(amqp_url=url))
+
+
+async def test_a_broker_that_knows_the_gateway_by_its_certificate_needs_no_password(secured: Secured) -> None:
+    """As docs/settings.md says: `auth=EXTERNAL`, with RabbitMQ's plugin rabbitmq_auth_mechanism_ssl."""
+    rabbitmq = secured.rabbitmq
+    enable = [rabbitmq._program("rabbitmq-plugins"), "--node", rabbitmq.node, "enable", "rabbitmq_auth_mechanism_ssl"]
+    run = partial(subprocess.run, enable, env=rabbitmq._environment(), check=True, capture_output=True)
+    await asyncio.to_thread(run)
+    user = "CN=gateway.internal"
+    await asyncio.to_thread(rabbitmq.ctl, "add_user", user, "unused")
+    await asyncio.to_thread(rabbitmq.ctl, "set_permissions", "--vhost", "/", user, "", r"^sms\.outbound$", "")
+    mechanisms = "application:set_env(rabbit, auth_mechanisms, ['PLAIN', 'EXTERNAL'])."
+    await asyncio.to_thread(rabbitmq.ctl, "eval", mechanisms)
+    url = f"amqps://127.0.0.1:{rabbitmq.port}/?auth=EXTERNAL"
+    environment = secured.environment | {"GATEWAY_AMQP_URL": url}
+    assert await broker_says(config.load(environment)) == ""
 
 
 async def test_an_expired_certificate_is_refused_with_what_to_do(secured: Secured) -> None:

@@ -1,0 +1,67 @@
+"""The demo counts what is in the queue, and its exit code is 1 when anything differs."""
+
+import asyncio
+import re
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from examples import demo
+from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, refusals
+from testbed import ServerError, Servers
+from tests.support.outbound_queue import OutboundQueue
+
+GOOD = 1 + 1_000 - 42  # messages of both requests
+
+
+@pytest.fixture
+def amqp_url(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Let the demo run once, on the session's servers; delete its queue."""
+    for name, value in servers.environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["scripts/demo", "--once"])
+    yield servers.amqp_url
+    asyncio.run(delete_queue(servers.amqp_url))
+
+
+async def delete_queue(amqp_url: str) -> None:
+    async with OutboundQueue(amqp_url, demo.QUEUE) as queue:
+        await queue.delete()
+
+
+def test_the_messages_that_the_demo_counts_are_in_the_queue(amqp_url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert demo.main() == 0
+    shown = capsys.readouterr().out
+    assert f"{GOOD} messages in the queue, exactly the {GOOD}" in shown
+    assert shown.count('\n  {"id":"') == 3, "payloads"
+    assert asyncio.run(demo.look_into_queue(amqp_url))[0] == GOOD, "they stay in the queue"
+    of_the_queue = {QUEUE_REJECTED.code, OUTCOME_UNKNOWN.code}
+    assert set(re.findall(r'"code": "(\w+)"', shown)) == {each.code for each in refusals()} - of_the_queue
+
+
+def test_a_message_that_is_not_in_the_queue_ends_the_demo_with_exit_code_1(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    look, depths = demo.look_into_queue, iter([0, GOOD - 1])
+
+    async def find_too_few(url: str, expected: int | None = None) -> tuple[int, list[bytes]]:
+        return next(depths), (await look(url))[1]
+
+    monkeypatch.setattr(demo, "look_into_queue", find_too_few)
+    assert demo.main() == 1
+    assert f"messages in {demo.QUEUE}: expected {GOOD}, found {GOOD - 1}" in capsys.readouterr().err
+
+
+def test_a_refused_request_ends_the_demo_with_exit_code_1(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    send = demo.send
+    monkeypatch.setattr(demo, "send", lambda gateway, _key, *rest: send(gateway, "another key", *rest))
+    assert demo.main() == 1
+    assert "invalid_api_key" in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_shown_with_its_output() -> None:
+    with pytest.raises(ServerError, match=r"python -m gateway key create failed:\n(?s:.*)Missing argument"):
+        demo.administer({}, "key", "create")

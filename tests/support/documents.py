@@ -1,0 +1,24 @@
+"""The examples in the documents, as tests run them."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def code_blocks(page: str, heading: str, language: str = "") -> list[str]:
+    """Return the blocks of a language under a heading of a page, up to the next heading of its level."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    level = len(heading.split(" ")[0])
+    end = rf"(?=^#{{2,{level}}} |\Z)"
+    section = re.search(rf"^{re.escape(heading)}\n(.*?){end}", text, re.MULTILINE | re.DOTALL)
+    assert section, f"{page} has no heading {heading}"
+    return re.findall(rf"^```{language}\n(.*?)^```$", section[1], re.MULTILINE | re.DOTALL)
+
+
+def filled_in(text: str, **replacements: str) -> str:
+    """Replace each value in a text; every value must occur."""
+    for old, new in replacements.items():
+        assert old in text, f"no {old}"
+        text = text.replace(old, new)
+    return text
