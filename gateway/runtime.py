@@ -137,10 +137,15 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 async def _reach_database(runtime: Runtime) -> None:
-    """Lease the first message ids; until that works the process is not ready."""
+    """Lease the first message ids, and look for an API key; until that works the process is not ready.
+
+    So a process that is newer than the schema, or whose role lacks a right, takes no requests.
+    """
     while not runtime.database_was_reached:
         try:
             await runtime.ids.take(0)
+            await runtime.queries.find_account(bytes(32), [""])
+            await runtime.queries.find_account(bytes(32))
             runtime.database_was_reached = True
             runtime.pool.log_reached()
         except DatabaseUnavailable:

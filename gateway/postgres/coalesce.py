@@ -81,18 +81,16 @@ class Coalescer(Generic[K, V]):
                 # Fail the waiting lookups as well: the next query would time out too, and double their wait.
                 group = [*group, *chain.from_iterable(self._waiting.values())]
                 self._waiting.clear()
-            for _, value in group:
-                if not value.done():
-                    if isinstance(error, Exception):
-                        value.set_exception(_copy_of(error))
-                    else:
-                        value.cancel()
+            _fail([value for _, value in group], error)
             if not isinstance(error, Exception):
                 raise
         else:
             for (_, value), fetched in zip(group, values, strict=True):
                 if not value.done():
                     value.set_result(fetched)
+        finally:
+            # Since Python 3.13 the frames of a query that timed out are in a cycle: without this, the lookups too.
+            del group
 
     def _next_group(self) -> list[tuple[K, asyncio.Future[V]]]:
         """Remove and return the lookups of the next query: one of each owner in turn."""
@@ -109,6 +107,16 @@ class Coalescer(Generic[K, V]):
             elif len(self._waiting) > 1:
                 self._waiting[owner] = self._waiting.pop(owner)  # behind the others
         return group
+
+
+def _fail(values: "list[asyncio.Future[V]]", error: BaseException) -> None:
+    """Fail the lookups that wait, each with a copy of the error; cancel them if the query was cancelled."""
+    for value in values:
+        if not value.done():
+            if isinstance(error, Exception):
+                value.set_exception(_copy_of(error))
+            else:
+                value.cancel()
 
 
 def _copy_of(error: Exception) -> Exception:

@@ -67,14 +67,14 @@ def test_a_claim_stands_in_the_readme_and_has_a_test(claim: str) -> None:
 def test_the_calls_of_the_api_are_those_that_the_readme_names() -> None:
     document = json.loads((ROOT / "gateway/web/openapi.json").read_text())
     served = {path for path in api.ALLOWED if path.startswith("/api/")}
-    assert served == {path for path in document["paths"] if path.startswith("/api/")} == {"/api/v2/send/bulk"}
+    assert served == {path for path in document["paths"] if path.startswith("/api/")} == {api.SEND, api.SEND_BULK}
     assert served == set(re.findall(r"/api/v\d/[a-z/]+", README))
     assert "Of that API the gateway has no other call." in SENTENCES
     assert openapi.PATH in api.ALLOWED
 
 
 def test_the_limit_of_a_batch_is_the_readmes() -> None:
-    assert f"up to {wire.MAX_MESSAGES:,} messages in one call" in SENTENCES
+    assert f"`POST {api.SEND_BULK}` takes up to {wire.MAX_MESSAGES:,} messages" in SENTENCES
     assert errors.TooManyMessages.status == 413
 
 
