@@ -15,10 +15,10 @@ import asyncpg
 import pytest
 
 from gateway.ingest.auth import hash_key
-from testbed import Gateway, Servers
+from testbed import Gateway, Postgres, Servers
 from tests.support.callers import Caller, Client, new_number
 from tests.support.eventually import eventually
-from tests.support.gateways import new_name, process_environment, run_gateway
+from tests.support.gateways import MakeSettings, StartGateway, new_name, process_environment, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,19 @@ def previous(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return directory
 
 
+async def migrated_by(previous: Path, postgres: Postgres, name: str) -> str:
+    """Create a database with the schema of an older version. Return its URL."""
+    database_url = await asyncio.to_thread(postgres.create_database, name)
+    migrated = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "gateway", "migrate"),
+        cwd=previous,
+        env={"PATH": "/usr/bin:/bin", "GATEWAY_DATABASE_URL": database_url},
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    assert await migrated.wait() == 0
+    return database_url
+
+
 async def make_caller_of_old(database_url: str) -> Caller:
     """Create an account, a key and a list in any schema: the commands of this version need their own."""
     key, number = f"trk_{'k' * 32}", new_number()
@@ -69,14 +82,7 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Se
     if servers.postgres is None:
         pytest.skip("needs a PostgreSQL of its own, to make a database in")
     name = new_name()
-    database_url = await asyncio.to_thread(servers.postgres.create_database, name)
-    migrated = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "gateway", "migrate"),
-        cwd=previous,
-        env={"PATH": "/usr/bin:/bin", "GATEWAY_DATABASE_URL": database_url},
-        stdout=asyncio.subprocess.DEVNULL,
-    )
-    assert await migrated.wait() == 0
+    database_url = await migrated_by(previous, servers.postgres, name)
     caller = await make_caller_of_old(database_url)
     settings = process_environment(
         servers, GATEWAY_DATABASE_URL=database_url, GATEWAY_AMQP_EXCHANGE=name, GATEWAY_AMQP_QUEUE=name
@@ -137,6 +143,27 @@ async def test_old_and_new_serve_side_by_side_while_the_schema_moves(servers: Se
     connection = await asyncpg.connect(database_url)
     assert await connection.fetchval("SELECT count(*) FROM idempotency_keys") == 1
     await connection.close()
+    await asyncio.to_thread(servers.postgres.drop_database, name)
+
+
+async def test_a_version_that_is_newer_than_the_schema_becomes_ready_with_its_migration(
+    servers: Servers, previous: Path, start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    """It would answer every request with 503: a rolling update would replace all good processes by it."""
+    if servers.postgres is None:
+        pytest.skip("needs a PostgreSQL of its own, to make a database in")
+    name = new_name()
+    database_url = await migrated_by(previous, servers.postgres, name)
+    gateway = await start_gateway(make_settings(database_url=database_url), wait_until_ready=False)
+    pool = gateway.runtime.pool
+    await eventually(lambda: pool.failures >= 3)
+    async with gateway.session.get(gateway.ops_url + "/readyz") as response:
+        assert response.status == 503
+        assert "the database is not migrated: run `python -m gateway migrate`" in (await response.json())["reasons"]
+    completed = await asyncio.to_thread(run_gateway, "migrate", database_url=database_url)
+    assert completed.returncode == 0, completed.stderr
+    await gateway.wait_until_ready()
+    await pool.close()
     await asyncio.to_thread(servers.postgres.drop_database, name)
 
 
