@@ -28,6 +28,7 @@ from testbed import Gateway, ServerError, Servers
 Message = dict[str, Any]
 
 QUEUE = "sms.outbound"
+WITH_IDS = {"Prefer": "return=representation"}
 DEPTH_TIMEOUT_S = 5.0  # a quorum queue counts a message a moment after confirming it
 REPOSITORY = Path(__file__).parents[1]
 
@@ -64,8 +65,9 @@ def administer(settings: dict[str, str], *arguments: str) -> str:
 
 
 def curl(gateway: Gateway, key: str, body: str) -> str:
-    """Return the request as a curl command."""
-    headers = f"-H 'X-Api-Key: {key}' -H 'Content-Type: application/json'"
+    """Return a request for ids in the answer as a curl command."""
+    sent = {"X-Api-Key": key, "Content-Type": "application/json"} | WITH_IDS
+    headers = " ".join(f"-H '{name}: {value}'" for name, value in sent.items())
     return f"curl -s {gateway.url}/api/v2/send/bulk \\\n  {headers} \\\n  -d {shlex.quote(body)}"
 
 
@@ -75,7 +77,8 @@ def send(gateway: Gateway, key: str, messages: list[Message], shown: str) -> Mes
     body = json.dumps({"messages": messages})
     connection = HTTPConnection("127.0.0.1", gateway.port.number, timeout=30)
     begin = time.perf_counter()
-    connection.request("POST", "/api/v2/send/bulk", body, {"X-Api-Key": key, "Content-Type": "application/json"})
+    headers = {"X-Api-Key": key, "Content-Type": "application/json"} | WITH_IDS
+    connection.request("POST", "/api/v2/send/bulk", body, headers)
     response = connection.getresponse()
     content = response.read()
     elapsed_ms = (time.perf_counter() - begin) * 1000
@@ -190,7 +193,7 @@ def show(once: bool) -> None:
             expect("queued", 1, answer["queued_count"])
             expect("error codes", ["invalid_phone"], [row["code"] for row in answer["errors"]])
             step("1 queued, 1 refused: a bad message does not affect the others")
-            queued = answer["queued_count"]
+            queued, ids = answer["queued_count"], [row["message_id"] for row in answer["messages"]]
 
             title("A full batch: 1,000 messages to both lists, some of them bad, with every code of the validation")
             messages, flaws = mixed_batch(lists)
@@ -201,12 +204,15 @@ def show(once: bool) -> None:
             expect("error rows by code", flaws, Counter(row["code"] for row in answer["errors"]))
             step(f"{answer['queued_count']} queued, {answer['error_count']} refused, each with its reason")
             queued += answer["queued_count"]
+            ids += [row["message_id"] for row in answer["messages"]]
 
             title(f"The first messages in the queue {QUEUE}")
             depth, payloads = asyncio.run(look_into_queue(servers.amqp_url, before + queued))
             for payload in payloads:
                 print(f"  {payload.decode()}")
             expect(f"messages in {QUEUE}", before + queued, depth)
+            if not before:
+                expect("ids", ids[: len(payloads)], [json.loads(payload)["id"] for payload in payloads])
             step(f"{depth - before} messages in the queue, exactly the {queued} that the gateway counted")
 
             if once:
