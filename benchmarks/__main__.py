@@ -356,6 +356,7 @@ def load_command(
         typer.Option(min=0, help="Open loop: messages a second, however slow the server is. 0: closed loop."),
     ] = 0.0,
     batch: Annotated[int, typer.Option(min=1, max=1_000, help="Messages in a request.")] = 100,
+    single: Annotated[bool, typer.Option(help="Single sends instead of batches.")] = False,
     bad_share: Annotated[float, typer.Option(min=0, max=1, help="Share of bad messages.")] = 0.0,
     body_length: Annotated[int, typer.Option(min=1, help="Length of a text, in characters.")] = traffic.BODY_LENGTH,
     duration: Annotated[float, typer.Option(min=1, help="Seconds of measurement.")] = 30.0,
@@ -375,12 +376,14 @@ def load_command(
     is gone. A request succeeds when the answer is 200 and queued_count is the number of its good messages. Accepted
     messages are really queued: use a deployment whose messages are not delivered.
     """
+    if single and bad_share:
+        raise typer.BadParameter("--single and --bad-share exclude each other: a bad single send is a failed request")
     if processes > connections:
         raise typer.BadParameter("each of --processes needs at least one connection")
     options = load.Options(
         url=url_of(url),
         list_numbers=tuple(list_number),
-        batch=batch,
+        batch=1 if single else batch,
         connections=connections,
         rate=rate,
         bad_share=bad_share,
@@ -391,6 +394,7 @@ def load_command(
         timeout_s=timeout,
         processes=processes,
         thresholds=load.Thresholds(max_p99_ms, min_rate, max_error_rate),
+        single=single,
     )
     with terminal.Progress() as progress:
         outcome = load.run(options, key, load.Progress(options, progress.show).add)

@@ -52,6 +52,7 @@ class Options(msgspec.Struct, frozen=True):
     timeout_s: float
     processes: int
     thresholds: Thresholds
+    single: bool = False  # single sends; `batch` is 1
 
 
 class Moment(msgspec.Struct):
@@ -141,6 +142,7 @@ def _plans(options: Options, key: str) -> list[Plan]:
             timeout_s=options.timeout_s,
             share=number,
             shares=options.processes,
+            form=generator.SINGLE if options.single else "",
         )
         for number in range(options.processes)
     ]
@@ -231,12 +233,13 @@ def report(outcome: Outcome) -> Report:
     slowest = {"gateway": [(moment.at_s, moment.slowest_ms) for moment in moments]}
     since_due = ", from the moment a request was due" if options.rate else ""
     failure = [Sentence(f"The first failure was {outcome.first_failure}")] if outcome.first_failure else []
+    requests = "single sends" if options.single else f"batches of {options.batch:,}"
     return Report(
         f"Load test of {options.url}",
         outcome.machine,
         [
             Sentence(
-                f"{arrivals}, {options.connections} connections, batches of {options.batch:,}, "
+                f"{arrivals}, {options.connections} connections, {requests}, "
                 f"{options.bad_share:.0%} bad messages, texts of {options.body_length} characters, "
                 f"{options.duration_s:g} s after {options.warm_up_s + options.ramp_s:g} s of warm-up and ramp"
             ),

@@ -287,6 +287,19 @@ def test_text_that_is_no_url_is_refused_by_the_name_of_the_option(url: str) -> N
     assert f"--url: '{url}' is not a URL such as" in done.stderr
 
 
+async def test_single_sends_reach_a_real_gateway(gateway: GatewayUnderTest) -> None:
+    caller, options = gateway.caller, ["--single", "--duration", "1", "--connections", "2"]
+    done = await asyncio.to_thread(type_load, gateway.api_url, *options, key=caller.key, list_number=caller.list_number)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "single sends" in done.stdout
+    assert gateway.runtime.counters.messages["queued"] > 0
+    assert set(gateway.runtime.counters.request_messages.counts[1:]) == {0}, "one message each"
+    wrong = await asyncio.to_thread(
+        type_load, gateway.api_url, *options, "--bad-share", "0.5", key=caller.key, list_number=caller.list_number
+    )
+    assert wrong.returncode == 2
+
+
 @pytest.mark.parametrize("wrong", ["key", "list"])
 async def test_a_wrong_key_or_a_foreign_list_at_a_real_gateway_fails(gateway: GatewayUnderTest, wrong: str) -> None:
     """It ends with status 1, and says why the first request failed."""
