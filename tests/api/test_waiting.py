@@ -16,6 +16,7 @@ from gateway.amqp import publisher
 from gateway.cli.admin import open_admin
 from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import BulkRequest
+from gateway.telemetry.counters import READ
 from gateway.telemetry.requests import RequestRecord
 from tests.support.callers import Caller, make_caller
 from tests.support.eventually import eventually
@@ -210,6 +211,7 @@ async def test_a_batch_whose_body_was_slow_waits_for_room_with_its_body(
             confirm(broker)
             assert (await slow.read_answer()).status == 200
         assert (await full)[0] == 200
+        assert sum(gateway.runtime.counters.stages_s[READ].counts) > 0
 
 
 async def test_an_account_beyond_its_share_is_refused_without_a_query(

@@ -3,13 +3,13 @@
 import asyncio
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from examples import demo
 from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, refusals
-from testbed import ServerError, Servers
+from testbed import Servers
 from tests.support.outbound_queue import OutboundQueue
 
 GOOD = 1 + 1_000 - 42  # messages of both requests
@@ -17,10 +17,11 @@ GOOD = 1 + 1_000 - 42  # messages of both requests
 
 @pytest.fixture
 def amqp_url(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Let the demo run once, on the session's servers; delete its queue."""
+    """Let the demo run once, on the session's servers; delete its queue before and after."""
     for name, value in servers.environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["scripts/demo", "--once"])
+    asyncio.run(delete_queue(servers.amqp_url))
     yield servers.amqp_url
     asyncio.run(delete_queue(servers.amqp_url))
 
@@ -53,15 +54,39 @@ def test_a_message_that_is_not_in_the_queue_ends_the_demo_with_exit_code_1(
     assert f"messages in {demo.QUEUE}: expected {GOOD}, found {GOOD - 1}" in capsys.readouterr().err
 
 
-def test_a_refused_request_ends_the_demo_with_exit_code_1(
+SEND = demo.send
+
+
+@pytest.mark.parametrize(
+    ("send", "shown"),
+    [
+        (lambda gateway, _key, *rest: SEND(gateway, "another key", *rest), "invalid_api_key"),
+        (lambda *_: {"queued_count": 1, "errors": [{"code": "missing_to"}]}, "error codes: expected ['invalid_phone']"),
+    ],
+)
+def test_another_answer_ends_the_demo_with_exit_code_1(
+    amqp_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    send: Callable[..., demo.Message],
+    shown: str,
+) -> None:
+    monkeypatch.setattr(demo, "send", send)
+    assert demo.main() == 1
+    assert shown in capsys.readouterr().err
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_output_and_exit_code_1(
     amqp_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    send = demo.send
-    monkeypatch.setattr(demo, "send", lambda gateway, _key, *rest: send(gateway, "another key", *rest))
+    administer = demo.administer
+    monkeypatch.setattr(demo, "administer", lambda settings, *_: administer(settings, "key", "create"))
     assert demo.main() == 1
-    assert "invalid_api_key" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "python -m gateway key create failed:" in shown
+    assert "Missing argument" in shown
 
 
-def test_a_command_that_fails_is_shown_with_its_output() -> None:
-    with pytest.raises(ServerError, match=r"python -m gateway key create failed:\n(?s:.*)Missing argument"):
-        demo.administer({}, "key", "create")
+def test_the_full_batch_is_for_both_lists() -> None:
+    messages, _ = demo.mixed_batch(("one", "other"))
+    assert {message["list_number"] for message in messages} >= {"one", "other"}

@@ -105,7 +105,7 @@ def test_a_statement_cache_that_is_no_number(servers: Servers) -> None:
 
 def test_declare_at_a_broker_that_is_not_there() -> None:
     port = Port()
-    environment = {"GATEWAY_DATABASE_URL": "postgres://h/x", "GATEWAY_AMQP_URL": f"amqp://u:p@127.0.0.1:{port}/"}
+    environment = {"GATEWAY_DATABASE_URL": "postgres://u@h/x", "GATEWAY_AMQP_URL": f"amqp://u:p@127.0.0.1:{port}/"}
     done = run_gateway("declare", environment=environment)
     assert_refused((done.returncode, done.stderr), "cannot declare at the broker")
     port.release()

@@ -42,7 +42,7 @@ TESTS = {
     "gateway/telemetry/log.py": ["tests/unit/test_log.py", "tests/unit/test_secrets.py"],
     "gateway/telemetry/requests.py": ["tests/unit/test_request_log.py", "tests/unit/test_counters.py"],
     "gateway/tls.py": ["tests/unit/test_config.py", "tests/integration/tls"],
-    "gateway/web/api.py": ["tests/api"],
+    "gateway/web/api.py": ["tests/unit/test_api.py", "tests/api"],
     "gateway/web/connections.py": ["tests/integration/test_drain.py", "tests/api/test_connections.py", "tests/hostile"],
     "gateway/web/sockets.py": ["tests/unit/test_sockets.py", "tests/integration/test_sockets.py"],
 }
