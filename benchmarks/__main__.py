@@ -13,7 +13,7 @@ import typer
 from benchmarks.drivers import traffic
 from benchmarks.drivers.backends import QUEUE_TYPES
 from benchmarks.drivers.checkouts import checked_out
-from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY
+from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, FASTAPI_LOGGED, GATEWAY
 from benchmarks.drivers.workers import WorkerError
 from benchmarks.questions import (
     bare_publisher,
@@ -47,7 +47,8 @@ Baseline = Annotated[
 
 EXIT_VOID = 1
 EXIT_UNUSABLE = 2
-SYSTEMS = {"publisher": BARE_PUBLISHER, "gateway": GATEWAY, "fastapi": FASTAPI}
+SYSTEMS = {"publisher": BARE_PUBLISHER, "gateway": GATEWAY, "fastapi": FASTAPI, "fastapi-logged": FASTAPI_LOGGED}
+DEFAULT_SYSTEMS = ("publisher", "gateway", "fastapi")
 _SIZES = ",".join(map(str, compare.IN_FLIGHT))
 _SMS_PER_MESSAGE = ",".join(map(str, bare_publisher.SMS_PER_MESSAGE))
 _IN_FLIGHT = ",".join(map(str, compare.IN_FLIGHT.values()))
@@ -160,7 +161,7 @@ def compare_command(
     *,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = _SIZES,
     in_flight: Annotated[str, typer.Option(help="Batches in flight, one number for each size.")] = _IN_FLIGHT,
-    systems: Annotated[str, typer.Option(help="Separated by commas.")] = ",".join(SYSTEMS),
+    systems: Annotated[str, typer.Option(help=f"Among {', '.join(SYSTEMS)}.")] = ",".join(DEFAULT_SYSTEMS),
     queue_type: Annotated[str, typer.Option(help="quorum, classic or stream.")] = "quorum",
     messages_per_envelope: Annotated[int, typer.Option(min=1, help="SMS per AMQP message.")] = 1,
     shards: Annotated[int, typer.Option(min=1, help="Queues. Each list uses one: give as many --lists.")] = 1,

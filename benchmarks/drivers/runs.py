@@ -15,7 +15,7 @@ import msgspec
 from benchmarks.drivers import generator, latency, publisher
 from benchmarks.drivers.backends import Backends, Names
 from benchmarks.drivers.processes import ServerProcesses, busy_s
-from benchmarks.drivers.systems import BARE_PUBLISHER, FASTAPI, Setup, serving
+from benchmarks.drivers.systems import BARE_PUBLISHER, FASTAPI, FASTAPI_LOGGED, Setup, serving
 from benchmarks.drivers.workers import Result, Start, Tick, Workers, start_workers
 from testbed import Server
 
@@ -79,7 +79,7 @@ def why_void(results: Sequence[Result], *, expected_depth: int, depth: int, extr
 
 def run(system: str, backends: Backends, setup: Setup) -> Run:
     """Run a system once. Its processes and its queue exist for this run only."""
-    shards = 1 if system == FASTAPI else setup.shards
+    shards = 1 if system in (FASTAPI, FASTAPI_LOGGED) else setup.shards
     with backends.names(setup.queue_type, declare=system == BARE_PUBLISHER, shards=shards) as names:
         if system == BARE_PUBLISHER:
             measured = _run_publisher(backends, names, setup)
@@ -140,7 +140,7 @@ def _measure(
     requests = sum(result.all_requests for result in results)
     messages = sum(result.all_messages for result in results)
     expected = messages
-    if setup.sms_per_message > 1 and not setup.all_bad and system != FASTAPI:
+    if setup.sms_per_message > 1 and not setup.all_bad and system not in (FASTAPI, FASTAPI_LOGGED):
         expected = requests * amqp_messages(setup, 1 if system == BARE_PUBLISHER else len(backends.list_numbers))
     extra = _most_snapshots(messages) if setup.queue_type == "stream" else 0
     depth = backends.wait_for_depth(names, setup.queue_type, expected)

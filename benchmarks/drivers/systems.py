@@ -15,6 +15,7 @@ from benchmarks.drivers.workers import REPOSITORY
 from testbed import Gateway, Server
 
 BARE_PUBLISHER, GATEWAY, BASELINE, FASTAPI = "bare publisher", "gateway", "baseline", "fastapi"
+FASTAPI_LOGGED = "fastapi, access log"  # the same with uvicorn's access log, as uvicorn ships
 
 
 class Setup(msgspec.Struct, frozen=True):
@@ -41,9 +42,10 @@ class FastApiService(Server):
 
     name = "FastAPI"
 
-    def __init__(self, settings: dict[str, str]) -> None:
+    def __init__(self, settings: dict[str, str], *, access_log: bool = False) -> None:
         super().__init__()
         self.settings = settings
+        self._access_log = access_log
 
     @property
     def url(self) -> str:
@@ -53,9 +55,11 @@ class FastApiService(Server):
         return super()._environment() | self.settings | {"PYTHONPATH": str(REPOSITORY)}
 
     def _command(self) -> list[str]:
-        options = f"--host 127.0.0.1 --port {self.port} --loop uvloop --http httptools --no-access-log"
+        options = f"--host 127.0.0.1 --port {self.port} --loop uvloop --http httptools"
         service = ["-m", "uvicorn", "benchmarks.drivers.fastapi_service:app", *options.split()]
-        return [sys.executable, *service, "--log-level", "warning"]
+        # The access log has lines of level info.
+        log = ["--log-level", "info"] if self._access_log else ["--log-level", "warning", "--no-access-log"]
+        return [sys.executable, *service, *log]
 
     def _answers(self) -> bool:
         connection = HTTPConnection("127.0.0.1", self.port.number, timeout=1.0)
@@ -73,8 +77,8 @@ def serving(system: str, backends: Backends, names: Names, setup: Setup) -> Iter
     """Run the gateway, the baseline or the FastAPI service as a fresh process."""
     settings = backends.servers.environment() | names.settings() | {"GATEWAY_AMQP_QUEUE_TYPE": setup.queue_type}
     server: Server
-    if system == FASTAPI:
-        server = FastApiService(settings)
+    if system in (FASTAPI, FASTAPI_LOGGED):
+        server = FastApiService(settings, access_log=system == FASTAPI_LOGGED)
     else:
         own_python = Path(setup.baseline, ".venv", "bin", "python")
         python = str(own_python) if system == BASELINE and own_python.exists() else sys.executable

@@ -13,7 +13,7 @@ from benchmarks.drivers import runs
 from benchmarks.drivers.backends import open_backends
 from benchmarks.drivers.generator import SINGLE, WITH_IDS
 from benchmarks.drivers.runs import Run
-from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
+from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, FASTAPI_LOGGED, GATEWAY, Setup
 from benchmarks.questions.run_report import closing_parts
 from benchmarks.report import bars, machine, plots
 from benchmarks.report.bars import Bar
@@ -131,7 +131,7 @@ def _plan(options: Options) -> list[tuple[str, Setup]]:
     ]
     if options.extras:
         lone = replace(base, batch=FULL_BATCH, in_flight=1)
-        planned += [(system, lone) for system in options.systems if system != FASTAPI]
+        planned += [(system, lone) for system in options.systems if system not in (FASTAPI, FASTAPI_LOGGED)]
         if GATEWAY in options.systems:
             planned += [(GATEWAY, replace(base, batch=FULL_BATCH, all_bad=flaw)) for flaw in ("format", "type")]
             planned += [

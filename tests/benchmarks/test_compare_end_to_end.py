@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.drivers import runs
 from benchmarks.drivers.backends import QUEUE_TYPES, Backends, Names, with_account
-from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, GATEWAY, Setup
+from benchmarks.drivers.systems import BARE_PUBLISHER, BASELINE, FASTAPI, FASTAPI_LOGGED, GATEWAY, Setup
 from benchmarks.drivers.workers import REPOSITORY
 from benchmarks.questions import neighbour, sweep
 from testbed import Servers
@@ -17,7 +17,7 @@ def backends(servers: Servers) -> Backends:
     return asyncio.run(with_account(servers, lists=2))
 
 
-@pytest.mark.parametrize("system", [BARE_PUBLISHER, GATEWAY, BASELINE, FASTAPI])
+@pytest.mark.parametrize("system", [BARE_PUBLISHER, GATEWAY, BASELINE, FASTAPI, FASTAPI_LOGGED])
 def test_what_a_system_accepts_is_in_the_queue(backends: Backends, system: str) -> None:
     setup = Setup(batch=100, in_flight=4, warm_up_s=0.3, duration_s=1.0, baseline=str(REPOSITORY))
     run = runs.run(system, backends, setup)
