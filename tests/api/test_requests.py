@@ -159,7 +159,7 @@ async def test_deactivating_a_list_takes_effect_on_the_next_request_and_so_does_
         ("GET", "/api/v2/send/bulk", 405, "method_not_allowed"),
         ("PUT", "/api/v2/send/bulk", 405, "method_not_allowed"),
         ("DELETE", "/api/v2/send/bulk", 405, "method_not_allowed"),
-        ("POST", "/api/v2/send", 404, "not_found"),
+        ("POST", "/api/v2/sends", 404, "not_found"),
         ("GET", "/", 404, "not_found"),
         ("POST", "/api/v2/send/bulk/", 404, "not_found"),
         ("GET", "/livez", 404, "not_found"),

@@ -118,7 +118,7 @@ LINES = [
     Row("a method in lower case", first_line(b"post " + PATH + b" HTTP/1.1"), *MALFORMED),
     Row("an unknown method", first_line(b"SEND " + PATH + b" HTTP/1.1"), *MALFORMED),
     Row("a method of 100 kB", b"P" * 100_000 + b" / HTTP/1.1\r\n\r\n", *MALFORMED),
-    Row("unknown path", first_line(b"POST /api/v2/send HTTP/1.1"), "404 not_found"),
+    Row("unknown path", first_line(b"POST /api/v2/sends HTTP/1.1"), "404 not_found"),
     Row("a slash more", first_line(b"POST " + PATH + b"/ HTTP/1.1"), "404 not_found"),
     Row("two slashes", first_line(b"POST /api/v2//send/bulk HTTP/1.1"), "404 not_found"),
     Row("dots", first_line(b"POST /api/v2/x/../send/bulk HTTP/1.1"), "404 not_found"),

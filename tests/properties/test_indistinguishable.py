@@ -145,7 +145,7 @@ async def watched(servers: Servers, start_gateway: StartGateway, make_settings: 
     async with TcpProxy(parts.hostname or "", parts.port or 5432) as proxy:
         url = parts._replace(netloc=parts.netloc.rpartition("@")[0] + f"@127.0.0.1:{proxy.port}").geturl()
         separator = "&" if parts.query else "?"
-        settings = make_settings(database_url=f"{url}{separator}log_statement=all", database_pool_size=1)
+        settings = make_settings(database_url=f"{url}{separator}options=-c%20log_statement%3Dall", database_pool_size=1)
         yield Watched(await start_gateway(settings), proxy, servers)
 
 
