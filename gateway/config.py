@@ -78,7 +78,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     api_tls_cert_file: str = ""
     # PEM file of the key; "" if the certificate's file holds it. The same holds for the key files below.
     api_tls_key_file: str = ""
-    # "on": /docs, the API's documentation, also stands on the API's port, for anyone who reaches it.
+    # "on": /docs, the API's documentation, is also served on the API's port, to anyone who reaches it.
     api_docs: Literal["on", "off"] = "off"
     # Address of the operations listener. Probes from outside need 0.0.0.0.
     ops_host: str = "127.0.0.1"
@@ -191,7 +191,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 def load(environ: Mapping[str, str] = os.environ) -> Settings:
     """Read the settings. Raises ConfigurationError."""
     values = _read(get_type_hints(Settings, include_extras=True), environ)
-    load_database_url(environ)
+    load_database_url(environ)  # only for its checks: `values` has the URL as it was given
     for name in ("api_host", "ops_host"):
         if name in values:
             values[name] = _listen_host(PREFIX + name.upper(), values[name])

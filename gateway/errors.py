@@ -95,7 +95,7 @@ class MissingApiKey(GatewayError):
 
 
 class InvalidApiKey(GatewayError):
-    """The key is malformed, unknown or revoked, or the X-Api-Key header is repeated."""
+    """The key is malformed, unknown, revoked or expired, or the X-Api-Key header is repeated."""
 
     status, code, sentence = 401, "invalid_api_key", "Invalid API key in the header X-Api-Key"
 
@@ -175,7 +175,7 @@ class ExpectationFailed(GatewayError):
 
 
 class IdempotencyKeyReused(GatewayError):
-    """The Idempotency-Key was sent before with another body."""
+    """The Idempotency-Key was sent before with another body, or to the other path."""
 
     status, code = 422, "idempotency_key_reused"
     sentence = "This Idempotency-Key was sent with another body. Use a new key for a new batch"
@@ -243,11 +243,11 @@ class OutcomeUnknown(GatewayError):
 
     status, code = 504, "outcome_unknown"
     sentence = "The queue did not confirm in time: these messages may or may not be queued"
-    message_id = ""  # of a single send
+    message_id = ""  # of the message, if the request is a single send
 
 
 class MessageRefused(GatewayError):
-    """The message of a single send was refused: the code and the sentence of its row."""
+    """The message of a single send was refused, with the code and the sentence that its error row would have."""
 
     status = 400
 
@@ -264,7 +264,7 @@ class Refusal(NamedTuple):
 
 
 MISSING_TO = Refusal("missing_to", "to is required")
-NO_OBJECT = Refusal("missing_to", "A message must be an object with to, list_number and body")
+NOT_A_MESSAGE = Refusal("missing_to", "A message must be an object with to, list_number and body")
 MISSING_LIST_NUMBER = Refusal("missing_list_number", "list_number is required")
 MISSING_BODY = Refusal("missing_body", "body is required and must be a non-empty string")
 INVALID_PHONE = Refusal("invalid_phone", "to must be an E.164 phone number such as +14155551234")

@@ -137,7 +137,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 async def _reach_database(runtime: Runtime) -> None:
-    """Lease the first message ids, and look for an API key; until that works the process is not ready.
+    """Lease the first message ids and run both lookups of an API key. Until all succeed, the process is not ready.
 
     So a process that is newer than the schema, or whose role lacks a right, takes no requests.
     """

@@ -141,10 +141,14 @@ def _parameters(query: str, *, may_be_empty: bool = True) -> dict[str, str]:
 
 def _once(given: dict[str, str], name: str, value: str) -> str:
     """Return `value`, or what `given` has for the name, and remove that. Raises UnusableUrl if there are both."""
-    other = given.pop(name, "")
-    if value and other:
+    return _only_one(value, given.pop(name, ""))
+
+
+def _only_one(first: str, second: str) -> str:
+    """Return the one that is not empty. Raises UnusableUrl if there are both."""
+    if first and second:
         raise UnusableUrl("has a parameter, or its user, password, host or name, twice. Leave out one")
-    return value or other
+    return first or second
 
 
 def _hosts(addresses: str, given: dict[str, str]) -> list[Address]:
@@ -166,8 +170,8 @@ def _hosts(addresses: str, given: dict[str, str]) -> list[Address]:
     if len(ports) == 1:
         ports *= len(found)
     return [
-        _checked(host, _once({"port": port}, "port", default), POSTGRES_PORT)
-        for (host, port), default in zip(found, ports, strict=True)
+        _checked(host, _only_one(own_port, parameter), POSTGRES_PORT)
+        for (host, own_port), parameter in zip(found, ports, strict=True)
     ]
 
 
@@ -181,6 +185,7 @@ def _one_address(text: str) -> tuple[str, str]:
 
 
 def _checked(host: str, port: str, default_port: int) -> Address:
+    """Return the address; without a port, with the default. Raises UnusableUrl."""
     is_usable = host.startswith("/") or _is_ip(host) or _host_name(host)
     is_number = port.isascii() and port.isdigit() and len(port) <= len("65535") and 0 < int(port) <= 65535
     if not is_usable or (port and not is_number):

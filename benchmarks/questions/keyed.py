@@ -113,12 +113,15 @@ def _read(backends: Backends, connections: int, seconds: float) -> Reading:
     answered = sum(result.statuses.values())
     void = "" if set(result.statuses) == {"200"} else f"answers: {result.statuses}"
     return Reading(
-        connections, result.messages / result.seconds, cpu_s * 1e6 / max(1, answered), void or result.ended_early
+        connections,
+        requests_per_s=result.messages / result.seconds,  # each with one message
+        cpu_us_per_request=cpu_s * 1e6 / max(1, answered),
+        void=void or result.ended_early,
     )
 
 
 def bars_of(readings: list[Reading]) -> list[Bar]:
-    """Return the highest rate among the numbers of connections."""
+    """Return the bar of the highest rate among the numbers of connections; none if every run is void."""
     rates = [rate for rate, _ in _figures(readings).values()]
     if not rates:
         return []

@@ -232,10 +232,10 @@ def ids_in_answers(target: Target) -> None:
 @case("A dry run has the counts and rows of a real one, and uses no key; a value that is no boolean is refused.")
 def dry_run(target: Target) -> None:
     batch, key = [target.message(), target.message(to="bad")], {"Idempotency-Key": target.new_key()}
-    rehearsed = target.send(*batch, headers=key, dry_run=True)
+    dry = target.send(*batch, headers=key, dry_run=True)
     real = target.send(*batch, headers=key, dry_run=False)
     expect("Idempotent-Replayed of the real answer", real.headers.get("Idempotent-Replayed"), None)
-    expect("the answer to a dry run", rehearsed.json, real.json | {"dry_run": True})
+    expect("the answer to a dry run", dry.json, real.json | {"dry_run": True})
     values: list[object] = ["true", 1, []]
     for value in values:
         target.send(target.message(), dry_run=value).expect_refusal(400, "invalid_field")

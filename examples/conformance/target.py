@@ -3,7 +3,7 @@
 import http.client
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -66,19 +66,19 @@ class Target:
     def post(
         self, body: object, path: str = BULK, *, headers: dict[str, str] | None = None, method: str = "POST"
     ) -> Answer:
-        """Send a request; anything but bytes and chunks of them is encoded as JSON. Raises Broken and OSError.
+        """Send a request. Raises Broken and OSError.
 
-        A header set to "" is left out. Every answer must be JSON with a request id.
+        Bytes are sent as they are, an iterator over bytes in chunks, and anything else as JSON. A header set to "" is
+        left out. Every answer must be JSON with a request id.
         """
         sent = {"X-Api-Key": self.key, "Content-Type": "application/json"} | (headers or {})
         connection_class = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         connection = connection_class(self.url.hostname or "", self.url.port, timeout=TIMEOUT_S)
-        data: Any = body if isinstance(body, (bytes, Iterable)) and not isinstance(body, (dict, list, str)) else None
         try:
             connection.request(
                 method,
                 self.url.path.rstrip("/") + path,
-                json.dumps(body).encode() if data is None else data,
+                body if isinstance(body, (bytes, Iterator)) else json.dumps(body).encode(),
                 {name: value for name, value in sent.items() if value},
             )
             answer = connection.getresponse()

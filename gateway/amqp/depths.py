@@ -59,7 +59,7 @@ class QueueDepth:
         return asyncio.get_running_loop().time() - self.answered_at < KNOWN_FOR_S
 
     def is_due(self) -> bool:
-        """Return True if it may be asked: not refused within REFUSED_FOR_S."""
+        """Return True if the broker may be asked about this queue: it has not refused within REFUSED_FOR_S."""
         return asyncio.get_running_loop().time() - self.refused_at >= REFUSED_FOR_S
 
 
@@ -82,9 +82,10 @@ class QueueDepths:
                 await asyncio.sleep(ASK_EVERY_S)
 
     async def _ask_until_lost(self, connection: PublishConnection) -> None:
-        """Ask, for as long as it takes: a question that is given up would leave a channel behind.
+        """Ask, without a time limit, until all is answered or the connection is lost.
 
-        The task of its own is never awaited after its cancellation, which aiormq may absorb.
+        A question that is given up would leave a channel behind. A task of its own asks, and is not awaited after its
+        cancellation, because aiormq may absorb a cancellation.
         """
         asking = asyncio.create_task(self._ask_all(connection), name="amqp-depths")
         try:

@@ -290,16 +290,23 @@ class IncomingFrames:
             return self._return_begun
         if not self._return_begun or channel == 0 or kind not in (_HEADER, _BODY):
             return False
+        self._take_returned(kind, at, size)
+        return True
+
+    def _take_returned(self, kind: int, at: int, size: int) -> None:
+        """Take a header or body frame of a returned message; add the event with its last byte. Raises _NotAFrame.
+
+        The frame's payload has `size` bytes, from `at`.
+        """
         if kind == _HEADER:
-            self._returned_id, self._returned_bytes = _read_header(buffer[at : end - len(END)])
+            self._returned_id, self._returned_bytes = _read_header(self._buffer[at : at + size])
         else:
             self._returned_bytes -= size
             if self._returned_bytes < 0:
                 raise _NotAFrame
         if self._returned_bytes == 0:
-            events.append(Returned(self._returned_id or ""))
+            self._events.append(Returned(self._returned_id or ""))
             self._return_begun = False
-        return True
 
 
 def _read_reply(data: bytes) -> str:

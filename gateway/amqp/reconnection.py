@@ -11,7 +11,7 @@ from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
 from gateway.amqp.transport import address, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
-from gateway.repeats import Repeats
+from gateway.failure_log import FailureLog
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class PublishConnections:
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
-        self._repeats: defaultdict[str, Repeats] = defaultdict(lambda: Repeats(log))  # by node
+        self._failure_logs: defaultdict[str, FailureLog] = defaultdict(lambda: FailureLog(log))  # by node
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
         self._warned_of_returns_at = float("-inf")
@@ -159,10 +159,11 @@ class PublishConnections:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
-            self._repeats[node].note(f"cannot connect to the broker at {node}: {reason(error, connection.close_reply)}")
+            failure = reason(error, connection.close_reply)
+            self._failure_logs[node].note(f"cannot connect to the broker at {node}: {failure}")
             self.connect_failures += 1
             return False
-        log.info("connected to the broker at %s%s", node, self._repeats[node].end())
+        log.info("connected to the broker at %s%s", node, self._failure_logs[node].end())
         if connection.unverified and not self._has_warned_of_rights:
             log.warning(UNVERIFIED, node, connection.unverified)
             self._has_warned_of_rights = True

@@ -1,4 +1,4 @@
-"""The command line: serve, migrate, status, and the administration of accounts, keys and lists."""
+"""The command line: serve, migrate, declare, status, and the administration of accounts, keys and lists."""
 
 import asyncio
 import re
@@ -19,6 +19,7 @@ from gateway import __version__, config, tls
 from gateway.amqp.connection import declare_topology
 from gateway.cli import migrations, status
 from gateway.cli.admin import Admin, AdminError, Row, open_admin
+from gateway.postgres.queries import EXPIRES_SOON_DAYS
 from gateway.server import process as server
 from gateway.telemetry import log
 
@@ -206,7 +207,7 @@ def key_rotate(
 def key_expiring(
     *,
     within: Annotated[timedelta, typer.Option(parser=duration, metavar="14d", help="Time until they expire.")] = (
-        14 * DAY
+        EXPIRES_SOON_DAYS * DAY
     ),
     as_json: AsJson = False,
 ) -> None:

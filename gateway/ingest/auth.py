@@ -32,7 +32,7 @@ def digest(keys: Sequence[str]) -> bytes:
 async def authenticate(key_sha256: bytes, queries: Queries, list_numbers: Sequence[str] = ()) -> Account:
     """Return the account of a key, with those of its lists that have one of these numbers.
 
-    Raises InvalidApiKey, AccountSuspended or DatabaseUnavailable. An unknown and a revoked key cost the same.
+    Raises InvalidApiKey, AccountSuspended or DatabaseUnavailable. Unknown, revoked and expired keys cost the same.
     """
     account = await queries.find_account(key_sha256, list_numbers)
     if account is None:

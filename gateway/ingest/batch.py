@@ -18,8 +18,8 @@ from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
-    NO_OBJECT,
-    Bulk,
+    NOT_A_MESSAGE,
+    DecodedBody,
     ErrorRow,
     Message,
     MistypedMessage,
@@ -104,18 +104,18 @@ class Batch(msgspec.Struct, frozen=True):
         return bytes(spread)
 
 
-def validate(bulk: Bulk) -> Draft:
+def validate(decoded: DecodedBody) -> Draft:
     """Split a request into its valid messages, and an error row for each other message."""
-    return (bulk.typed and _validate_whole(bulk)) or _validate_each(bulk)
+    return (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
 
 
-def _validate_whole(bulk: Bulk) -> Draft | None:
+def _validate_whole(decoded: DecodedBody) -> Draft | None:
     """Return the draft if the whole batch passes at once; None if it must be checked message by message."""
-    messages = bulk.messages
+    messages = decoded.messages
     try:
         recipients = [message.to for message in messages]
         joined_recipients = "\n".join(recipients)  # type: ignore[arg-type]  # a value that is no string raises TypeError
-        default = bulk.list_number
+        default = decoded.list_number
         list_numbers = [message.list_number or default for message in messages]
         distinct_numbers = set(list_numbers)
         joined_numbers = "\n".join(distinct_numbers)  # type: ignore[arg-type]
@@ -133,13 +133,13 @@ def _validate_whole(bulk: Bulk) -> Draft | None:
     if not clean:
         return None
     indexes = range(len(messages))
-    return Draft(messages, recipients, list_numbers, indexes, [], len(messages), bulk.dry_run)  # type: ignore[arg-type]  # all strings
+    return Draft(messages, recipients, list_numbers, indexes, [], len(messages), decoded.dry_run)  # type: ignore[arg-type]  # all strings
 
 
-def _validate_each(bulk: Bulk) -> Draft:
-    draft = Draft([], [], [], indexes := [], [], len(bulk.messages), bulk.dry_run)
-    for index, message in enumerate(bulk.messages):
-        list_number = message.list_number or bulk.list_number
+def _validate_each(decoded: DecodedBody) -> Draft:
+    draft = Draft([], [], [], indexes := [], [], len(decoded.messages), decoded.dry_run)
+    for index, message in enumerate(decoded.messages):
+        list_number = message.list_number or decoded.list_number
         refusal = _refusal(message, list_number)
         if refusal is None:
             draft.messages.append(_as_sent(message))
@@ -164,7 +164,7 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
     """Return the first check that fails, in the contract's order; None if all pass."""
     to, body = message.to, message.body
     if to is None or to == "":
-        return errors.NO_OBJECT if message is NO_OBJECT else errors.MISSING_TO
+        return errors.NOT_A_MESSAGE if message is NOT_A_MESSAGE else errors.MISSING_TO
     if list_number is None or list_number == "":
         return errors.MISSING_LIST_NUMBER
     if not isinstance(body, str) or not body:
@@ -267,8 +267,11 @@ def _envelopes(whole: Placement, contents: list[Payload], most_bytes: int | None
 def drop_unresolved(
     draft: Draft, lists: Mapping[str, int], lost_lists: Collection[str] = (), ids: BatchIds = NO_IDS
 ) -> Draft:
-    """Return the draft without the messages whose list number is not in `lists`, and an error row for each."""
-    kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size)
+    """Return the draft without the messages whose list number is not in `lists`, and an error row for each.
+
+    The row of a message to one of `lost_lists` says that the message is unknown, and has its id from `ids`.
+    """
+    kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size, draft.dry_run)
     for message, recipient, list_number, index in zip(
         draft.messages, draft.recipients, draft.list_numbers, draft.indexes, strict=True
     ):

@@ -56,7 +56,7 @@ class Submission(NamedTuple):
 
     account_id: int
     key: str
-    body_sha256: bytes
+    body_sha256: bytes  # with the salt of the form
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
     lists: Mapping[str, int] | None  # as in SendRequest
@@ -118,7 +118,7 @@ class Claim:
         pass
 
     async def keep(self, answer: Answer, encoded: bytes) -> None:
-        """Do nothing."""
+        """Do nothing: without a key, no answer is stored."""
 
 
 class KeyedClaim(Claim):

@@ -30,7 +30,7 @@ from gateway.ingest.idempotency import Claim, Idempotency, Submission
 from gateway.ingest.message_ids import ids_at
 from gateway.ingest.wire import (
     Answer,
-    Bulk,
+    DecodedBody,
     DryRunAnswer,
     ErrorRow,
     SingleAnswer,
@@ -39,7 +39,7 @@ from gateway.ingest.wire import (
     decode_bulk,
     decode_single,
     encode,
-    with_ids,
+    encode_with_ids,
 )
 from gateway.postgres.queries import Queries
 from gateway.telemetry.counters import BUILD, PUBLISH, RESOLVE_LISTS, VALIDATE
@@ -49,10 +49,10 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 
 
 class Form(NamedTuple):
-    """One of the two forms of a request."""
+    """One of the two forms of a request: BULK or SINGLE."""
 
-    decode: Callable[[bytes], Bulk]
-    salt: bytes  # of the body's digest: an Idempotency-Key belongs to one form
+    decode: Callable[[bytes], DecodedBody]
+    salt: bytes  # of the body's digest: the same body in the other form is another request
 
 
 BULK, SINGLE = Form(decode_bulk, b""), Form(decode_single, b"single send\n")
@@ -70,7 +70,7 @@ class SendRequest(msgspec.Struct):
     deadline: float  # the time at which the answer is due, on the event loop's clock
     draft: Draft | None = None  # of a body that was decoded before the API key was looked up
     lists: Mapping[str, int] | None = None  # list number → list id, for that draft: looked up with the key
-    wants_ids: bool = False  # the answer to a batch lists the ids of what was queued
+    wants_ids: bool = False  # BULK alone: the answer lists the ids of what was queued
 
 
 def draft_early(body: bytes, form: Form) -> Draft | None:
@@ -109,7 +109,7 @@ class Pipeline:
 
         Sets `record.is_replayed` if the answer is the stored one of an earlier request, and `record.is_dry_run`. Raises
         the GatewayErrors of decoding, of the Idempotency-Key, of the database, Unavailable or OutcomeUnknown if nothing
-        is confirmed, and MessageRefused for a single send.
+        is confirmed, and MessageRefused if the message of a single send is refused.
         """
         draft = request.draft
         if draft is None:
@@ -121,10 +121,10 @@ class Pipeline:
         record.count_in_flight(draft.size)
         if draft.dry_run:
             record.is_dry_run = True
-            return await self._rehearse(request, draft, record)
+            return await self._answer_dry_run(request, draft, record)
         claim = await self._claim(request, draft, body_sha256)
-        request.draft = draft  # alone: `_publish` can let go of it
-        del draft
+        request.draft = draft
+        del draft  # the only reference is then in the request: `_publish` frees the draft
         try:
             return await self._publish(request, claim, record)
         except OutcomeUnknown as error:
@@ -133,6 +133,7 @@ class Pipeline:
             raise
 
     async def _publish(self, request: SendRequest, claim: Claim, record: RequestRecord) -> bytes:
+        """Run the batch of `request.draft` in its claim: steps 4 to 7. Returns and raises as `run` does."""
         draft, request.draft = request.draft, None
         assert draft is not None  # noqa: S101 - `run` sets it
         async with claim:
@@ -168,9 +169,9 @@ class Pipeline:
             await claim.keep(answer, encoded)
             if request.form is SINGLE and answer.errors:
                 raise _refusal_of(answer.errors[0])
-            return with_ids(answer, claim.ids.messages) if request.wants_ids else encoded
+            return encode_with_ids(answer, claim.ids.messages) if request.wants_ids else encoded
 
-    async def _rehearse(self, request: SendRequest, draft: Draft, record: RequestRecord) -> bytes:
+    async def _answer_dry_run(self, request: SendRequest, draft: Draft, record: RequestRecord) -> bytes:
         """Return the encoded answer to a dry run: what validation and ownership say. Nothing is published."""
         lists = request.lists
         if lists is None:
@@ -206,10 +207,11 @@ class Pipeline:
 def _with_kept_ids(kept_answer: bytes, claim: Claim) -> bytes:
     """Return the stored answer to a batch with the ids of its first run."""
     answer = decode_answer(kept_answer)
-    return with_ids(answer, ids_at(claim.kept_first_id, answer.queued_count + answer.error_count))
+    return encode_with_ids(answer, ids_at(claim.kept_first_id, answer.queued_count + answer.error_count))
 
 
 def _single_answer(answer: Answer, claim: Claim) -> bytes:
+    """Return the encoded answer to a single send; b"" if its message is not queued: `keep` stores no such answer."""
     return encode(SingleAnswer(True, claim.ids.messages[0], "queued")) if answer.queued_count else b""
 
 

@@ -52,16 +52,16 @@ class MistypedMessage(msgspec.Struct, gc=False):
 
 
 WRONG_TYPE: Final = object()
-NO_OBJECT: Final = MistypedMessage()  # an element of `messages` that is no object
+NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` that is no object
 _NULL: Final = memoryview(b"null")
-NOT_AN_OBJECT: Final = "it is not an object"
+NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
 _malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
 _is_object = re.compile(rb"[ \t\r\n]*+\{").match
-_WORDS = {b"true": True, b"false": False, b"null": None}
+_LITERALS = {b"true": True, b"false": False, b"null": None}
 
 
-class Bulk(msgspec.Struct):
-    """A decoded request: 1 to 1,000 messages, and the list number for those that carry none."""
+class DecodedBody(msgspec.Struct):
+    """A decoded body: 1 to 1,000 messages, and the list number for those that carry none. A single send has one."""
 
     messages: list[Message | MistypedMessage]
     list_number: object = None
@@ -225,7 +225,7 @@ _string = msgspec.json.Decoder(str)
 encode = _encoder.encode
 
 
-def decode_bulk(body: bytes | bytearray) -> Bulk:
+def decode_bulk(body: bytes | bytearray) -> DecodedBody:
     """Decode the body of a batch. Raises InvalidJson, MissingMessages, TooManyMessages or InvalidDryRun.
 
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
@@ -246,10 +246,10 @@ def decode_bulk(body: bytes | bytearray) -> Bulk:
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidJson(_reason(body, error)) from None
     _check_count(len(typed.messages))
-    return Bulk(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
+    return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
 
-def decode_single(body: bytes | bytearray) -> Bulk:
+def decode_single(body: bytes | bytearray) -> DecodedBody:
     """Decode the body of a single send, as a batch of one. Raises InvalidJson or InvalidDryRun."""
     try:
         if not body.isascii():
@@ -257,13 +257,13 @@ def decode_single(body: bytes | bytearray) -> Bulk:
         if len(body) <= HUGE_BODY_BYTES:
             try:
                 typed = _typed_single.decode(body)
-                return Bulk([typed], dry_run=typed.dry_run is True)
+                return DecodedBody([typed], dry_run=typed.dry_run is True)
             except msgspec.ValidationError:
                 pass
         loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidJson(_reason(body, error)) from None
-    return Bulk([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
+    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
@@ -324,7 +324,7 @@ def _reason(body: bytes | bytearray, error: Exception) -> str:
     return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
 
 
-def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> Bulk:
+def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> DecodedBody:
     """Decode a body in which some value has the wrong type, or that has very many values."""
     _Array.built = 0
     try:
@@ -335,7 +335,7 @@ def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any])
         elements = _split(bulk.messages)
     _check_count(len(elements))
     list_number, dry_run = _string_or_none(bulk.list_number), _is_dry_run(bulk.dry_run)
-    return Bulk([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
+    return DecodedBody([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
 
 
 def _elements(messages: object) -> list[Any]:
@@ -362,24 +362,26 @@ def _message_of(element: object) -> Message | MistypedMessage:
         except msgspec.ValidationError:
             element = _loose_message.decode(element) if _first_byte(element) == b"{" else None
     if not isinstance(element, _LooseMessage):
-        return NO_OBJECT
+        return NOT_A_MESSAGE
     to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
-    wrap_links = _word(element.wrap_links)
+    wrap_links = _literal(element.wrap_links)
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
     message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
     return message
 
 
-def _word(value: Raw | UnsetType) -> object:
+def _literal(value: Raw | UnsetType) -> object:
     """Return True, False or None; None also for a field that was left out, and WRONG_TYPE for any other value."""
-    return None if value is UNSET else _WORDS.get(bytes(memoryview(value)[:6]), WRONG_TYPE)
+    # One byte more than the longest literal has. No copy of the rest: the value may have megabytes.
+    return None if value is UNSET else _LITERALS.get(bytes(memoryview(value)[:6]), WRONG_TYPE)
 
 
 def _is_dry_run(value: Raw | UnsetType) -> bool:
-    word = _word(value)
-    if word is WRONG_TYPE:
+    """Return True if the value of `dry_run` is true. Raises InvalidDryRun if it is no boolean and not null."""
+    literal = _literal(value)
+    if literal is WRONG_TYPE:
         raise InvalidDryRun
-    return word is True
+    return literal is True
 
 
 def _string_or_none(value: Raw | UnsetType) -> object:
@@ -402,7 +404,7 @@ def _check_count(count: int) -> None:
         raise TooManyMessages
 
 
-def with_ids(answer: Answer, ids: Sequence[str]) -> bytes:
+def encode_with_ids(answer: Answer, ids: Sequence[str]) -> bytes:
     """Return the encoded answer with the id of each queued message. `ids` has one for each message of the request."""
     refused = {row.index for row in answer.errors}
     messages = [QueuedMessage(index, one) for index, one in enumerate(ids) if index not in refused]

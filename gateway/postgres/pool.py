@@ -17,7 +17,7 @@ import asyncpg
 from gateway import tls
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.repeats import Repeats
+from gateway.failure_log import FailureLog
 from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Pool:
         self.failures = 0  # queries that failed or timed out
         self.is_migrated = True  # False: the last failure was a missing table, column or database
         self._hosts = str(settings.database())
-        self._repeats = Repeats(log)
+        self._failure_log = FailureLog(log)
         self._pool = asyncpg.create_pool(
             settings.database_url_with_tls(),
             connect=connect_to_primary,
@@ -85,7 +85,7 @@ class Pool:
 
     def log_reached(self) -> None:
         """Log that the database was reached, with the number of failures before."""
-        log.info("reached the database at %s%s", self._hosts, self._repeats.end())
+        log.info("reached the database at %s%s", self._hosts, self._failure_log.end())
 
     @property
     def is_up(self) -> bool:
@@ -127,7 +127,7 @@ class Pool:
         self.is_migrated = not isinstance(error, NOT_MIGRATED_ERRORS)
         state = "is unavailable" if self.is_migrated else "is not migrated"
         where = "" if _has_hosts(error) else f"{self._hosts}: "
-        self._repeats.note(f"the database {state}: {where}{reason(error)}")
+        self._failure_log.note(f"the database {state}: {where}{reason(error)}")
 
     @asynccontextmanager
     async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
@@ -148,7 +148,7 @@ class Pool:
             await self._pool.expire_connections()  # another server may be the primary now
             while not await self._answers():  # noqa: ASYNC110 - only polling shows that the server is back
                 await asyncio.sleep(random.uniform(*PROBE_DELAYS_S))  # noqa: S311 - jitter
-            log.info("the database answers again%s", self._repeats.end())
+            log.info("the database answers again%s", self._failure_log.end())
         finally:
             self._recovery = None
 

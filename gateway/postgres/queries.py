@@ -209,7 +209,7 @@ class Queries:
     async def find_account(self, key_sha256: bytes, numbers: Sequence[str] = ()) -> Account | None:
         """Return the account of a key, with those of its active lists that have one of these numbers, in one query.
 
-        Returns None for an unknown or revoked key.
+        Returns None for an unknown, revoked or expired key.
         """
         if numbers:
             return await self._accounts_and_lists.get((key_sha256, numbers))

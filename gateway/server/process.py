@@ -130,7 +130,7 @@ async def _start(
     ops_socket: str | None,
 ) -> None:
     """Listen for operations and for callers. Raises ConfigurationError when an address cannot be used."""
-    ops_address = ops_socket or str(await ops.listen(settings.ops_host, settings.ops_port, setting="OPS"))
+    ops_address = ops_socket or str(await ops.listen(settings.ops_host, settings.ops_port, listener="OPS"))
     if settings.api_socket:
         api_address = settings.api_socket
         await listen_on_own_socket(callers, settings.api_socket)

@@ -39,7 +39,7 @@ def handle_signals(
     def interrupt() -> None:
         if on_second_interrupt is not None:
             if stop.interrupted.is_set():
-                on_second_interrupt()
+                on_second_interrupt()  # ends the process
             logger.info("SIGINT: the drain begins. A second SIGINT ends the process at once")
         stop.interrupted.set()
         stop.requested.set()

@@ -138,7 +138,7 @@ async def supervise(settings: Settings, count: int) -> None:
         workers += [Worker(number, settings, Path(directory)) for number in range(count)]
         runner = ops.make_ops_runner(make_probes_app(workers), settings)
         try:
-            await runner.listen(settings.ops_host, settings.ops_port, setting="OPS")
+            await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
             environment = os.environ | {"GATEWAY_API_PORT": str(port)}
             await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
         finally:

@@ -1,6 +1,6 @@
 """Traces: a span for each request and each of its steps, on to the consumer, by OpenTelemetry.
 
-    POST /api/v2/send/bulk            its parent is the caller's, if it sent `traceparent`
+    POST /api/v2/send/bulk            or /api/v2/send; its parent is the caller's, if it sent `traceparent`
     ├── authenticate, wait, read, validate, resolve_lists, build: the steps that the request had
     └── publish sms.outbound          its `traceparent` travels in the headers of every AMQP message of the batch
 
@@ -60,7 +60,7 @@ def _refusal(settings: Settings, without: str = "") -> str:
     Raises ImportError when its packages are missing.
     """
     value = os.environ.pop(without, None)
-    logging.disable()  # what the SDK only warns of, it says when the gateway opens
+    logging.disable()  # the SDK repeats its warnings when the runtime is opened
     try:
         Tracing(settings).discard()
     except ImportError:
@@ -119,7 +119,7 @@ class Tracing:
     def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
         """Start the request's span, as a child of the caller's span if the headers name one.
 
-        `route` is empty for an unknown path: the path itself could hold anything, even a key.
+        `route` is empty for all paths but those that send: any other path could hold anything, even a key.
         """
         known = method if method in _METHODS else "_OTHER"
         attributes = {"http.request.method": known, "url.scheme": "http"}
@@ -189,7 +189,7 @@ class Tracing:
         span.set_attribute("error.type", record.code or "cancelled")
 
     def discard(self) -> None:
-        """End the SDK's thread. There must be no span: the collector could be slow."""
+        """End the SDK's thread. Call it only while there is no span: it would wait for the collector."""
         self._provider.shutdown()
 
     async def close(self) -> None:

@@ -25,7 +25,7 @@ API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
 PREFER_HEADER = "Prefer"
-WITH_IDS = {"Preference-Applied": "return=representation"}
+PREFERENCE_APPLIED = {"Preference-Applied": "return=representation"}
 RECORD = web.RequestKey("record", RequestRecord)
 
 
@@ -84,7 +84,9 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
     headers = REPLAYED if record.is_replayed else {}
-    return DirectAnswer(answer, headers | WITH_IDS if received.wants_ids and not record.is_dry_run else headers)
+    if received.wants_ids and not record.is_dry_run:  # a dry run takes no ids
+        headers = headers | PREFERENCE_APPLIED
+    return DirectAnswer(answer, headers)
 
 
 async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int, body: bytes | None) -> SendRequest:
@@ -97,13 +99,13 @@ async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int
     record.body_bytes = len(body)
     slot.reserve_total(memory_cost(body))
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
-    wants_ids = form is BULK and PREFER_HEADER in request.headers and prefers_representation(request.headers)
+    wants_ids = form is BULK and prefers_representation(request.headers)
     return SendRequest(form, account_id, slot, request[REQUEST_ID], body, key, deadline, wants_ids=wants_ids)
 
 
 def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
     """Return True if the first `return` among the preferences is `return=representation` (RFC 7240)."""
-    for preference in ",".join(headers.getall(PREFER_HEADER)).split(","):
+    for preference in ",".join(headers.getall(PREFER_HEADER, [])).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "return":
             return value.strip().strip('"').lower() == "representation"

@@ -50,7 +50,7 @@ from gateway.errors import (
     drop_tracebacks,
 )
 from gateway.ingest.admission import Slot
-from gateway.web.sockets import Limits, RepeatLog, fit_descriptors, open_tcp, open_unix
+from gateway.web.sockets import Limits, ListenerName, RepeatLog, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class BoundedRunner(web.AppRunner):
         host: str,
         port: int,
         *,
-        setting: str = "API",
+        listener: ListenerName = "API",
         shared: bool = False,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
@@ -190,7 +190,7 @@ class BoundedRunner(web.AppRunner):
             await self._set_up(),
             host,
             port,
-            setting=setting,
+            listener=listener,
             shared=shared,
             context=context,
             handshake_timeout_s=handshake_timeout_s,

@@ -16,7 +16,7 @@ from swagger_ui_bundle import swagger_ui_path
 PATH = "/openapi.json"
 PAGE = "/docs"
 METHODS = "GET, HEAD"
-# Of a file, held for each reader, however slow; aiohttp would hold 256 KiB.
+# The part of a file that is in memory for each reader, however slow. The default of aiohttp is 256 KiB.
 CHUNK_BYTES = 16 * 1024
 
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]

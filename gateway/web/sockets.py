@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from gateway.config import PREFIX, ConfigurationError
 
@@ -18,6 +18,7 @@ BACKLOG = 1024  # connections that the kernel holds until they are accepted; cal
 SPARE_DESCRIPTORS = 128  # for everything that is not a caller's connection
 
 ProtocolFactory = Callable[[], asyncio.Protocol]
+ListenerName = Literal["API", "OPS"]  # as in the names of its settings
 
 
 class Limits(NamedTuple):
@@ -83,7 +84,7 @@ async def open_tcp(
     host: str,
     port: int,
     *,
-    setting: str,
+    listener: ListenerName,
     shared: bool,
     context: ssl.SSLContext | None,
     handshake_timeout_s: float,
@@ -92,7 +93,7 @@ async def open_tcp(
 
     `shared` lets other processes listen on the same port: the kernel spreads connections over them. A connection
     counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its own.
-    Raises ConfigurationError when host and port cannot be used; `setting` is "API" or "OPS".
+    Raises ConfigurationError when host and port cannot be used: its text names the settings of the `listener`.
     """
     where: dict[str, Any] = {"host": host, "port": port, "reuse_port": shared or None}
     try:
@@ -106,18 +107,18 @@ async def open_tcp(
             **where,
         )
     except (OSError, UnicodeError) as error:
-        raise cannot_listen(host, port, setting, error) from None
+        raise cannot_listen(host, port, listener, error) from None
 
 
-def cannot_listen(host: str, port: int, setting: str, error: OSError | UnicodeError) -> ConfigurationError:
-    """Return the ConfigurationError for an address of the setting "API" or "OPS" that cannot be used."""
+def cannot_listen(host: str, port: int, listener: ListenerName, error: OSError | UnicodeError) -> ConfigurationError:
+    """Return the ConfigurationError for an address that a listener cannot use."""
     if isinstance(error, UnicodeError):
         problem = "not a host name"
     else:
         # asyncio's text repeats the address. The codes of name resolution are negative, and have no text here.
         problem = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror)
     return ConfigurationError(
-        f"cannot listen on {host} port {port}: {problem}. Set {PREFIX}{setting}_HOST and {PREFIX}{setting}_PORT to a "
+        f"cannot listen on {host} port {port}: {problem}. Set {PREFIX}{listener}_HOST and {PREFIX}{listener}_PORT to a "
         "free address of this machine"
     )
 

@@ -15,7 +15,7 @@ AT_ONCE = BACKLOG // 2  # connections; asyncio's default backlog is 100
 
 async def listen(port: int = 0, *, shared: bool = False) -> asyncio.Server:
     return await open_tcp(
-        asyncio.Protocol, "127.0.0.1", port, setting="API", shared=shared, context=None, handshake_timeout_s=1.0
+        asyncio.Protocol, "127.0.0.1", port, listener="API", shared=shared, context=None, handshake_timeout_s=1.0
     )
 
 

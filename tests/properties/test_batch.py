@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.ingest import batch, wire
 from gateway.ingest.batch import Draft
-from gateway.ingest.wire import Bulk, decode_bulk
+from gateway.ingest.wire import DecodedBody, decode_bulk
 from tests.properties import MORE
 from tests.support.batch_model import (
     GOOD,
@@ -108,8 +108,9 @@ def test_the_fast_path_and_the_slow_path_agree(sent: list[Any], top_level: dict[
     whole = batch.validate(decode_bulk(body))
     slow = batch._validate_each(decode_bulk(body))
     assert comparable(whole) == comparable(slow)
-    untyped = decode_bulk(body)
-    assert comparable(batch.validate(Bulk(untyped.messages, untyped.list_number, typed=False))) == comparable(slow)
+    typed = decode_bulk(body)
+    untyped = DecodedBody(typed.messages, typed.list_number, typed=False)
+    assert comparable(batch.validate(untyped)) == comparable(slow)
     # A mistyped message beside it sends the whole batch through the slow decoder too.
     beside_mistyped = batch.validate(decode_bulk(request_of([*sent, {"to": 5}], **top_level)))
     assert comparable(beside_mistyped._replace(rows=beside_mistyped.rows[:-1])) == comparable(slow)

@@ -4,21 +4,21 @@ import logging
 
 import pytest
 
-from gateway.repeats import INTERVAL_S, MAX_TEXTS, Repeats
+from gateway.failure_log import INTERVAL_S, MAX_TEXTS, FailureLog
 
-log = logging.getLogger("test.repeats")
+log = logging.getLogger("test.failure_log")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time that Repeats sees, to be changed."""
+    """Return the time that FailureLog sees, to be changed."""
     now = [1000.0]
-    monkeypatch.setattr("gateway.repeats.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gateway.failure_log.time.monotonic", lambda: now[0])
     return now
 
 
 def test_a_failure_is_logged_at_once_and_then_counted(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = Repeats(log)
+    seen = FailureLog(log)
     for _ in range(100):
         seen.note("refused")
     assert caplog.messages == ["refused"]
@@ -35,7 +35,7 @@ def test_a_failure_is_logged_at_once_and_then_counted(clock: list[float], caplog
 
 
 def test_another_reason_is_logged_at_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = Repeats(log)
+    seen = FailureLog(log)
     for text in ("refused", "no route", "refused", "no route"):
         clock[0] += 1
         seen.note(text)
@@ -43,7 +43,7 @@ def test_another_reason_is_logged_at_once(clock: list[float], caplog: pytest.Log
 
 
 def test_the_next_outage_is_logged_anew(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = Repeats(log)
+    seen = FailureLog(log)
     assert seen.end() == ""
     for _ in range(3):
         seen.note("refused")
@@ -55,7 +55,7 @@ def test_the_next_outage_is_logged_anew(clock: list[float], caplog: pytest.LogCa
 
 
 def test_memory_is_bounded_whatever_the_texts(clock: list[float]) -> None:
-    seen = Repeats(log)
+    seen = FailureLog(log)
     for number in range(10 * MAX_TEXTS):
         clock[0] += 0.001
         seen.note(f"failure {number}")

@@ -7,12 +7,13 @@ INTERVAL_S = 60.0
 MAX_TEXTS = 100  # far above the number of different failures of a server
 
 
-class Repeats:
+class FailureLog:
     """The failures of one server, from the first until end()."""
 
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
-        self._logged: dict[str, tuple[float, int]] = {}  # when a text was logged, and how often it was not since then
+        # Text → time.monotonic() of its last line, and the number of its failures since.
+        self._logged: dict[str, tuple[float, int]] = {}
         self._failures = 0
 
     def note(self, text: str) -> None:
@@ -29,7 +30,7 @@ class Repeats:
         self._log.warning("%s%s", text, f" ({more:,} more in the last {now - logged_at:.0f} s)" if more else "")
 
     def end(self) -> str:
-        """Forget the failures, because the server answers. Return their number for the log; "" if there were none."""
+        """Forget the failures, because the server answers. Return ", after N failures" for the log; "" without any."""
         failures, self._failures = self._failures, 0
         self._logged.clear()
         return f", after {failures:,} failures" if failures else ""
