@@ -69,14 +69,15 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _counter(
         "gateway_requests",
         "Requests answered, by HTTP status and refusal code. ok: not refused as a whole; its rows may have errors. "
-        "499 cancelled: the drain ended before the request.",
+        "dry_run: nothing was to be queued. 499 cancelled: the drain ended before the request.",
         ("status", "code"),
         {(str(status), code): counters.requests[status, code] for status, code in [*_REQUESTS, *counters.requests]},
     )
     yield _counter(
         "gateway_messages",
         "SMS of decoded requests, by the answer to their caller: queued (confirmed by the broker), replayed (the "
-        "answer to an earlier request with the same Idempotency-Key), or the code of the error row or of the refusal.",
+        "answer to an earlier request with the same Idempotency-Key), dry_run (nothing was to be queued), or the code "
+        "of the error row or of the refusal.",
         ("outcome",),
         {(code,): counters.messages[code] for code in [*_MESSAGES, *counters.messages]},
     )
@@ -84,7 +85,7 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _histogram("gateway_request_messages", "SMS in a decoded request.", (), {(): counters.request_messages})
     yield _histogram(
         "gateway_request_duration_seconds",
-        "Time from a request's head to its answer. refused: the whole request was refused.",
+        "Time from a request's head to its answer, without dry runs. refused: the whole request was refused.",
         ("result",),
         {("answered",): counters.answered_s, ("refused",): counters.refused_s},
     )

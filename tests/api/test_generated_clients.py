@@ -1,4 +1,4 @@
-"""The clients that docs/api.md shows, generated from the OpenAPI document of a running gateway, send a batch.
+"""The clients that docs/api.md shows, generated from the OpenAPI document of a running gateway, send both ways.
 
 scripts/clients installs the generators.
 """
@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.documents import code_blocks, filled_in
 from tests.support.gateways import GatewayUnderTest
-from tests.support.openapi_document import REQUEST, RESPONSES
+from tests.support.openapi_document import REQUEST, RESPONSES, SINGLE_REQUEST, SINGLE_RESPONSES
 from tests.support.outbound_queue import OutboundQueue
 
 CLIENTS = Path(sys.prefix) / "clients"
@@ -22,15 +22,16 @@ TSC = "tsc --strict --exactOptionalPropertyTypes --target es2022 --lib es2022,do
 # The documented answers, through the generated classes and back.
 READ_ALL = """
 import json, sys
-from sms_gateway_client.models import Answer, Refused
+from sms_gateway_client.models import Answer, Refused, SingleAnswer
 for kind, answer in json.load(sys.stdin):
-    read = {"Answer": Answer, "Refused": Refused}[kind].from_dict(answer)
+    read = {"Answer": Answer, "Refused": Refused, "SingleAnswer": SingleAnswer}[kind].from_dict(answer)
     assert read.to_dict() == answer, (read, answer)
     print(read)
 """
 ANSWERS = [
-    ("Answer" if status == "200" else "Refused", example["value"])
-    for status, response in RESPONSES.items()
+    (kind if status == "200" else "Refused", example["value"])
+    for kind, responses in (("Answer", RESPONSES), ("SingleAnswer", SINGLE_RESPONSES))
+    for status, response in responses.items()
     for example in response["content"]["application/json"]["examples"].values()
 ]
 # The generators know types, and not the forms of strings.
@@ -70,26 +71,28 @@ def program(gateway: GatewayUnderTest, heading: str, language: str) -> str:
     return filled_in(text, **values)
 
 
-async def assert_queued(queue: OutboundQueue) -> None:
-    (payload,) = await queue.take_payloads()
-    assert (payload["to"], payload["metadata"]) == ("+14155551234", {"order": 77})
-    assert payload["body"] == f"Hello. Ref: {payload['id']}"
+async def assert_queued(queue: OutboundQueue, printed: str) -> None:
+    """Compare the queue with what a program of the document has printed."""
+    batched, single = await queue.take_payloads()
+    assert (batched["to"], batched["metadata"]) == ("+14155551234", {"order": 77})
+    assert batched["body"] == f"Hello. Ref: {batched['id']}"
+    assert (single["to"], single["body"]) == ("+14155551234", "Your code is 4711")
+    assert printed == f"1 queued, refused: []\nqueued {single['id']}\n"
 
 
-async def test_a_generated_python_client_sends_a_batch(
+async def test_a_generated_python_client_sends_a_batch_and_a_single_message(
     gateway: GatewayUnderTest, queue: OutboundQueue, tmp_path: Path
 ) -> None:
     printed = await run(generate_command(gateway, "### Python"), tmp_path)
     assert "Warning" not in printed
     assert "Error" not in printed
     (tmp_path / "send.py").write_text(program(gateway, "### Python", "python"))
-    assert await run("python send.py", tmp_path) == "1 queued, refused: []\n"
-    await assert_queued(queue)
+    await assert_queued(queue, await run("python send.py", tmp_path))
     (tmp_path / "read.py").write_text(READ_ALL)
     assert (await run("python read.py", tmp_path, json.dumps(ANSWERS))).count("\n") == len(ANSWERS)
 
 
-async def test_a_generated_typescript_client_sends_a_batch(
+async def test_a_generated_typescript_client_sends_a_batch_and_a_single_message(
     gateway: GatewayUnderTest, queue: OutboundQueue, tmp_path: Path
 ) -> None:
     (tmp_path / "node_modules").symlink_to(CLIENTS / "node_modules")
@@ -98,14 +101,17 @@ async def test_a_generated_typescript_client_sends_a_batch(
     (tmp_path / "send.ts").write_text(program(gateway, "### TypeScript", "ts"))
     (tmp_path / "examples.ts").write_text(typed_examples())
     await run(f"{TSC} --moduleResolution bundler send.ts examples.ts", tmp_path)
-    assert await run("node send.js", tmp_path) == "1 queued, refused: []\n"
-    await assert_queued(queue)
+    await assert_queued(queue, await run("node send.js", tmp_path))
 
 
 def typed_examples() -> str:
     """Return a TypeScript module in which every example has the type of its schema, and wrong types are errors."""
     lines = ['import type { components } from "./gateway";', 'type Schemas = components["schemas"];']
-    values = [("Bulk", example["value"], name in WRONG_TYPES) for name, example in REQUEST["examples"].items()]
+    values = [
+        (kind, example["value"], name in WRONG_TYPES)
+        for kind, request in (("Bulk", REQUEST), ("Single", SINGLE_REQUEST))
+        for name, example in request["examples"].items()
+    ]
     for number, (kind, value, is_wrong) in enumerate([*values, *((kind, value, False) for kind, value in ANSWERS)]):
         lines.append("// @ts-expect-error" if is_wrong else "")
         lines.append(f'export const example_{number}: Schemas["{kind}"] = {json.dumps(value)};')
