@@ -110,7 +110,7 @@ class NotFound(GatewayError):
     """The path does not exist."""
 
     status, code = 404, "not_found"
-    sentence = "There is nothing at this path. Send messages to POST /api/v2/send/bulk"
+    sentence = "There is nothing at this path. Send messages to POST /api/v2/send/bulk or /api/v2/send"
 
 
 class MethodNotAllowed(GatewayError):

@@ -56,10 +56,13 @@ async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str
     """Create keys of the right form that are not valid."""
     revoked = await admin.create_key(gateway.caller.account_id)
     await admin.revoke_key(revoked["id"])
+    expired = await admin.create_key(gateway.caller.account_id)
+    await admin._connection.execute("UPDATE api_keys SET expires_at = now() WHERE id = $1", expired["id"])
     suspended = await make_caller(admin, "suspended")
     await admin.set_account_status(suspended.account_id, "suspended")
     await admin.revoke_key(suspended.key_id)
-    return {"unknown": UNKNOWN_KEY, "revoked": revoked["key"], "revoked, of a suspended account": suspended.key}
+    keys = {"unknown": UNKNOWN_KEY, "revoked": revoked["key"], "expired": expired["key"]}
+    return keys | {"revoked, of a suspended account": suspended.key}
 
 
 async def ask(gateway: GatewayUnderTest, messages: list[Any], *lines: bytes, key: str | None = None) -> bytes:
