@@ -57,7 +57,9 @@ async def refused_keys(gateway: GatewayUnderTest, admin: Admin) -> dict[str, str
     revoked = await admin.create_key(gateway.caller.account_id)
     await admin.revoke_key(revoked["id"])
     expired = await admin.create_key(gateway.caller.account_id)
-    await admin._connection.execute("UPDATE api_keys SET expires_at = now() WHERE id = $1", expired["id"])
+    await admin._connection.execute(
+        "UPDATE api_keys SET expires_at = now() - interval '1 day' WHERE id = $1", expired["id"]
+    )
     suspended = await make_caller(admin, "suspended")
     await admin.set_account_status(suspended.account_id, "suspended")
     await admin.revoke_key(suspended.key_id)
