@@ -195,7 +195,10 @@ def key_rotate(
     key_id: KeyId,
     *,
     overlap: Annotated[
-        timedelta, typer.Option(parser=duration, metavar="24h", help="How long the old key is accepted beside it.")
+        timedelta,
+        typer.Option(
+            parser=duration, metavar="24h", show_default="24h", help="How long the old key is accepted beside it."
+        ),
     ] = DAY,
     as_json: AsJson = False,
 ) -> None:
@@ -206,9 +209,12 @@ def key_rotate(
 @key_app.command("expiring")
 def key_expiring(
     *,
-    within: Annotated[timedelta, typer.Option(parser=duration, metavar="14d", help="Time until they expire.")] = (
-        EXPIRES_SOON_DAYS * DAY
-    ),
+    within: Annotated[
+        timedelta,
+        typer.Option(
+            parser=duration, metavar="14d", show_default=f"{EXPIRES_SOON_DAYS}d", help="Time until they expire."
+        ),
+    ] = (EXPIRES_SOON_DAYS * DAY),
     as_json: AsJson = False,
 ) -> None:
     """List the keys of all accounts that expire soon."""
