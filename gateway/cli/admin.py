@@ -20,7 +20,8 @@ CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, st
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
 LIST_ACCOUNTS = """
     SELECT account.id, name, account.status, created_at,
-           (SELECT count(*) FROM api_keys WHERE account_id = account.id AND revoked_at IS NULL) AS keys,
+           (SELECT count(*) FROM api_keys WHERE account_id = account.id AND revoked_at IS NULL
+                AND (expires_at IS NULL OR expires_at > now())) AS keys,
            (SELECT count(*) FROM sending_lists AS list WHERE account_id = account.id AND list.status = 'active')
                AS lists
     FROM accounts AS account
@@ -28,19 +29,20 @@ LIST_ACCOUNTS = """
 """
 
 CREATE_KEY = """
-    INSERT INTO api_keys (account_id, sha256, prefix, name, expires_at) VALUES ($1, $2, $3, $4, now() + $5::interval)
+    INSERT INTO api_keys (account_id, sha256, prefix, name, lifetime, expires_at)
+    VALUES ($1, $2, $3, $4, $5, now() + $5::interval)
     RETURNING id, account_id, name, prefix, expires_at
 """
-# The successor has the name and the lifetime of the key that it replaces.
+# The successor has the name and the lifetime of the key that it replaces, even if an earlier rotation has changed the
+# end of that key.
 ROTATE_KEY = """
     WITH old AS (
         UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval)
         WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-        RETURNING id, account_id, name, expires_at AS ends_at
+        RETURNING account_id, name, lifetime, expires_at AS ends_at
     )
-    INSERT INTO api_keys (account_id, sha256, prefix, name, expires_at)
-    SELECT old.account_id, $2, $3, old.name, now() + (before.expires_at - before.created_at)
-    FROM old JOIN api_keys AS before ON before.id = old.id
+    INSERT INTO api_keys (account_id, sha256, prefix, name, lifetime, expires_at)
+    SELECT account_id, $2, $3, name, lifetime, now() + lifetime FROM old
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
 """
 REVOKE_KEY = """

@@ -8,6 +8,9 @@ import pytest
 
 from gateway.cli.admin import Admin, AdminError
 from gateway.errors import DatabaseUnavailable
+from gateway.ingest import key_watch
+from gateway.ingest.key_watch import KeyWatch
+from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 
@@ -69,6 +72,29 @@ async def test_a_rotation_does_not_prolong_a_key(gateway: GatewayUnderTest, admi
     assert endless["old_expires_at"] is not None
 
 
+@pytest.mark.parametrize("lifetime", [None, 90 * DAY])
+async def test_a_rotation_that_is_repeated_gives_the_same_lifetime(
+    gateway: GatewayUnderTest, admin: Admin, lifetime: timedelta | None
+) -> None:
+    """An operator who lost the new key rotates the old one again: its end is that of the overlap by then."""
+    old = await admin.create_key(gateway.caller.account_id, lifetime=lifetime)
+    first, second = [await admin.rotate_key(old["id"], DAY) for _ in range(2)]
+    assert first["old_expires_at"] == second["old_expires_at"]
+    third = await admin.rotate_key(second["id"], DAY)
+    ends = [row["expires_at"] for row in (first, second, third)]
+    if lifetime is None:
+        assert ends == [None, None, None]
+    else:
+        assert all(abs(end - old["expires_at"]) < timedelta(minutes=1) for end in ends)
+
+
+async def test_an_expired_key_does_not_count_as_usable(gateway: GatewayUnderTest, admin: Admin) -> None:
+    account_id = gateway.caller.account_id
+    await admin.create_key(account_id, lifetime=timedelta(microseconds=1))
+    (account,) = [row for row in await admin.list_accounts() if row["id"] == account_id]
+    assert account["keys"] == 1, "that of the fixture"
+
+
 async def test_a_revoked_and_an_unknown_key_are_not_rotated(gateway: GatewayUnderTest, admin: Admin) -> None:
     await admin.revoke_key(gateway.caller.key_id)
     for key_id in (gateway.caller.key_id, 10**15):
@@ -111,6 +137,42 @@ async def test_what_cannot_be_written_is_kept(gateway: GatewayUnderTest, monkeyp
         await watch.write()
     assert len(watch._used) == 2
     await watch.close()  # says what is lost, and raises nothing
+
+
+async def test_a_write_that_is_cancelled_keeps_its_keys(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a drain the task is cancelled, perhaps within a write; `close` then writes what is left."""
+    watch = gateway.runtime.key_watch
+    await gateway.send([gateway.message()])
+    monkeypatch.setattr(gateway.runtime.queries, "note_key_use", lambda _keys: asyncio.sleep(60))
+    writing = asyncio.create_task(watch.write())
+    await asyncio.sleep(0)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+    monkeypatch.undo()
+    assert len(watch._used) == 1
+
+
+async def test_keys_about_to_expire_are_counted_although_nothing_can_be_written(
+    gateway: GatewayUnderTest, admin: Admin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The role of `serve` may lack the right to write, or the database be read-only."""
+    await admin.create_key(gateway.caller.account_id, lifetime=DAY)
+    await gateway.send([gateway.message()])
+
+    async def fail(_keys: object) -> None:
+        raise DatabaseUnavailable
+
+    monkeypatch.setattr(gateway.runtime.queries, "note_key_use", fail)
+    monkeypatch.setattr(key_watch, "INTERVAL_S", 0.01)
+    watch = KeyWatch(gateway.runtime.queries)
+    watch.note(b"a key")
+    watching = asyncio.create_task(watch.watch_for_ever())
+    try:
+        await eventually(lambda: watch.expiring > 0)
+    finally:
+        watching.cancel()
 
 
 async def test_processes_that_write_the_same_keys_wait_for_each_other(gateway: GatewayUnderTest, admin: Admin) -> None:
