@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+from contextlib import suppress
 
 from gateway.errors import DatabaseUnavailable
 from gateway.postgres.queries import Queries
@@ -28,9 +29,11 @@ class KeyWatch:
         """Write and count at random intervals. What cannot be written is kept for the next time."""
         while True:
             await asyncio.sleep(random.uniform(0.5, 1.5) * INTERVAL_S)  # noqa: S311 - jitter
+            # One may fail without the other: on a read-only database, or without the right to write.
+            with suppress(DatabaseUnavailable):
+                self.expiring = await self._queries.count_expiring_keys()
             try:
                 await self.write()
-                self.expiring = await self._queries.count_expiring_keys()
             except DatabaseUnavailable:
                 log.warning("the last use of API keys is written later")
 
@@ -40,7 +43,7 @@ class KeyWatch:
         try:
             if used:
                 await self._queries.note_key_use(list(used))
-        except DatabaseUnavailable:
+        except BaseException:  # cancelled, too
             self._used |= used
             raise
 
