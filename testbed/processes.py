@@ -11,7 +11,7 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -121,6 +121,7 @@ class Server(Startable):
         self._directory: Path | None = None
         self._kept: Path | None = None
         self._supervisor: subprocess.Popen[bytes] | None = None
+        self._is_given_up = False
 
     @property
     @abstractmethod
@@ -130,11 +131,11 @@ class Server(Startable):
     def keep(self, parent: Path) -> None:
         """Use a folder below `parent` that stays, with the data and the port of an earlier run. Call it before start().
 
-        Raises ServerError when another program has the port.
+        Raises ServerError when another program has the port, or the folder is not one of ours.
         """
         self._kept = parent.resolve() / self.name.lower()
         with suppress(FileNotFoundError):
-            number = int((self._kept / "port").read_text())
+            number = _port_in(self._kept / "port")
             self.port.release()
             try:
                 self.port = Port(number)
@@ -243,9 +244,15 @@ class Server(Startable):
             self.kill()
             raise
 
+    def give_up(self) -> None:
+        """Let a start that another thread has begun end soon, with a ServerError."""
+        self._is_given_up = True
+
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._answers():
+            if self._is_given_up:
+                raise ServerError(f"{self.name} was given up while starting")
             if not self.is_running:
                 raise ServerError(f"{self.name} ended while starting. Its log:\n{self._log_tail()}")
             if time.monotonic() > deadline:
@@ -317,12 +324,31 @@ class Server(Startable):
         self.port.release()
 
 
-def in_parallel(actions: Iterable[Callable[[], object]]) -> None:
-    """Run all actions at the same time, wait for all, then raise the first exception that one of them raised."""
+def in_parallel(actions: Iterable[Callable[[], object]], *, give_up: Callable[[], object] = lambda: None) -> None:
+    """Run all actions at the same time, wait for all, then raise the first exception that one of them raised.
+
+    After Ctrl-C, or the exception of another signal handler, `give_up` is called. The actions end before it is raised:
+    the caller then closes what they have started.
+    """
     with ThreadPoolExecutor(max_workers=16) as pool:
         running = [pool.submit(action) for action in actions]
+        try:
+            wait(running)
+        except BaseException:
+            give_up()
+            wait(running)
+            raise
     for done in running:
         done.result()
+
+
+def _port_in(file: Path) -> int:
+    """Return the port that a file of an earlier run holds. Raises ServerError if there is none in it."""
+    with suppress(ValueError):
+        number = int(file.read_text())
+        if 0 < number < 2**16:
+            return number
+    raise ServerError(f"{file} holds no port: choose another folder, or remove {file.parent}")
 
 
 def http_get(port: Port, path: str) -> tuple[int, bytes] | None:

@@ -34,7 +34,11 @@ class Servers(Startable):
 
     def start(self) -> None:
         """Start the private ones at the same time."""
-        in_parallel(server.start for server in self._private)
+        in_parallel((server.start for server in self._private), give_up=self._give_up)
+
+    def _give_up(self) -> None:
+        for server in self._private:
+            server.give_up()
 
     def close(self) -> None:
         """Kill the private ones and remove their data, or stop them and keep it."""

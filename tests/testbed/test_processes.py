@@ -359,6 +359,41 @@ def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
         assert [child for child in children if child.is_running()] == []
 
 
+@pytest.mark.usefixtures("_ctrl_c_works")
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after_s", [0.0, 0.3, 1.0])
+def test_a_start_that_is_interrupted_leaves_nothing(folder: Path, end: signal.Signals, after_s: float) -> None:
+    """Soon after the folders are made: PostgreSQL fills its data folder, RabbitMQ does not answer yet."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+    with subprocess.Popen(
+        [sys.executable, "-m", "testbed"],
+        cwd=ROOT,
+        env=environment | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        while len(list(folder.iterdir())) < 2:
+            time.sleep(0.01)
+        time.sleep(after_s)
+        command.send_signal(end)
+        printed = command.communicate(timeout=30)
+    assert (command.returncode, *printed) == (0, "", "")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["", "precious", "0", "65536", "99999999999999999999", "\xe9"])
+def test_a_folder_without_a_port_is_refused_and_stays(folder: Path, content: str) -> None:
+    port = folder / "kept" / "postgresql" / "port"
+    port.parent.mkdir(parents=True)
+    port.write_text(content, encoding="latin-1")
+    with services("--keep", str(folder / "kept")) as (command, _):
+        _, errors = command.communicate(timeout=30)
+    assert command.returncode == 2
+    assert errors == f"error: {port} holds no port: choose another folder, or remove {port.parent}\n"
+    assert [path for path in (folder / "kept").rglob("*") if path.is_file()] == [port]
+
+
 async def visit(lines: list[str]) -> tuple[int, int]:
     """Put a row into the database and a message into a queue; return how many there were before."""
     database_url, amqp_url = (line.split("'")[1] for line in lines[:2])
