@@ -9,6 +9,7 @@ Exit status: 0 if all rules hold, 1 if one is broken, 2 if the server cannot be 
 import argparse
 import os
 import sys
+from urllib.parse import urlsplit
 
 from examples.conformance.cases import CASES
 from examples.conformance.target import Broken, Target
@@ -29,6 +30,16 @@ def check(name: str, target: Target) -> str:
     return "holds"
 
 
+def is_url(text: str) -> bool:
+    """Return True for the URL of a server, in characters that a request can carry."""
+    try:
+        url = urlsplit(text)
+        is_complete = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # of a bad port or host
+        return False
+    return is_complete and text.isascii() and text.isprintable() and " " not in text
+
+
 def main() -> int:
     """Run all cases, and print a line for each."""
     parser = argparse.ArgumentParser(
@@ -39,10 +50,12 @@ def main() -> int:
     parser.add_argument("--list-number", required=True, help="an active sending list of the account")
     parser.add_argument("--foreign-list-number", default="", help="an active sending list of another account")
     options = parser.parse_args()
-    if not options.url.startswith(("http://", "https://")):
-        parser.error("--url begins with http:// or https://")
+    if not is_url(options.url):
+        parser.error("--url is a URL in ASCII that begins with http:// or https://")
     if not options.key:
         parser.error(f"give --key, or set {KEY_VARIABLE}")
+    if not (options.key.isascii() and options.key.isprintable()):
+        parser.error("the API key has a character that no header can carry")
     target = Target(options.url, options.key, options.list_number, options.foreign_list_number)
     broken = 0
     for name, (rule, _) in CASES.items():

@@ -100,5 +100,5 @@ def _checked(answer: http.client.HTTPResponse, body: bytes) -> Answer:
         raise Broken("the answer has no X-Request-Id")
     try:
         return Answer(answer.status, answer.headers, json.loads(body))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Broken("the answer is not JSON") from None

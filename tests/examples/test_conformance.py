@@ -65,6 +65,42 @@ async def test_a_wrong_key_breaks_rules_and_no_server_is_an_error(gateway: Gatew
     assert (await run_kit("sms.example.com", "--key", "k", "--list-number", "+1")).returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("url", "key"),
+    [
+        ("http://127.0.0.1:port", "k"),
+        ("http://127.0.0.1:65536", "k"),
+        ("http://[::1", "k"),
+        ("http://", "k"),
+        ("http://exa mple", "k"),
+        ("http://127.0.0.1:1/p\u00e4th", "k"),
+        ("http://127.0.0.1:1", "trk_\u2026"),
+        ("http://127.0.0.1:1", "trk_x\n"),
+    ],
+)
+async def test_arguments_that_no_request_can_carry_are_no_broken_rules(url: str, key: str) -> None:
+    completed = await run_kit(url, "--key", key, "--list-number", "+18005551000")
+    assert (completed.returncode, completed.stdout) == (2, "")
+    assert "Traceback" not in completed.stderr
+
+
+async def test_an_answer_that_is_nested_too_deeply_is_a_broken_rule() -> None:
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(text="[" * 100_000, content_type="application/json", headers={"X-Request-Id": "1"})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        target = Target(site.name.replace(":0", f":{runner.addresses[0][1]}"), "k", "+18005551000")
+        assert await asyncio.to_thread(check, "good_batch", target) == "broken: the answer is not JSON"
+    finally:
+        await runner.cleanup()
+
+
 class Exchange(NamedTuple):
     """A request that was answered, as a wrong server sees it. `headers` and `answer` may be changed."""
 
