@@ -6,9 +6,9 @@ import sys
 if sys.argv[1:2] in (["serve"], ["work"]):
     # Before the imports, which take a second: the default of SIGHUP ends the process. server/signals.py handles it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would end the imports with a traceback
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would end imports and commands with a traceback
 
-from gateway.cli.commands import run
+from gateway.cli.commands import run  # noqa: E402 - the signals come first
 
 if __name__ == "__main__":
     run()

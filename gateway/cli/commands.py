@@ -269,10 +269,16 @@ def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json:
             return await task(admin)
 
     result = asyncio.run(run())
-    if as_json:
-        typer.echo(msgspec.json.encode(result).decode())
-    else:
-        _print_table(result if isinstance(result, list) else [result])
+    try:
+        if as_json:
+            typer.echo(msgspec.json.encode(result).decode())
+        else:
+            _print_table(result if isinstance(result, list) else [result])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise AdminError(f"the command was carried out, but its result cannot be printed: {error}") from None
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -43,6 +43,9 @@ NOT_MIGRATED_ERRORS = (
     asyncpg.InvalidCatalogNameError,
     asyncpg.InvalidSchemaNameError,
 )
+MORE_RIGHTS = (
+    "A later version may need more rights: run `python -m gateway migrate --grant-to ROLE` as the owner of the tables"
+)
 DATABASE_ERRORS = (*OUTAGE_ERRORS, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 
@@ -176,6 +179,8 @@ def reason(error: BaseException) -> str:
     text = error.args[0] if isinstance(error, asyncpg.PostgresError) else error
     if isinstance(error, NOT_MIGRATED_ERRORS):
         text = f"{text}. Run `python -m gateway migrate`"
+    if isinstance(error, asyncpg.InsufficientPrivilegeError):
+        text = f"{text}. {MORE_RIGHTS}"
     if isinstance(error, TimeoutError):
         text = "no answer in time"
     return f"{type(error).__name__} {text}{tls.advice(error, 'DATABASE')}".strip()

@@ -114,7 +114,8 @@ def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
 
 async def refuse_route(request: web.Request) -> web.Response:
     """Refuse every other path and method. aiohttp's own refusals would first answer an `Expect` header."""
-    allowed = request.app[ALLOWED_METHODS].get(request.path)
+    # Not `path`, which is decoded: the router takes `send%2Fbulk` for another path, with any method.
+    allowed = request.app[ALLOWED_METHODS].get(request.rel_url.raw_path)
     raise MethodNotAllowed(allowed) if allowed else NotFound
 
 

@@ -162,6 +162,7 @@ async def test_deactivating_a_list_takes_effect_on_the_next_request_and_so_does_
         ("POST", "/api/v2/sends", 404, "not_found"),
         ("GET", "/", 404, "not_found"),
         ("POST", "/api/v2/send/bulk/", 404, "not_found"),
+        ("POST", "/api/v2/send%2Fbulk", 404, "not_found"),  # another path: the slash is data
         ("GET", "/livez", 404, "not_found"),
     ],
 )

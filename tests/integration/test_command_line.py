@@ -2,8 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -190,3 +193,42 @@ def test_the_environment_of_the_process_is_the_default() -> None:
         check=False,
     )
     assert completed.stdout == "8123 ['GATEWAY_TYPO']\n", completed.stderr
+
+
+def test_a_result_that_cannot_be_printed_is_one_line(servers: Servers) -> None:
+    """The key exists by then: the operator must know, and can revoke it."""
+    account = run_json(servers, "account", "create", "Full")
+    for options in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            completed = subprocess.run(  # noqa: S603
+                [sys.executable, "-m", "gateway", "key", "create", str(account["id"]), *options],
+                env=os.environ | {"GATEWAY_DATABASE_URL": servers.database_url},
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert completed.returncode == 2
+        assert completed.stderr == (
+            "error: the command was carried out, but its result cannot be printed: [Errno 28] No space left on device\n"
+        )
+    assert len(run_json(servers, "key", "list", str(account["id"]))) == 2
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.3])
+@pytest.mark.parametrize("arguments", [["status"], ["account", "list"]])
+def test_ctrl_c_ends_a_command_without_a_traceback(servers: Servers, arguments: list[str], after_s: float) -> None:
+    """Its imports, which have begun when the first library is loaded, take most of its time."""
+    with subprocess.Popen(  # noqa: S603
+        [sys.executable, "-m", "gateway", *arguments],
+        env=os.environ | servers.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as command:
+        while "msgspec" not in Path(f"/proc/{command.pid}/maps").read_text():
+            time.sleep(0.01)
+        time.sleep(after_s)
+        command.send_signal(signal.SIGINT)
+        _, errors = command.communicate(timeout=30)
+    assert errors == ""

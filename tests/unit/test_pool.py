@@ -9,7 +9,7 @@ import pytest
 
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.postgres.pool import Pool, connect_to_primary, reason
+from gateway.postgres.pool import MORE_RIGHTS, Pool, connect_to_primary, reason
 from tests.support.eventually import eventually
 
 OF_TWO_HOSTS = "postgres://u@one,two/name?sslmode=disable"
@@ -60,6 +60,10 @@ async def test_an_outage_is_a_server_that_does_not_answer(error: Exception, *, i
         (
             asyncpg.UndefinedTableError('relation "accounts" does not exist'),
             'UndefinedTableError relation "accounts" does not exist. Run `python -m gateway migrate`',
+        ),
+        (
+            asyncpg.InsufficientPrivilegeError("permission denied for table api_keys"),
+            f"InsufficientPrivilegeError permission denied for table api_keys. {MORE_RIGHTS}",
         ),
     ],
 )
