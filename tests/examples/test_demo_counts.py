@@ -50,6 +50,7 @@ def test_a_message_that_is_not_in_the_queue_ends_the_demo_with_exit_code_1(
         return next(depths), (await look(url))[1]
 
     monkeypatch.setattr(demo, "look_into_queue", find_too_few)
+    monkeypatch.setattr(demo, "DEPTH_TIMEOUT_S", 0.5)
     assert demo.main() == 1
     assert f"messages in {demo.QUEUE}: expected {GOOD}, found {GOOD - 1}" in capsys.readouterr().err
 
