@@ -365,7 +365,7 @@ def rates_picture(comparison: Comparison) -> str:
 def _rates(comparison: Comparison) -> dict[str, dict[str, Figure]]:
     rates: dict[str, dict[str, Figure]] = {}
     for one in comparison.summaries:
-        rates.setdefault(f"{one.batch:,}", {})[one.system] = one.messages_per_s
+        rates.setdefault(f"batch of {one.batch:,}", {})[one.system] = one.messages_per_s
     return rates
 
 
