@@ -99,13 +99,13 @@ async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int
     record.body_bytes = len(body)
     slot.reserve_total(memory_cost(body))
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
-    wants_ids = form is BULK and prefers_representation(request.headers)
+    wants_ids = form is BULK and PREFER_HEADER in request.headers and prefers_representation(request.headers)
     return SendRequest(form, account_id, slot, request[REQUEST_ID], body, key, deadline, wants_ids=wants_ids)
 
 
 def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
     """Return True if the first `return` among the preferences is `return=representation` (RFC 7240)."""
-    for preference in ",".join(headers.getall(PREFER_HEADER, [])).split(","):
+    for preference in ",".join(headers.getall(PREFER_HEADER)).split(","):
         name, _, value = preference.partition(";")[0].partition("=")
         if name.strip().lower() == "return":
             return value.strip().strip('"').lower() == "representation"
