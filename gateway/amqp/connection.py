@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import re
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import aio_pika
@@ -30,6 +31,9 @@ NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 NEVER = float("inf")  # on the event loop's clock
 TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
+# Unconfirmed bytes on the socket from which on further batches wait here. Two batches of 1,000 short messages fit, so
+# the broker always has something to read. With more, RabbitMQ 4.0 gets slower (docs/decisions/0045).
+SOCKET_BYTES = 512 * 1024
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
@@ -81,6 +85,8 @@ class PublishConnection:
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
+        self._held: deque[bytes] = deque()  # the newest batches, each still to be written
+        self._held_bytes = 0
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
@@ -237,13 +243,13 @@ class PublishConnection:
     async def publish(self, outgoing: Outgoing, deadline: float) -> bytes:
         """Write one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
 
-        Returns one Outcome per message. Raises QueueUnavailable if the buffer could not be handed to the transport:
-        then nothing was written.
+        It is written at once, or as soon as there is room on the socket. Returns one Outcome per message. Raises
+        QueueUnavailable if the buffer could not be handed to the transport: then nothing was written.
         """
         buffer = self._pack(outgoing)
         published = self._tracker.add(outgoing.ids)
         try:
-            self._transport.write(buffer)
+            self._write(buffer)
         except (OSError, RuntimeError) as error:
             self._tracker.withdraw(published)
             raise QueueUnavailable from error
@@ -259,6 +265,27 @@ class PublishConnection:
         await pending.settled
         outcomes = published.outcomes()
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
+
+    def _write(self, buffer: bytes) -> None:
+        """Write a batch, or hold it back until there is room on the socket. Raises as TappedTransport.write does."""
+        if self._held or self._socket_is_full():
+            self._held.append(buffer)
+            self._held_bytes += len(buffer)
+        else:
+            self._transport.write(buffer)
+
+    def _socket_is_full(self) -> bool:
+        return self.unconfirmed_bytes - self._held_bytes >= SOCKET_BYTES
+
+    def _write_held(self) -> None:
+        while self._held and not self._socket_is_full():
+            buffer = self._held.popleft()
+            self._held_bytes -= len(buffer)
+            try:
+                self._transport.write(buffer)
+            except (OSError, RuntimeError):
+                # A batch left out would shift the delivery tags of all that follow.
+                self.abort()
 
     def _wait_until(self, deadline: float) -> None:
         """Set the timer to the earliest deadline of a batch, on the event loop's clock.
@@ -356,6 +383,8 @@ class PublishConnection:
             self._lost.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
+        self._held.clear()
+        self._held_bytes = 0
         self._settle(self._tracker.lose(outcome))
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
@@ -370,6 +399,8 @@ class PublishConnection:
                 pending.settled.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
+        if self._held:
+            self._write_held()
 
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()
