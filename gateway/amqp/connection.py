@@ -32,7 +32,7 @@ RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, a
 NEVER = float("inf")  # on the event loop's clock
 TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
 # Unconfirmed bytes on the socket from which on further batches wait here. Two batches of 1,000 short messages fit, so
-# the broker always has something to read. With more, RabbitMQ 4.0 gets slower (docs/decisions/0045).
+# the broker always has something to read. With more, RabbitMQ 4.0 gets slower (docs/decisions/0046).
 SOCKET_BYTES = 512 * 1024
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
