@@ -3,7 +3,6 @@
 It runs on one connection, and shares no SQL with requests (postgres/queries.py).
 """
 
-import re
 import secrets
 import string
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ import asyncpg
 
 from gateway.ingest.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
 from gateway.postgres.pool import DATABASE_ERRORS, connect_to_primary, reason
+from gateway.postgres.rights import ALL_RIGHTS, SERVICE_RIGHTS
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -66,21 +66,14 @@ ADD_LIST = """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
 
-# Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
-SERVICE_RIGHTS = {
-    "accounts": "SELECT (id, status)",
-    "api_keys": "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on), UPDATE (last_used_on)",
-    "sending_lists": "SELECT (id, account_id, number, status)",
-    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
-    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
-    "schema_migrations": "SELECT",  # for `status`
-}
 TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
            pg_has_role(role.oid, relowner, 'MEMBER') OR pg_has_role(role.oid, nspowner, 'MEMBER') AS is_owner,
            has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
            has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
+           has_database_privilege(role.oid, current_database(), 'CONNECT') AS may_connect,
+           quote_ident(current_database()) AS database,
            pg_has_role(current_user, relowner, 'USAGE') AS can_grant
     FROM pg_roles AS role, pg_class AS rel
     JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
@@ -124,7 +117,6 @@ FIND_RIGHTS = """
     FROM holder, rel, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) AS action
     WHERE relkind = 'S' AND has_sequence_privilege(holder.oid, rel.oid, action)
 """
-_rights_in = re.compile(r"([A-Z]+)(?: \(([^)]*)\))?").findall
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 30.0
@@ -218,6 +210,11 @@ class Admin:
         schema = found["schema"]
         if found["may_create"]:
             raise AdminError(f"{role} may create tables: REVOKE CREATE ON SCHEMA {schema} FROM {found['role']}, PUBLIC")
+        if not found["may_connect"]:  # the owner of the tables need not own the database
+            raise AdminError(
+                f"{role} may not connect: GRANT CONNECT ON DATABASE {found['database']} TO {found['role']}, as the "
+                "owner of the database"
+            )
         statements = [
             f"REVOKE ALL ON {TABLES} FROM {found['role']}",
             f"REVOKE ALL ON SEQUENCE message_id_leases FROM {found['role']}",
@@ -236,12 +233,7 @@ class Admin:
         if powers := await self._all(FIND_POWERS, role):
             named = ", ".join(f"{row['power']}{_via(row['holder'], role)}" for row in powers)
             raise AdminError(f"{role} has {named}: rights on tables would not limit it. Choose another role")
-        granted = {
-            (target.split()[-1], action, column.strip())
-            for target, rights in SERVICE_RIGHTS.items()
-            for action, columns in _rights_in(rights)
-            for column in columns.split(",")
-        }
+        granted = {(right.target.split()[-1], right.action, right.column) for right in ALL_RIGHTS}
         beyond = sorted(
             {
                 f"{row['action']} on {row['what']}{_via(row['holder'], role)}"

@@ -23,8 +23,9 @@ from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_t
 from gateway.amqp.transport import TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
-from gateway.postgres.pool import DATABASE_ERRORS, connect_to_host
+from gateway.postgres.pool import DATABASE_ERRORS, NOT_MIGRATED_ERRORS, connect_to_host
 from gateway.postgres.pool import reason as database_reason
+from gateway.postgres.rights import ALL_RIGHTS, MissingRights, check_rights
 from gateway.telemetry.log import printable
 from gateway.urls import Address, Database
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 3.0  # per server
 CLOSE_TIMEOUT_S = 0.5
+MAX_ANSWER_SHOWN = 1_000  # characters of /readyz: it names what is missing, with the command that helps
 # SMS in one outbound queue. 30 minutes after it was accepted an SMS is stale, and 17,000 a minute is the default rate
 # at which the platform sends from one list.
 MAX_BACKLOG = 30 * 17_000
@@ -216,7 +218,7 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            problem = (await response.text())[:200] or f"/readyz answered {response.status}"
+            problem = (await response.text())[:MAX_ANSWER_SHOWN] or f"/readyz answered {response.status}"
             return GatewayState(str(url), "not ready", problem)
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
@@ -329,14 +331,16 @@ async def _check_host(
 
 
 async def _check_schema(connection: Any, migrations: Sequence[str]) -> Schema:
+    problem = await _missing_rights(connection)
     try:
         applied = []
         if await connection.fetchval(HAS_MIGRATIONS):
             applied = [row["version"] for row in await connection.fetch(APPLIED_MIGRATIONS)]
         leased = await connection.fetchrow(LEASED_IDS)
-    except asyncpg.InsufficientPrivilegeError:
-        return Schema(problem="this database user may not read schema_migrations: use the owner of the tables")
+    except asyncpg.InsufficientPrivilegeError as error:  # to read the migrations, for example
+        return Schema(problem=problem or _one_line(error, database_reason(error)))
     schema = Schema(
+        problem=problem,
         applied=applied,
         pending=[version for version in migrations if version not in applied],
         newer=[version for version in applied if version not in migrations],
@@ -345,8 +349,20 @@ async def _check_schema(connection: Any, migrations: Sequence[str]) -> Schema:
         last, schema.leases_in_all = leased[0], leased[1] + 1
         schema.leases_used = 0 if last is None else last + 1
     if schema.pending:
-        schema.problem = f"pending migrations: {len(schema.pending)}. Run `python -m gateway migrate`"
+        pending = f"pending migrations: {len(schema.pending)}. Run `python -m gateway migrate`"
+        schema.problem = ". ".join(filter(None, [pending, problem]))
     return schema
+
+
+async def _missing_rights(connection: Any) -> str:
+    """Return a sentence about the rights to serve that the role of this connection lacks; "" if it has them all."""
+    try:
+        await check_rights(connection, ALL_RIGHTS)
+    except MissingRights as error:
+        return str(error)
+    except NOT_MIGRATED_ERRORS:  # the pending migrations are the problem
+        return ""
+    return ""
 
 
 def _one_line(error: BaseException, reason: str) -> str:

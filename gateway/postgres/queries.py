@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
 from gateway.postgres.pool import Pool
+from gateway.postgres.rights import RIGHTS_OF_REQUESTS, check_rights
 
 FIND_ACCOUNTS_BY_KEY = """
     SELECT key.sha256, account.id, account.status = 'active' AS is_active
@@ -298,6 +299,11 @@ class Queries:
         async with self._pool.connection() as connection:
             keys: int = await connection.fetchval(COUNT_EXPIRING_KEYS)
         return keys
+
+    async def check_rights(self) -> None:
+        """Raise DatabaseUnavailable if the role lacks a right that requests need; Pool.last_failure names it."""
+        async with self._pool.connection() as connection:
+            await check_rights(connection, RIGHTS_OF_REQUESTS)
 
     async def lease_message_ids(self) -> int:
         """Return the number of a new lease of message ids, unique for ever."""
