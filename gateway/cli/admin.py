@@ -36,27 +36,33 @@ CREATE_KEY = """
 # The successor has the name and the lifetime of the key that it replaces, even if an earlier rotation has changed the
 # end of that key.
 ROTATE_KEY = """
-    WITH old AS (
-        UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval)
-        WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-        RETURNING account_id, name, lifetime, expires_at AS ends_at
+    WITH successor AS (SELECT nextval(pg_get_serial_sequence('api_keys', 'id')) AS id), old AS (
+        UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval), replaced_by = successor.id
+        FROM successor
+        WHERE api_keys.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        RETURNING account_id, name, lifetime, expires_at AS ends_at, replaced_by
     )
-    INSERT INTO api_keys (account_id, sha256, prefix, name, lifetime, expires_at)
-    SELECT account_id, $2, $3, name, lifetime, now() + lifetime FROM old
+    INSERT INTO api_keys (id, account_id, sha256, prefix, name, lifetime, expires_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT replaced_by, account_id, $2, $3, name, lifetime, now() + lifetime FROM old
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
 """
+# The keys that it replaced have its own successor now, if it has one.
 REVOKE_KEY = """
+    WITH replaced AS (
+        UPDATE api_keys SET replaced_by = (SELECT replaced_by FROM api_keys WHERE id = $1) WHERE replaced_by = $1
+    )
     UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1
     RETURNING id, account_id, prefix, revoked_at
 """
 LIST_KEYS = """
-    SELECT id, account_id, name, prefix, created_at, expires_at, last_used_on, revoked_at
+    SELECT id, account_id, name, prefix, created_at, expires_at, replaced_by, last_used_on, revoked_at
     FROM api_keys WHERE account_id = $1 ORDER BY id
 """
 LIST_EXPIRING_KEYS = """
     SELECT key.id, account_id, account.name AS account, key.name, prefix, expires_at, last_used_on
     FROM api_keys AS key JOIN accounts AS account ON account.id = account_id
-    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + $1::interval
+    WHERE revoked_at IS NULL AND replaced_by IS NULL AND expires_at > now() AND expires_at < now() + $1::interval
     ORDER BY expires_at
 """
 
@@ -169,7 +175,7 @@ class Admin:
         return row | {"key": key}
 
     async def list_expiring_keys(self, within: timedelta) -> list[Row]:
-        """Return the usable keys of all accounts that expire within this time, the next one first."""
+        """Return the usable keys without a successor that expire within this time, the next one first."""
         return await self._all(LIST_EXPIRING_KEYS, within)
 
     async def revoke_key(self, key_id: int) -> Row:

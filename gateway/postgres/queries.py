@@ -48,9 +48,12 @@ NOTE_KEY_USE = """
     )
 """
 EXPIRES_SOON_DAYS = 14  # the notice of the alert
+# A replaced key ends by design. A key with a short life counts in its second half: else it would always count.
 COUNT_EXPIRING_KEYS = f"""
     SELECT count(*) FROM api_keys
-    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + interval '{EXPIRES_SOON_DAYS} days'
+    WHERE revoked_at IS NULL AND replaced_by IS NULL
+        AND expires_at > now() AND expires_at < now() + interval '{EXPIRES_SOON_DAYS} days'
+        AND (lifetime IS NULL OR expires_at < now() + lifetime / 2)
 """  # noqa: S608 - a constant of this module
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
@@ -295,7 +298,7 @@ class Queries:
             await connection.execute(NOTE_KEY_USE, keys)
 
     async def count_expiring_keys(self) -> int:
-        """Return how many usable keys of all accounts expire within EXPIRES_SOON_DAYS."""
+        """Return how many usable keys of all accounts expire soon without a successor: COUNT_EXPIRING_KEYS."""
         async with self._pool.connection() as connection:
             keys: int = await connection.fetchval(COUNT_EXPIRING_KEYS)
         return keys

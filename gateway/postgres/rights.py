@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 # Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
 SERVICE_RIGHTS = {
     "accounts": "SELECT (id, status)",
-    "api_keys": "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on), UPDATE (last_used_on)",
+    "api_keys": (
+        "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on, lifetime, replaced_by), "
+        "UPDATE (last_used_on)"
+    ),
     "sending_lists": "SELECT (id, account_id, number, status)",
     "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
@@ -55,9 +58,10 @@ ALL_RIGHTS = [
     for action, columns in _rights_in(rights)
     for column in columns.split(",")
 ]
-# Without the other two requests are served: `status` then does not see the migrations, nor `key list` the last use.
+# Without the others requests are served: `status` does not see the migrations, and nothing watches the keys.
+_OF_KEY_WATCH = ("last_used_on", "lifetime", "replaced_by")
 RIGHTS_OF_REQUESTS = [
-    right for right in ALL_RIGHTS if right.target != "schema_migrations" and right.column != "last_used_on"
+    right for right in ALL_RIGHTS if right.target != "schema_migrations" and right.column not in _OF_KEY_WATCH
 ]
 
 
