@@ -11,7 +11,7 @@ from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
 from gateway.amqp.transport import address, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
-from gateway.failure_log import FailureLog
+from gateway.repeat_log import RepeatLog
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class PublishConnections:
         self.connected = 0  # connections opened
         self.connect_failures = 0
         self.last_failure = ""  # to connect: a sentence, as in the log
-        self._failure_logs: defaultdict[str, FailureLog] = defaultdict(lambda: FailureLog(log))  # by node
+        self._failure_logs: defaultdict[str, RepeatLog] = defaultdict(lambda: RepeatLog(log))  # by node
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
         self._warned_of_returns_at = float("-inf")

@@ -17,8 +17,8 @@ import asyncpg
 from gateway import tls
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.failure_log import FailureLog
 from gateway.postgres.rights import MissingRights
+from gateway.repeat_log import RepeatLog
 from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Pool:
         self.failures = 0  # queries that failed or timed out
         self.last_failure = ""  # a sentence, as in the log
         self._hosts = str(settings.database())
-        self._failure_log = FailureLog(log)
+        self._failure_log = RepeatLog(log)
         self._pool = asyncpg.create_pool(
             settings.database_url_with_tls(),
             connect=connect_to_primary,

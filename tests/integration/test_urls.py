@@ -369,7 +369,7 @@ async def test_an_outage_is_logged_once_and_then_counted(
         gateway = await start_gateway(settings, wait_until_ready=False)
         connections, pool = gateway.runtime.publisher.connections, gateway.runtime.pool
         await eventually(lambda: connections.connect_failures >= 5, timeout=20)
-        await eventually(lambda: pool._failure_log._failures >= 5, timeout=20)
+        await eventually(lambda: pool._failure_log._events >= 5, timeout=20)
         for start in ("cannot connect to the broker at 127.0.0.1:", "the database is unavailable: 127.0.0.1:"):
             assert len([line for line in caplog.messages if line.startswith(start)]) == 1, caplog.messages
         down.pass_through()
