@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 3.0  # per server
 CLOSE_TIMEOUT_S = 0.5
-MAX_ANSWER_SHOWN = 1_000  # characters of /readyz: it names what is missing, with the command that helps
+MAX_ANSWER_SHOWN = 200  # characters of an answer that is not the gateway's
 # SMS in one outbound queue. 30 minutes after it was accepted an SMS is stale, and 17,000 a minute is the default rate
 # at which the platform sends from one list.
 MAX_BACKLOG = 30 * 17_000
@@ -61,6 +61,14 @@ class GatewayState(msgspec.Struct):
     url: str
     status: str  # "ready", "not ready", "not running"
     problem: str = ""
+
+
+class _Readiness(msgspec.Struct):
+    """An answer of /readyz: of one process, or of a supervisor with its workers."""
+
+    status: str = ""
+    reasons: list[str] = []
+    workers: list["_Readiness"] = []
 
 
 class Node(msgspec.Struct):
@@ -218,13 +226,23 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            problem = (await response.text())[:MAX_ANSWER_SHOWN] or f"/readyz answered {response.status}"
-            return GatewayState(str(url), "not ready", problem)
+            return GatewayState(str(url), "not ready", _why_not_ready(response.status, await response.text()))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
         return GatewayState(
             str(url), "not running", "" if is_absent else _one_line(error, f"{type(error).__name__} {error}")
         )
+
+
+def _why_not_ready(status: int, text: str) -> str:
+    """Return the reasons in an answer of /readyz, each once; the answer itself if it is not the gateway's."""
+    with suppress(msgspec.DecodeError):
+        answer = msgspec.json.decode(text, type=_Readiness)
+        reasons = [reason for one in (answer, *answer.workers) for reason in one.reasons]
+        reasons += [f"a worker {one.status}" for one in answer.workers if one.status not in ("ready", "not ready")]
+        if reasons:
+            return "; ".join(dict.fromkeys(reasons))
+    return f"/readyz answered {status}: {text[:MAX_ANSWER_SHOWN]}".removesuffix(": ")
 
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
