@@ -21,6 +21,7 @@ from gateway.config import Settings
 # aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
 JOINED_BYTES = 64 * 1024  # above it, another system call costs less than a copy
+MAY_NOT_DECLARE = "The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
 
 
 class Connection(aio_pika.Connection):
@@ -199,5 +200,5 @@ def reason(error: BaseException, close_reply: str = "") -> str:
     if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
         return f"{error}. Run `python -m gateway declare`, or set GATEWAY_AMQP_TOPOLOGY=declare"
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
-        return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
+        return f"{error}. {MAY_NOT_DECLARE}"
     return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

@@ -20,7 +20,7 @@ from yarl import URL
 from gateway import __version__, tls
 from gateway.amqp.depths import DEAD_LETTERS, OUTBOUND
 from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_topology
-from gateway.amqp.transport import TappedTransport, address, prepare_connection
+from gateway.amqp.transport import MAY_NOT_DECLARE, TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS, NOT_MIGRATED_ERRORS, connect_to_host
@@ -257,7 +257,9 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
                 queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
                 await check_may_publish(await connection.channel(), settings)
                 if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
-                    await verify_topology(connection, settings)
+                    refused = await verify_topology(connection, settings)
+                    if refused and settings.amqp_topology == "declare":
+                        state.problem = f"{refused}. {MAY_NOT_DECLARE}"
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
         state.problem = _one_line(error, broker_reason(error, socket.close_reply))

@@ -392,6 +392,11 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
         assert (await gateway.send([gateway.message()] * 3))[1]["queued_count"] == 3
         assert len(await queue.take_payloads()) == 3
         await eventually(lambda: all(depth.is_known() for depth in gateway.runtime.depths.all))
+        assert [node.problem for node in (await status.collect(restricted, [], [])).nodes] == [""]
+        declares = make_settings(**names, amqp_url=broker_user)
+        (problem,) = [node.problem for node in (await status.collect(declares, [], [])).nodes]
+        assert "ACCESS_REFUSED" in problem
+        assert "set GATEWAY_AMQP_TOPOLOGY=check, or give it the right" in problem
 
         connection = await aio_pika.connect(broker_user)
         async with connection:
