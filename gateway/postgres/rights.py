@@ -16,12 +16,15 @@ SERVICE_RIGHTS = {
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
     "schema_migrations": "SELECT",  # for `status`
 }
-# Without this schema no table of it is seen. PostgreSQL then says that they do not exist.
+# Without the right to use their schema, PostgreSQL says of its tables that they do not exist.
 FIND_HIDDEN_SCHEMA = """
     SELECT quote_ident(nspname)
     FROM pg_class AS rel JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
     WHERE relname = 'message_id_leases' AND relkind = 'S' AND to_regclass('message_id_leases') IS NULL
         AND NOT has_schema_privilege(nsp.oid, 'USAGE')
+        AND nspname = ANY(string_to_array(
+            translate(replace(current_setting('search_path'), '$user', current_user), '" ', ''), ','
+        ))
 """
 # A right to a whole table counts as given with any column: a role may have it for those columns alone that are used.
 FIND_MISSING = """
