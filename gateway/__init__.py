@@ -3,4 +3,4 @@
 ARCHITECTURE.md has the map of the packages and the way of a request through them.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

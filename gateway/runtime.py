@@ -55,17 +55,15 @@ class Runtime:
         A later outage of broker or database does not count. It would take all replicas out of the load balancer at
         once, and callers would get connection errors in place of a 503.
         """
+        connections = self.publisher.connections
+        broker = connections.last_failure or "the broker has not been reached yet"
+        database = self.pool.last_failure or "the database has not been reached yet"
         reasons = {
             "draining": self.draining,
-            "the broker has not been reached yet": not self.publisher.connections.was_connected,
-            self._database_reason(): not self.database_was_reached,
+            broker: not connections.was_connected,
+            database: not self.database_was_reached,
         }
         return [reason for reason, holds in reasons.items() if holds]
-
-    def _database_reason(self) -> str:
-        if self.pool.is_migrated:
-            return "the database has not been reached yet"
-        return "the database is not migrated: run `python -m gateway migrate`"
 
 
 RUNTIME = web.AppKey("runtime", Runtime)
@@ -137,12 +135,13 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 async def _reach_database(runtime: Runtime) -> None:
-    """Lease the first message ids and run both lookups of an API key. Until all succeed, the process is not ready.
+    """Check the role's rights, lease message ids, run both lookups of a key. Until all succeed, it is not ready.
 
     So a process that is newer than the schema, or whose role lacks a right, takes no requests.
     """
     while not runtime.database_was_reached:
         try:
+            await runtime.queries.check_rights()
             await runtime.ids.take(0)
             await runtime.queries.find_account(bytes(32), [""])
             await runtime.queries.find_account(bytes(32))

@@ -50,6 +50,13 @@ PLACES = {
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }
 
+# The same places in the body of a single send, which is one element.
+SINGLE_PLACES = {"a single send": (b"", b"")} | {
+    f"{place} of a single send": (PLACES[place][0].removeprefix(HEAD), PLACES[place][1].removesuffix(TAIL))
+    for place in ("to", "body", "metadata", "contact_data", "first_name", "custom_fields")
+}
+SINGLE_PLACES["an unknown field of a single send"] = (b"{" + FIELDS + b',"unknown":', b"}")
+
 Fill = Callable[[bytes, bytes, bytes], bytes]
 # How it is filled: the value's first bytes, what is repeated, its last bytes.
 VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
@@ -73,17 +80,21 @@ VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
 }
 
 
-def _make(place: str, value: str) -> bytes:
-    before, after = PLACES[place]
+def _make(place: tuple[bytes, bytes], value: str) -> bytes:
+    before, after = place
     fill, first, unit, last = VALUES[value]
     return fill(before + first, unit, last + after)
 
 
-def _shapes() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    for value, place in product(VALUES, PLACES):
-        yield f"{value} as {place}", functools.partial(_make, place, value)
+def _shapes(places: dict[str, tuple[bytes, bytes]]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for value, (name, place) in product(VALUES, places.items()):
+        yield f"{value} as {name}", functools.partial(_make, place, value)
+
+
+def _texts() -> Iterator[tuple[str, Callable[[], bytes]]]:
     for name, text in {"emoji": "\N{PILE OF POO}".encode(), "euros": "€".encode(), "newlines": b"\\n"}.items():
         yield f"{name} as all bodies", functools.partial(clean_body, text)
 
 
-SHAPES: dict[str, Callable[[], bytes]] = dict(_shapes())
+SHAPES: dict[str, Callable[[], bytes]] = dict([*_shapes(PLACES), *_texts()])
+SINGLE_SHAPES: dict[str, Callable[[], bytes]] = dict(_shapes(SINGLE_PLACES))  # for POST /api/v2/send

@@ -13,14 +13,14 @@ from urllib.parse import urlsplit
 import msgspec
 
 from benchmarks.drivers.backends import Backends, open_backends
-from benchmarks.drivers.generator import PATH
+from benchmarks.drivers.generator import PATH, SINGLE_PATH
 from benchmarks.drivers.systems import GATEWAY, Setup, serving
 from benchmarks.report import bars, machine
 from benchmarks.report.bars import Bar
 from benchmarks.report.document import Cell, Report, Table
 from benchmarks.report.figures import Figure, short
 from benchmarks.report.machine import Machine
-from testbed.bodies import LIST_NUMBER, SHAPES, clean_body
+from testbed.bodies import LIST_NUMBER, SHAPES, SINGLE_SHAPES, clean_body
 
 CLEAN = "a clean body"
 SHOWN = 20  # rows of the report: the most expensive shapes
@@ -65,7 +65,9 @@ def measure(options: Options, on_reading: Callable[[Reading], None]) -> Bodies:
 
 def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
     clean = clean_body(list_number=backends.list_numbers[0].encode())
-    chosen = [(name, make) for name, make in SHAPES.items() if options.like in name]
+    shapes = [(name, PATH, make) for name, make in SHAPES.items()]
+    shapes += [(name, SINGLE_PATH, make) for name, make in SINGLE_SHAPES.items()]
+    chosen = [shape for shape in shapes if options.like in shape[0]]
     for _ in range(options.rounds):
         with (
             backends.names("quorum", declare=True) as names,
@@ -73,9 +75,9 @@ def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
             closing(_Caller(server.url, backends.key, server.pid)) as caller,
         ):
             caller.send(clean)  # the first one pays for what is set up once
-            for name, make in chosen:
+            for name, path, make in chosen:
                 body = make().replace(LIST_NUMBER, backends.list_numbers[0].encode())
-                pairs = [(caller.send(body), caller.send(clean)) for _ in range(options.bodies)]
+                pairs = [(caller.send(body, path), caller.send(clean)) for _ in range(options.bodies)]
                 yield Reading(
                     name,
                     pairs[-1][0][0],
@@ -93,10 +95,10 @@ class _Caller:
         self._headers = {"X-Api-Key": key, "Content-Type": "application/json"}
         self._threads = Path(f"/proc/{pid}/task")
 
-    def send(self, body: bytes) -> tuple[int, float]:
+    def send(self, body: bytes, path: str = PATH) -> tuple[int, float]:
         """Return the status of the answer, and the CPU milliseconds of all threads of the server."""
         before = self._cpu_ns()
-        self._connection.request("POST", PATH, body, self._headers)
+        self._connection.request("POST", path, body, self._headers)
         answer = self._connection.getresponse()
         answer.read()
         return answer.status, (self._cpu_ns() - before) / 1e6

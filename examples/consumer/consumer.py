@@ -38,6 +38,13 @@ class Delivery(NamedTuple):
     contents: list[Sms]
 
 
+class _Connection(aio_pika.Connection):
+    """A connection without aio-pika's finalizer: it would call close() in whatever thread collects garbage."""
+
+    def __del__(self) -> None:
+        """Do nothing."""
+
+
 class Consumer:
     """A consumer of one queue, until stop(). It reconnects to broker and database by itself."""
 
@@ -90,7 +97,9 @@ class Consumer:
         try:
             async with _broker_errors_are_loss(), asyncio.timeout(CONNECT_TIMEOUT_S):
                 heartbeat = self._settings.amqp_heartbeat_s
-                connection = await aio_pika.connect(node, heartbeat=heartbeat, name="sms-consumer")
+                connection = await aio_pika.connect(
+                    node, heartbeat=heartbeat, name="sms-consumer", connection_class=_Connection
+                )
                 channel = await connection.channel(publisher_confirms=False)
                 await channel.set_qos(prefetch_count=self._settings.prefetch)
                 channel.close_callbacks.add(subscription.end)

@@ -11,7 +11,7 @@ from gateway.amqp.connection import CLOSE_TIMEOUT_S, PublishConnection
 from gateway.amqp.transport import address, reason, stray_cancellation_is_loss
 from gateway.config import Settings
 from gateway.errors import QueueUnavailable
-from gateway.failure_log import FailureLog
+from gateway.repeat_log import RepeatLog
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class PublishConnections:
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
-        self._failure_logs: defaultdict[str, FailureLog] = defaultdict(lambda: FailureLog(log))  # by node
+        self.last_failure = ""  # to connect: a sentence, as in the log
+        self._failure_logs: defaultdict[str, RepeatLog] = defaultdict(lambda: RepeatLog(log))  # by node
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone
         self._warned_of_returns_at = float("-inf")
@@ -160,7 +161,8 @@ class PublishConnections:
                 await connection.open()
         except Exception as error:  # the libraries raise many kinds, and the reconnection must go on
             failure = reason(error, connection.close_reply)
-            self._failure_logs[node].note(f"cannot connect to the broker at {node}: {failure}")
+            self.last_failure = f"cannot connect to the broker at {node}: {failure}"
+            self._failure_logs[node].note(self.last_failure)
             self.connect_failures += 1
             return False
         log.info("connected to the broker at %s%s", node, self._failure_logs[node].end())

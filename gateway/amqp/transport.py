@@ -21,16 +21,26 @@ from gateway.config import Settings
 # aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
 JOINED_BYTES = 64 * 1024  # above it, another system call costs less than a copy
+MAY_NOT_DECLARE = "The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
 
 
-async def prepare_connection(
-    settings: Settings, node: URL, name: str, transport: "TappedTransport"
-) -> aio_pika.Connection:
+class Connection(aio_pika.Connection):
+    """A connection without aio-pika's finalizer. Its owner closes it, or aborts its transport.
+
+    The finalizer would call close() for a connection that could not be opened or closed, in whatever thread collects
+    garbage. Without an event loop there, Python warns of a coroutine that was never awaited.
+    """
+
+    def __del__(self) -> None:
+        """Do nothing."""
+
+
+async def prepare_connection(settings: Settings, node: URL, name: str, transport: "TappedTransport") -> Connection:
     """Return a connection to one node over `transport`, with heartbeat and TLS as set, still to be connected.
 
     `name` is shown in RabbitMQ's list of connections. Raises OSError for certificate files that cannot be read.
     """
-    connection = aio_pika.Connection(node.update_query(heartbeat=settings.amqp_heartbeat_s, name=name))
+    connection = Connection(node.update_query(heartbeat=settings.amqp_heartbeat_s, name=name))
     connection.kwargs["transport_factory"] = transport
     if node.scheme == "amqps":
         connection.kwargs["context"] = await asyncio.to_thread(tls.broker_context, settings)
@@ -190,5 +200,5 @@ def reason(error: BaseException, close_reply: str = "") -> str:
     if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
         return f"{error}. Run `python -m gateway declare`, or set GATEWAY_AMQP_TOPOLOGY=declare"
     if isinstance(error, aiormq.exceptions.ChannelAccessRefused):
-        return f"{error}. The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check, or give it the right"
+        return f"{error}. {MAY_NOT_DECLARE}"
     return f"{type(error).__name__} {error}{tls.advice(error, 'AMQP')}".strip()

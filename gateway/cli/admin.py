@@ -3,7 +3,6 @@
 It runs on one connection, and shares no SQL with requests (postgres/queries.py).
 """
 
-import re
 import secrets
 import string
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ import asyncpg
 
 from gateway.ingest.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
 from gateway.postgres.pool import DATABASE_ERRORS, connect_to_primary, reason
+from gateway.postgres.rights import ALL_RIGHTS, SERVICE_RIGHTS
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -36,27 +36,33 @@ CREATE_KEY = """
 # The successor has the name and the lifetime of the key that it replaces, even if an earlier rotation has changed the
 # end of that key.
 ROTATE_KEY = """
-    WITH old AS (
-        UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval)
-        WHERE id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-        RETURNING account_id, name, lifetime, expires_at AS ends_at
+    WITH successor AS (SELECT nextval(pg_get_serial_sequence('api_keys', 'id')) AS id), old AS (
+        UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval), replaced_by = successor.id
+        FROM successor
+        WHERE api_keys.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        RETURNING account_id, name, lifetime, expires_at AS ends_at, replaced_by
     )
-    INSERT INTO api_keys (account_id, sha256, prefix, name, lifetime, expires_at)
-    SELECT account_id, $2, $3, name, lifetime, now() + lifetime FROM old
+    INSERT INTO api_keys (id, account_id, sha256, prefix, name, lifetime, expires_at)
+    OVERRIDING SYSTEM VALUE
+    SELECT replaced_by, account_id, $2, $3, name, lifetime, now() + lifetime FROM old
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
 """
+# The keys that it replaced have its own successor now, if it has one.
 REVOKE_KEY = """
+    WITH replaced AS (
+        UPDATE api_keys SET replaced_by = (SELECT replaced_by FROM api_keys WHERE id = $1) WHERE replaced_by = $1
+    )
     UPDATE api_keys SET revoked_at = coalesce(revoked_at, now()) WHERE id = $1
     RETURNING id, account_id, prefix, revoked_at
 """
 LIST_KEYS = """
-    SELECT id, account_id, name, prefix, created_at, expires_at, last_used_on, revoked_at
+    SELECT id, account_id, name, prefix, created_at, expires_at, replaced_by, last_used_on, revoked_at
     FROM api_keys WHERE account_id = $1 ORDER BY id
 """
 LIST_EXPIRING_KEYS = """
     SELECT key.id, account_id, account.name AS account, key.name, prefix, expires_at, last_used_on
     FROM api_keys AS key JOIN accounts AS account ON account.id = account_id
-    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + $1::interval
+    WHERE revoked_at IS NULL AND replaced_by IS NULL AND expires_at > now() AND expires_at < now() + $1::interval
     ORDER BY expires_at
 """
 
@@ -66,21 +72,14 @@ ADD_LIST = """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
 
-# Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
-SERVICE_RIGHTS = {
-    "accounts": "SELECT (id, status)",
-    "api_keys": "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on), UPDATE (last_used_on)",
-    "sending_lists": "SELECT (id, account_id, number, status)",
-    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
-    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
-    "schema_migrations": "SELECT",  # for `status`
-}
 TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
            pg_has_role(role.oid, relowner, 'MEMBER') OR pg_has_role(role.oid, nspowner, 'MEMBER') AS is_owner,
            has_schema_privilege(role.oid, nsp.oid, 'CREATE') AS may_create,
            has_schema_privilege(role.oid, nsp.oid, 'USAGE') AS may_use,
+           has_database_privilege(role.oid, current_database(), 'CONNECT') AS may_connect,
+           quote_ident(current_database()) AS database,
            pg_has_role(current_user, relowner, 'USAGE') AS can_grant
     FROM pg_roles AS role, pg_class AS rel
     JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
@@ -124,7 +123,6 @@ FIND_RIGHTS = """
     FROM holder, rel, unnest(ARRAY['USAGE', 'SELECT', 'UPDATE']) AS action
     WHERE relkind = 'S' AND has_sequence_privilege(holder.oid, rel.oid, action)
 """
-_rights_in = re.compile(r"([A-Z]+)(?: \(([^)]*)\))?").findall
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 30.0
@@ -177,7 +175,7 @@ class Admin:
         return row | {"key": key}
 
     async def list_expiring_keys(self, within: timedelta) -> list[Row]:
-        """Return the usable keys of all accounts that expire within this time, the next one first."""
+        """Return the usable keys without a successor that expire within this time, the next one first."""
         return await self._all(LIST_EXPIRING_KEYS, within)
 
     async def revoke_key(self, key_id: int) -> Row:
@@ -218,6 +216,11 @@ class Admin:
         schema = found["schema"]
         if found["may_create"]:
             raise AdminError(f"{role} may create tables: REVOKE CREATE ON SCHEMA {schema} FROM {found['role']}, PUBLIC")
+        if not found["may_connect"]:  # the owner of the tables need not own the database
+            raise AdminError(
+                f"{role} may not connect: GRANT CONNECT ON DATABASE {found['database']} TO {found['role']}, as the "
+                "owner of the database"
+            )
         statements = [
             f"REVOKE ALL ON {TABLES} FROM {found['role']}",
             f"REVOKE ALL ON SEQUENCE message_id_leases FROM {found['role']}",
@@ -236,12 +239,7 @@ class Admin:
         if powers := await self._all(FIND_POWERS, role):
             named = ", ".join(f"{row['power']}{_via(row['holder'], role)}" for row in powers)
             raise AdminError(f"{role} has {named}: rights on tables would not limit it. Choose another role")
-        granted = {
-            (target.split()[-1], action, column.strip())
-            for target, rights in SERVICE_RIGHTS.items()
-            for action, columns in _rights_in(rights)
-            for column in columns.split(",")
-        }
+        granted = {(right.target.split()[-1], right.action, right.column) for right in ALL_RIGHTS}
         beyond = sorted(
             {
                 f"{row['action']} on {row['what']}{_via(row['holder'], role)}"

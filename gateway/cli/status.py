@@ -20,11 +20,12 @@ from yarl import URL
 from gateway import __version__, tls
 from gateway.amqp.depths import DEAD_LETTERS, OUTBOUND
 from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_topology
-from gateway.amqp.transport import TappedTransport, address, prepare_connection
+from gateway.amqp.transport import MAY_NOT_DECLARE, TappedTransport, address, prepare_connection
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
-from gateway.postgres.pool import DATABASE_ERRORS, connect_to_host
+from gateway.postgres.pool import DATABASE_ERRORS, NOT_MIGRATED_ERRORS, connect_to_host
 from gateway.postgres.pool import reason as database_reason
+from gateway.postgres.rights import ALL_RIGHTS, MissingRights, check_rights
 from gateway.telemetry.log import printable
 from gateway.urls import Address, Database
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 ANSWER_TIMEOUT_S = 3.0  # per server
 CLOSE_TIMEOUT_S = 0.5
+MAX_ANSWER_SHOWN = 200  # characters of an answer that is not the gateway's
 # SMS in one outbound queue. 30 minutes after it was accepted an SMS is stale, and 17,000 a minute is the default rate
 # at which the platform sends from one list.
 MAX_BACKLOG = 30 * 17_000
@@ -59,6 +61,14 @@ class GatewayState(msgspec.Struct):
     url: str
     status: str  # "ready", "not ready", "not running"
     problem: str = ""
+
+
+class _Readiness(msgspec.Struct):
+    """An answer of /readyz: of one process, or of a supervisor with its workers."""
+
+    status: str = ""
+    reasons: list[str] = []
+    workers: list["_Readiness"] = []
 
 
 class Node(msgspec.Struct):
@@ -216,13 +226,23 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            problem = (await response.text())[:200] or f"/readyz answered {response.status}"
-            return GatewayState(str(url), "not ready", problem)
+            return GatewayState(str(url), "not ready", _why_not_ready(response.status, await response.text()))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
         return GatewayState(
             str(url), "not running", "" if is_absent else _one_line(error, f"{type(error).__name__} {error}")
         )
+
+
+def _why_not_ready(status: int, text: str) -> str:
+    """Return the reasons in an answer of /readyz, each once; the answer itself if it is not the gateway's."""
+    with suppress(msgspec.DecodeError):
+        answer = msgspec.json.decode(text, type=_Readiness)
+        reasons = [reason for one in (answer, *answer.workers) for reason in one.reasons]
+        reasons += [f"a worker {one.status}" for one in answer.workers if one.status not in ("ready", "not ready")]
+        if reasons:
+            return "; ".join(dict.fromkeys(reasons))
+    return f"/readyz answered {status}: {text[:MAX_ANSWER_SHOWN]}".removesuffix(": ")
 
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
@@ -237,7 +257,9 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
                 queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
                 await check_may_publish(await connection.channel(), settings)
                 if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
-                    await verify_topology(connection, settings)
+                    refused = await verify_topology(connection, settings)
+                    if refused and settings.amqp_topology == "declare":
+                        state.problem = f"{refused}. {MAY_NOT_DECLARE}"
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
         state.problem = _one_line(error, broker_reason(error, socket.close_reply))
@@ -329,14 +351,16 @@ async def _check_host(
 
 
 async def _check_schema(connection: Any, migrations: Sequence[str]) -> Schema:
+    problem = await _missing_rights(connection)
     try:
         applied = []
         if await connection.fetchval(HAS_MIGRATIONS):
             applied = [row["version"] for row in await connection.fetch(APPLIED_MIGRATIONS)]
         leased = await connection.fetchrow(LEASED_IDS)
-    except asyncpg.InsufficientPrivilegeError:
-        return Schema(problem="this database user may not read schema_migrations: use the owner of the tables")
+    except asyncpg.InsufficientPrivilegeError as error:  # to read the migrations, for example
+        return Schema(problem=problem or _one_line(error, database_reason(error)))
     schema = Schema(
+        problem=problem,
         applied=applied,
         pending=[version for version in migrations if version not in applied],
         newer=[version for version in applied if version not in migrations],
@@ -345,8 +369,20 @@ async def _check_schema(connection: Any, migrations: Sequence[str]) -> Schema:
         last, schema.leases_in_all = leased[0], leased[1] + 1
         schema.leases_used = 0 if last is None else last + 1
     if schema.pending:
-        schema.problem = f"pending migrations: {len(schema.pending)}. Run `python -m gateway migrate`"
+        pending = f"pending migrations: {len(schema.pending)}. Run `python -m gateway migrate`"
+        schema.problem = ". ".join(filter(None, [pending, problem]))
     return schema
+
+
+async def _missing_rights(connection: Any) -> str:
+    """Return a sentence about the rights to serve that the role of this connection lacks; "" if it has them all."""
+    try:
+        await check_rights(connection, ALL_RIGHTS)
+    except MissingRights as error:
+        return str(error)
+    except NOT_MIGRATED_ERRORS:  # the pending migrations are the problem
+        return ""
+    return ""
 
 
 def _one_line(error: BaseException, reason: str) -> str:

@@ -17,7 +17,8 @@ import asyncpg
 from gateway import tls
 from gateway.config import Settings
 from gateway.errors import DatabaseUnavailable
-from gateway.failure_log import FailureLog
+from gateway.postgres.rights import MissingRights
+from gateway.repeat_log import RepeatLog
 from gateway.urls import Address, Database
 
 if TYPE_CHECKING:
@@ -44,9 +45,16 @@ NOT_MIGRATED_ERRORS = (
     asyncpg.InvalidSchemaNameError,
 )
 MORE_RIGHTS = (
-    "A later version may need more rights: run `python -m gateway migrate --grant-to ROLE` as the owner of the tables"
+    "Run `python -m gateway migrate --grant-to ROLE` as the owner of the tables: it grants the role of `serve` all "
+    "rights, or names the one that it cannot grant"
 )
-DATABASE_ERRORS = (*OUTAGE_ERRORS, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+DATABASE_ERRORS = (
+    *OUTAGE_ERRORS,
+    MissingRights,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
 
 
 class Pool:
@@ -57,9 +65,9 @@ class Pool:
         self._recovery: asyncio.Task[None] | None = None
         self._answered_at = float("-inf")
         self.failures = 0  # queries that failed or timed out
-        self.is_migrated = True  # False: the last failure was a missing table, column or database
+        self.last_failure = ""  # a sentence, as in the log
         self._hosts = str(settings.database())
-        self._failure_log = FailureLog(log)
+        self._failure_log = RepeatLog(log)
         self._pool = asyncpg.create_pool(
             settings.database_url_with_tls(),
             connect=connect_to_primary,
@@ -127,10 +135,9 @@ class Pool:
             raise DatabaseUnavailable from error
 
     def _note(self, error: BaseException) -> None:
-        self.is_migrated = not isinstance(error, NOT_MIGRATED_ERRORS)
-        state = "is unavailable" if self.is_migrated else "is not migrated"
         where = "" if _has_hosts(error) else f"{self._hosts}: "
-        self._failure_log.note(f"the database {state}: {where}{reason(error)}")
+        self.last_failure = f"the database {_state_after(error)}: {where}{reason(error)}"
+        self._failure_log.note(self.last_failure)
 
     @asynccontextmanager
     async def _bounded_connection(self) -> "AsyncIterator[PoolConnectionProxy]":
@@ -172,6 +179,8 @@ def reason(error: BaseException) -> str:
     """
     if _has_hosts(error):
         return str(error.__notes__[0])
+    if isinstance(error, MissingRights):
+        return str(error)
     # SSLCertVerificationError is both a ValueError and an OSError; its text says what to do, and quotes no data.
     if isinstance(error, (asyncpg.DataError, ValueError)) and not isinstance(error, OSError):
         return type(error).__name__
@@ -267,6 +276,16 @@ async def _connect_to_first(database: Database, given: dict[str, Any]) -> tuple[
     failure = (says_more or list(failures.values()))[-1]
     failure.add_note("; ".join(f"{address}: {reason(error)}" for address, error in failures.items()))
     raise failure
+
+
+def _state_after(error: BaseException) -> str:
+    match error:
+        case MissingRights() | asyncpg.InsufficientPrivilegeError():
+            return "refuses a right"
+        case _ if isinstance(error, NOT_MIGRATED_ERRORS):
+            return "is not migrated"
+        case _:
+            return "is unavailable"
 
 
 def _has_hosts(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from gateway.postgres.coalesce import Coalescer
 from gateway.postgres.pool import Pool
+from gateway.postgres.rights import RIGHTS_OF_REQUESTS, check_rights
 
 FIND_ACCOUNTS_BY_KEY = """
     SELECT key.sha256, account.id, account.status = 'active' AS is_active
@@ -47,9 +48,12 @@ NOTE_KEY_USE = """
     )
 """
 EXPIRES_SOON_DAYS = 14  # the notice of the alert
+# A replaced key ends by design. A key with a short life counts in its second half: else it would always count.
 COUNT_EXPIRING_KEYS = f"""
     SELECT count(*) FROM api_keys
-    WHERE revoked_at IS NULL AND expires_at > now() AND expires_at < now() + interval '{EXPIRES_SOON_DAYS} days'
+    WHERE revoked_at IS NULL AND replaced_by IS NULL
+        AND expires_at > now() AND expires_at < now() + interval '{EXPIRES_SOON_DAYS} days'
+        AND (lifetime IS NULL OR expires_at < now() + lifetime / 2)
 """  # noqa: S608 - a constant of this module
 
 LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
@@ -294,10 +298,15 @@ class Queries:
             await connection.execute(NOTE_KEY_USE, keys)
 
     async def count_expiring_keys(self) -> int:
-        """Return how many usable keys of all accounts expire within EXPIRES_SOON_DAYS."""
+        """Return how many usable keys of all accounts expire soon without a successor: COUNT_EXPIRING_KEYS."""
         async with self._pool.connection() as connection:
             keys: int = await connection.fetchval(COUNT_EXPIRING_KEYS)
         return keys
+
+    async def check_rights(self) -> None:
+        """Raise DatabaseUnavailable if the role lacks a right that requests need; Pool.last_failure names it."""
+        async with self._pool.connection() as connection:
+            await check_rights(connection, RIGHTS_OF_REQUESTS)
 
     async def lease_message_ids(self) -> int:
         """Return the number of a new lease of message ids, unique for ever."""

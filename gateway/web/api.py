@@ -1,6 +1,7 @@
 """The API: POST /api/v2/send/bulk and /api/v2/send, and the record of each request."""
 
 import asyncio
+import re
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -26,6 +27,11 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
 PREFER_HEADER = "Prefer"
 PREFERENCE_APPLIED = {"Preference-Applied": "return=representation"}
+# A comma or a semicolon in a quoted string ends nothing (RFC 9110, 5.6.4). A string that is not closed ends with the
+# header. Each pattern takes a time that is linear in its text: a header may have 32 kB.
+_preferences_in = re.compile(r'(?:[^",]+|"(?:[^"\\]|\\.?)*"?)+').findall
+_is_return = re.compile(r"\s*return\s*(?:[=;]|$)", re.IGNORECASE).match
+_value_of_return = re.compile(r'[^=;]+=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)\s*(?:;|$)').match
 RECORD = web.RequestKey("record", RequestRecord)
 
 
@@ -105,11 +111,16 @@ async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int
 
 def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
     """Return True if the first `return` among the preferences is `return=representation` (RFC 7240)."""
-    for preference in ",".join(headers.getall(PREFER_HEADER)).split(","):
-        name, _, value = preference.partition(";")[0].partition("=")
-        if name.strip().lower() == "return":
-            return value.strip().strip('"').lower() == "representation"
+    for line in headers.getall(PREFER_HEADER):
+        for preference in _preferences_in(line):
+            if _is_return(preference):
+                value = _value_of_return(preference)
+                return value is not None and _unquote(value[1]).lower() == "representation"
     return False
+
+
+def _unquote(word: str) -> str:
+    return re.sub(r"\\(.)", r"\1", word[1:-1]) if word.startswith('"') else word
 
 
 async def refuse_route(request: web.Request) -> web.Response:

@@ -50,7 +50,8 @@ from gateway.errors import (
     drop_tracebacks,
 )
 from gateway.ingest.admission import Slot
-from gateway.web.sockets import Limits, ListenerName, RepeatLog, fit_descriptors, open_tcp, open_unix
+from gateway.repeat_log import RepeatLog
+from gateway.web.sockets import Limits, ListenerName, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +249,7 @@ class _Server(web.Server):
         super().__init__(*arguments, **options)
         self.limits = fit_descriptors(limits)
         self.loop = asyncio.get_running_loop()
-        self.refusals = RepeatLog(self.loop.time())
+        self.refusals = RepeatLog(log, logging.INFO)
         self._refuse = refuse
         self._on_refused = on_refused
         self._evictable: deque[_Connection] = deque()
@@ -293,7 +294,7 @@ class _Server(web.Server):
                 connection.close_if_idle()
         self._evictable.clear()  # some may be in a request by now
         self._is_full = False
-        self.refusals.log_repeats(now)
+        self.refusals.log_counts()
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
 
     def refuse(self, error: GatewayError, cause: BaseException | None = None) -> web.Response:

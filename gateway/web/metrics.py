@@ -140,7 +140,7 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge("gateway_message_ids_available", "Unused message ids of the blocks leased.", ids.available)
     yield _gauge(
         "gateway_api_keys_expiring",
-        f"Usable API keys of all accounts that expire within {EXPIRES_SOON_DAYS} days.",
+        f"Usable API keys of all accounts that expire within {EXPIRES_SOON_DAYS} days and have no successor.",
         runtime.key_watch.expiring,
     )
     yield _gauge("gateway_ready", "1 while /readyz answers 200.", not runtime.not_ready_reasons())

@@ -1,4 +1,4 @@
-"""Listening sockets, the limits of their connections, and a log of repeated events."""
+"""Listening sockets, and the limits of their connections."""
 
 import asyncio
 import logging
@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import ssl
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -49,34 +48,6 @@ def fit_descriptors(limits: Limits) -> Limits:
             soft,
         )
     return limits._replace(max_connections=fitting)
-
-
-class RepeatLog:
-    """A log of events that callers can cause at any rate: the first of a kind at once, then a count per interval."""
-
-    INTERVAL_S = 10.0
-
-    def __init__(self, now: float) -> None:
-        self._repeats: Counter[str] = Counter()
-        self._since = now
-
-    def note(self, kind: str) -> None:
-        """Log the first event of a kind, and count the others. Kinds are few: none holds what a caller sent."""
-        if kind in self._repeats:
-            self._repeats[kind] += 1
-        else:
-            self._repeats[kind] = 0
-            log.info("%s", kind)
-
-    def log_repeats(self, now: float) -> None:
-        """Log the number of repeats per kind, at most once in an interval."""
-        if now - self._since < self.INTERVAL_S:
-            return
-        for kind, count in self._repeats.items():
-            if count:
-                log.info("%s: and %s more in the last %.0f s", kind, f"{count:,}", now - self._since)
-        self._repeats.clear()
-        self._since = now
 
 
 async def open_tcp(

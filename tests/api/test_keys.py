@@ -158,7 +158,8 @@ async def test_keys_about_to_expire_are_counted_although_nothing_can_be_written(
     gateway: GatewayUnderTest, admin: Admin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The role of `serve` may lack the right to write, or the database be read-only."""
-    await admin.create_key(gateway.caller.account_id, lifetime=DAY)
+    key = await admin.create_key(gateway.caller.account_id, lifetime=30 * DAY)
+    await admin._connection.execute("UPDATE api_keys SET expires_at = now() + $2 WHERE id = $1", key["id"], DAY)
     await gateway.send([gateway.message()])
 
     async def fail(_keys: object) -> None:
@@ -194,10 +195,48 @@ async def test_processes_that_write_the_same_keys_wait_for_each_other(gateway: G
 async def test_keys_about_to_expire_are_counted_and_listed(gateway: GatewayUnderTest, admin: Admin) -> None:
     queries, account_id = gateway.runtime.queries, gateway.caller.account_id
     before = await queries.count_expiring_keys()
-    soon = await admin.create_key(account_id, "soon", 13 * DAY)
-    await admin.create_key(account_id, "later", 15 * DAY)
+    soon = await admin.create_key(account_id, "soon", 90 * DAY)
+    later = await admin.create_key(account_id, "later", 90 * DAY)
+    for key, days in ((soon, 13), (later, 15)):
+        await admin._connection.execute(
+            "UPDATE api_keys SET expires_at = now() + $2 WHERE id = $1", key["id"], days * DAY
+        )
     revoked = await admin.create_key(account_id, "revoked", DAY)
     await admin.revoke_key(revoked["id"])
     assert await queries.count_expiring_keys() == before + 1
     listed = [row for row in await admin.list_expiring_keys(14 * DAY) if row["account_id"] == account_id]
     assert [(row["id"], row["name"]) for row in listed] == [(soon["id"], "soon")]
+
+
+async def test_a_key_with_a_successor_is_not_counted_unless_the_successor_is_revoked(
+    gateway: GatewayUnderTest, admin: Admin
+) -> None:
+    """It ends by design, at the end of the overlap: the alert would tell an operator of work that is done."""
+    queries, account_id = gateway.runtime.queries, gateway.caller.account_id
+
+    async def listed() -> list[int]:
+        return [row["id"] for row in await admin.list_expiring_keys(14 * DAY) if row["account_id"] == account_id]
+
+    before = await queries.count_expiring_keys()
+    old = await admin.create_key(account_id, "billing", 90 * DAY)
+    new = await admin.rotate_key(old["id"], DAY)
+    assert (await queries.count_expiring_keys(), await listed()) == (before, [])
+    newest = await admin.rotate_key(new["id"], DAY)
+    await admin.revoke_key(new["id"])
+    assert (await queries.count_expiring_keys(), await listed()) == (before, []), "the newest key replaces both"
+    shown = {row["id"]: row["replaced_by"] for row in await admin.list_keys(account_id)}
+    assert (shown[old["id"]], shown[new["id"]], shown[newest["id"]]) == (newest["id"], newest["id"], None)
+    await admin.revoke_key(newest["id"])
+    assert (await queries.count_expiring_keys(), await listed()) == (before + 1, [old["id"]])
+
+
+async def test_a_key_with_a_short_life_is_counted_in_its_second_half(gateway: GatewayUnderTest, admin: Admin) -> None:
+    """Else it and its successors would always be counted."""
+    queries = gateway.runtime.queries
+    before = await queries.count_expiring_keys()
+    key = await admin.create_key(gateway.caller.account_id, "rotated each week", 10 * DAY)
+    for days_left, counted in ((6, 0), (4, 1)):
+        await admin._connection.execute(
+            "UPDATE api_keys SET expires_at = now() + $2 WHERE id = $1", key["id"], days_left * DAY
+        )
+        assert await queries.count_expiring_keys() == before + counted

@@ -4,7 +4,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from multidict import CIMultiDict, CIMultiDictProxy
 
+from gateway.web.api import prefers_representation
 from tests.support.callers import SINGLE_PATH
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
@@ -35,11 +37,68 @@ async def test_an_answer_lists_the_ids_of_what_was_queued(
     assert queued == {row["message_id"]: row["index"] for row in answer["messages"]}
 
 
-@pytest.mark.parametrize("prefer", ["return=minimal", "return=minimal, return=representation", "representation", "x"])
-async def test_without_the_preference_there_are_no_ids(gateway: GatewayUnderTest, prefer: str) -> None:
-    _, answer, headers = await gateway.post(batch(gateway), Prefer=prefer)
+async def test_without_the_preference_there_are_no_ids(gateway: GatewayUnderTest) -> None:
+    _, answer, headers = await gateway.post(batch(gateway), Prefer="return=minimal")
     assert set(answer) == {"queued_count", "error_count", "errors"}
     assert "Preference-Applied" not in headers
+
+
+def prefers(*lines: str) -> bool:
+    return prefers_representation(CIMultiDictProxy(CIMultiDict([("Prefer", line) for line in lines])))
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["return=representation;"],
+        ["return=representation ; foo"],
+        ["wait=10,\treturn=representation"],
+        [",, return=representation,"],
+        ['x="a, b; c", return=representation'],
+        ['x="a \\" b, return=minimal", return=representation'],
+        ['return="repre\\sentation"'],
+        ["respond-async", "return=representation"],
+        ['x="not closed', "return=representation"],
+    ],
+)
+def test_the_preference_is_found_in_any_spelling(lines: list[str]) -> None:
+    assert prefers(*lines)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["representation"],
+        ["return"],
+        ["return="],
+        ["return; return=representation"],
+        ["return=minimal, return=representation"],
+        ["return=minimal", "return=representation"],
+        ["returns=representation"],
+        ["return=representation2"],
+        ["return=representation x"],
+        ["x; return=representation"],
+        ["x=return=representation"],
+        ['x="a, return=representation"'],
+        ['x="a, return=representation, b"'],
+        ['x="a", y="b\\", return=representation"'],
+        ['x="not closed, return=representation'],
+        ['return="representation'],
+        ['return="representation;x"'],
+        ['return=minimal;x="a, return=representation"'],
+        ['return="minimal\\", return=representation'],
+    ],
+)
+def test_what_only_looks_like_the_preference_is_none(lines: list[str]) -> None:
+    """A comma or a semicolon in a quoted string ends nothing (RFC 9110, 5.6.4)."""
+    assert not prefers(*lines)
+
+
+@pytest.mark.parametrize("part", ['"', '\\"', "\\", 'x="', ",", ";", "return=", 'return="\\a', "return ", '"\\', " "])
+def test_a_hostile_header_costs_no_more_than_its_length(part: str) -> None:
+    """With quadratic backtracking, half a million characters would take hours."""
+    for begin in ("", "return", "return=", 'return="'):
+        assert not prefers(begin + part * (500_000 // len(part)) + 'x"')
 
 
 async def test_a_replayed_answer_has_the_ids_of_the_first_run(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:

@@ -246,6 +246,7 @@ async def test_only_plain_json_is_taken(gateway: GatewayUnderTest, headers: dict
     [
         b"Content-Type: application/json; charset=utf-8",
         b'Content-Type: APPLICATION/JSON ; charset="UTF-8"',
+        b'Content-Type: application/json; x="a, b; charset=utf-16"; charset=utf-8',
         b"Content-Encoding: identity",
         b"Content-Encoding: Identity",
         b"Content-Encoding:",

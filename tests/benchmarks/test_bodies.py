@@ -25,9 +25,10 @@ def test_another_list_number_of_fifteen_characters_fits() -> None:
 
 
 def test_the_gateway_answers_shape_and_clean_body() -> None:
-    measured = bodies.measure(Options(like="fraction as me", bodies=1), lambda _: None)
+    measured = bodies.measure(Options(like="fraction as m", bodies=1), lambda _: None)
     answers = {reading.shape: reading.status for reading in measured.readings}
     assert answers["fraction as metadata"] == 200
     assert answers["fraction as messages"] == 400
+    assert answers["fraction as metadata of a single send"] == 400
     assert all(reading.cpu_ms > 0 < reading.clean_cpu_ms for reading in measured.readings)
     terminal.show(bodies.report(measured))

@@ -86,13 +86,23 @@ def test_the_speed_is_what_was_measured() -> None:
     assert [figure for figure in figures if figure not in measured] == []
 
 
-def test_the_changelog_has_the_version_that_everything_says() -> None:
-    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
-    assert headings[0] == "[Unreleased]"
-    releases = [re.fullmatch(r"\[(\d+\.\d+\.\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in headings[1:]]
+def test_the_version_is_that_of_the_changelog_or_of_a_development_after_it() -> None:
+    """Code with unreleased changes must not call itself a release: two programs would have one version."""
+    _, unreleased, *sections = re.split(r"^## (?=\[)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    heading, _, changes = unreleased.partition("\n")
+    assert heading == "[Unreleased]"
+    releases = [re.match(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d\n", section) for section in sections]
     assert all(releases)
     assert releases[0] is not None
-    assert releases[0][1] == __version__
+    version = re.fullmatch(r"(\d+)\.(\d+)\.(\d+)(\.dev\d+)?", __version__)
+    assert version is not None
+    *numbers, development = version.groups()
+    released = list(map(int, releases[0].groups()))
+    if changes.strip():
+        assert development
+        assert list(map(int, numbers)) > released
+    else:
+        assert (list(map(int, numbers)), development) == (released, None)
 
 
 def test_every_image_in_documents_and_manifests_has_this_version() -> None:
@@ -102,7 +112,7 @@ def test_every_image_in_documents_and_manifests_has_this_version() -> None:
         *(ROOT / "deploy").rglob("*.yaml"),
         ROOT / "scripts/image",
     ]
-    image = re.compile(r"sms-gateway:(\d+\.\d+\.\d+)|newTag: (\d+\.\d+\.\d+)")
+    image = re.compile(r"sms-gateway:(\d+\.\d+\.\d+\S*)|newTag: (\d+\.\d+\.\d+\S*)")
     named = {(file.name, found[1] or found[2]) for file in files for found in image.finditer(file.read_text())}
     assert len(named) >= 5
     # CONTRIBUTING.md shows how the next release is made.

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import aio_pika
 
+from gateway.amqp.transport import Connection
 from gateway.cli.admin import open_admin
 from testbed import (
     Footprint,
@@ -96,7 +97,7 @@ class Deployment:
         """Open a channel past the proxies, on the first node that answers."""
         for url in cycle(self.amqp_urls):
             with suppress(OSError):
-                connection = await aio_pika.connect(url, timeout=3)
+                connection = await aio_pika.connect(url, timeout=3, connection_class=Connection)
                 break
         async with connection, connection.channel() as channel:
             yield channel

@@ -13,6 +13,7 @@ import aiormq.exceptions
 import msgspec
 from aio_pika.abc import AbstractIncomingMessage
 
+from gateway.amqp.transport import Connection
 from tests.faults.ledger import Consumed, Token
 
 PREFETCH = 500
@@ -108,7 +109,7 @@ class Reader:
     async def _read(self, url: str) -> None:
         """Read until the connection is lost."""
         lost = asyncio.Event()
-        connection = await aio_pika.connect(url, timeout=CONNECT_TIMEOUT_S)
+        connection = await aio_pika.connect(url, timeout=CONNECT_TIMEOUT_S, connection_class=Connection)
         connection.close_callbacks.add(lambda *_: lost.set())
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):

@@ -1,13 +1,9 @@
 """Malformed requests cannot fill the disk: the first of a kind is a log line, the others are one line with a count."""
 
 import asyncio
-import logging
 import time
 
-import pytest
-
 from gateway.telemetry.requests import MAX_LINES_A_SECOND
-from gateway.web.sockets import RepeatLog
 from testbed import Servers
 from tests.hostile import table
 from tests.hostile.attacked_gateway import open_gateway
@@ -43,18 +39,3 @@ async def test_thousands_of_malformed_requests_are_a_handful_of_lines(servers: S
         assert len(of_requests) <= MAX_LINES_A_SECOND * (took_s + 1) * len(codes)
         assert max(len(str(line)) for line in lines) < 300
         assert gateway.alarms() == []
-
-
-def test_the_first_is_logged_at_once_and_the_rest_as_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    repeats = RepeatLog(100.0)
-    for _ in range(1_235):
-        repeats.note("malformed HTTP: LineTooLong")
-    repeats.note("head refused: too slow")
-    repeats.log_repeats(105.0)
-    assert caplog.messages == ["malformed HTTP: LineTooLong", "head refused: too slow"]
-    repeats.log_repeats(110.0)
-    assert caplog.messages[2:] == ["malformed HTTP: LineTooLong: and 1,234 more in the last 10 s"]
-    repeats.log_repeats(120.0)
-    repeats.note("head refused: too slow")
-    assert caplog.messages[3:] == ["head refused: too slow"]

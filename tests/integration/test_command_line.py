@@ -95,8 +95,8 @@ def test_keys_have_names_and_ends_and_are_rotated(servers: Servers) -> None:
     listed = {row["id"]: row for row in run_json(servers, "key", "list", account)}
     assert listed[old["id"]]["expires_at"] < listed[new["id"]]["expires_at"]
     expiring = [row for row in run_json(servers, "key", "expiring") if row["account_id"] == int(account)]
-    assert [row["id"] for row in expiring] == [old["id"], new["id"]]
-    assert old["id"] not in {row["id"] for row in run_json(servers, "key", "expiring", "--within", "1m")}
+    assert [row["id"] for row in expiring] == [new["id"]]
+    assert new["id"] not in {row["id"] for row in run_json(servers, "key", "expiring", "--within", "1m")}
     table = run_gateway("key", "list", account, database_url=servers.database_url).stdout
     assert "billing, production" in table
     assert new["key"] not in table

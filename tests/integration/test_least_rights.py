@@ -1,6 +1,7 @@
 """The database role and the broker user of a gateway may do what serving takes, and nothing else."""
 
 import re
+import shlex
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from yarl import URL
 
 from gateway.amqp.connection import declare_topology
 from gateway.cli import status
-from gateway.cli.admin import SERVICE_RIGHTS, Admin, AdminError, open_admin
+from gateway.cli.admin import Admin, AdminError, open_admin
 from gateway.postgres import queries
 from gateway.postgres.pool import connect_to_primary
+from gateway.postgres.rights import ALL_RIGHTS, RIGHTS_OF_REQUESTS, SERVICE_RIGHTS, MissingRights, Right, check_rights
 from testbed import Servers
 from tests.support.callers import make_caller
 from tests.support.eventually import eventually
@@ -83,25 +85,23 @@ async def test_the_role_may_run_each_statement_of_the_gateway(service: asyncpg.C
     assert [name for name, sql in STATEMENTS.items() if not await may_run(service, sql)] == []
 
 
-def single_rights() -> list[tuple[str, str]]:
-    """Return SERVICE_RIGHTS one by one, columns too, such as ("accounts", "SELECT (id)")."""
-    return [
-        (what, f"{action} ({column.strip()})" if columns else action)
-        for what, rights in SERVICE_RIGHTS.items()
-        for action, columns in re.findall(r"([A-Z]+)(?: \(([^)]*)\))?", rights)
-        for column in (columns.split(",") if columns else [""])
-    ]
+def shown(right: Right) -> str:
+    return f"{right.action}{f' ({right.column})' if right.column else ''} ON {right.target}"
 
 
-@pytest.mark.parametrize(("what", "right"), single_rights())
-async def test_the_role_has_no_right_that_no_statement_needs(
-    owner: asyncpg.Connection, role: Role, what: str, right: str
+@pytest.mark.parametrize("right", ALL_RIGHTS, ids=shown)
+async def test_the_role_has_no_right_that_no_statement_needs_and_a_missing_one_is_named(
+    owner: asyncpg.Connection, role: Role, right: Right
 ) -> None:
     transaction = owner.transaction()
     await transaction.start()
     try:
-        await owner.execute(f'REVOKE {right} ON {what} FROM "{role.name}"')
+        await owner.execute(f'REVOKE {shown(right)} FROM "{role.name}"')
         await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        with pytest.raises(MissingRights, match=re.escape(f'the role "{role.name}" lacks {shown(right)}: ')):
+            await check_rights(owner, ALL_RIGHTS)
+        if right not in RIGHTS_OF_REQUESTS:
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
         refused = []
         for name, sql in STATEMENTS.items():
             await owner.execute("SAVEPOINT before")
@@ -156,6 +156,90 @@ async def test_the_gateway_serves_as_the_role_with_idempotency_keys(
         assert (await gateway.runtime.queries.count_keys())[gateway.caller.account_id] == 1
         assert await queue.depth() == 2
         await queue.delete()
+
+
+async def test_a_process_without_a_right_is_not_ready_and_names_it_as_status_does(
+    servers: Servers, role: Role, owner: asyncpg.Connection, make_settings: MakeSettings, start_gateway: StartGateway
+) -> None:
+    for right in ("SELECT (id, number) ON sending_lists", "INSERT ON idempotency_keys"):
+        await owner.execute(f'REVOKE {right} FROM "{role.name}"')
+    settings = make_settings(database_url=role.url)
+    gateway = await start_gateway(settings, wait_until_ready=False)
+    await eventually(lambda: gateway.runtime.pool.failures > 0)
+    await eventually(gateway.runtime.publisher.connections.is_usable)
+    command = f'python -m gateway migrate --grant-to "{role.name}"'
+    problem = (
+        f'the role "{role.name}" lacks SELECT (id, number) ON sending_lists, INSERT ON idempotency_keys: as the owner '
+        f"of the tables, run `{command}`"
+    )
+    host = settings.database().hosts[0]
+    async with gateway.session.get(gateway.ops_url + "/readyz") as response:
+        assert response.status == 503
+        assert (await response.json())["reasons"] == [f"the database refuses a right: {host}: {problem}"]
+    found = await status.collect(settings, [URL(gateway.ops_url)], [])
+    assert f"schema: {problem}" in found.problems
+    assert any(one.startswith(f"gateway {gateway.ops_url}") and "INSERT" in one for one in found.problems)
+    completed = run_gateway(*shlex.split(command)[3:], database_url=servers.database_url)
+    assert completed.returncode == 0, completed.stderr
+    await gateway.wait_until_ready()
+    assert (await status.collect(settings, [], [])).schema.problem == ""
+
+
+async def test_a_schema_that_the_role_may_not_use_is_no_missing_migration(
+    owner: asyncpg.Connection, role: Role
+) -> None:
+    """PostgreSQL says of its tables that they do not exist."""
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("REVOKE USAGE ON SCHEMA public FROM PUBLIC")
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        with pytest.raises(MissingRights, match="lacks USAGE ON SCHEMA public: as the owner"):
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
+        # The tables of another gateway, in a schema of theirs, are none of ours.
+        await owner.execute("SAVEPOINT ours; SET LOCAL search_path = 'other'")
+        with pytest.raises(asyncpg.UndefinedTableError):
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
+        await owner.execute("ROLLBACK TO SAVEPOINT ours")
+        assert "lacks USAGE ON SCHEMA public" in (await status._check_schema(owner, [])).problem
+    finally:
+        await transaction.rollback()
+
+
+async def test_an_owner_without_its_own_right_is_told_the_grant(owner: asyncpg.Connection, role: Role) -> None:
+    """`migrate --grant-to` would refuse it."""
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        for table in SERVICE_RIGHTS:
+            if " " not in table:
+                await owner.execute(f'ALTER TABLE {table} OWNER TO "{role.name}"')
+        await owner.execute(f'ALTER SEQUENCE message_id_leases OWNER TO "{role.name}"')
+        await owner.execute(f'SET LOCAL SESSION AUTHORIZATION "{role.name}"')
+        await check_rights(owner, ALL_RIGHTS)
+        await owner.execute(f'REVOKE ALL ON accounts FROM "{role.name}"')
+        with pytest.raises(MissingRights) as missing:
+            await check_rights(owner, ALL_RIGHTS)
+        (command,) = re.findall(r"run `(.*)`$", str(missing.value))
+        assert command == f'GRANT SELECT (id, status) ON accounts TO "{role.name}"'
+        await owner.execute(command)
+        await check_rights(owner, ALL_RIGHTS)
+    finally:
+        await transaction.rollback()
+
+
+async def test_a_role_that_may_not_connect_gets_no_rights_and_is_told_why(
+    owner: asyncpg.Connection, role: Role
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        name = await owner.fetchval("SELECT quote_ident(current_database())")
+        await owner.execute(f"REVOKE CONNECT ON DATABASE {name} FROM PUBLIC")
+        with pytest.raises(AdminError, match=re.escape(f'GRANT CONNECT ON DATABASE {name} TO "{role.name}"')):
+            await Admin(owner).grant_service(role.name)
+    finally:
+        await transaction.rollback()
 
 
 async def test_rights_that_would_limit_nothing_are_not_given(servers: Servers, role: Role) -> None:
@@ -313,6 +397,11 @@ async def test_the_user_publishes_to_its_exchange_and_may_do_nothing_else(
         assert (await gateway.send([gateway.message()] * 3))[1]["queued_count"] == 3
         assert len(await queue.take_payloads()) == 3
         await eventually(lambda: all(depth.is_known() for depth in gateway.runtime.depths.all))
+        assert [node.problem for node in (await status.collect(restricted, [], [])).nodes] == [""]
+        declares = make_settings(**names, amqp_url=broker_user)
+        (problem,) = [node.problem for node in (await status.collect(declares, [], [])).nodes]
+        assert "ACCESS_REFUSED" in problem
+        assert "set GATEWAY_AMQP_TOPOLOGY=check, or give it the right" in problem
 
         connection = await aio_pika.connect(broker_user)
         async with connection:

@@ -204,7 +204,21 @@ async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnder
     nowhere.release()
 
 
-@pytest.mark.parametrize(("text", "problem"), [("draining", "draining"), ("", "/readyz answered 404")])
+NOT_READY = '{"status": "not ready", "reasons": ["draining", "no broker"]}'
+WORKERS = f'{{"workers": [{{"status": "ready"}}, {NOT_READY}, {NOT_READY}, {{"status": "does not answer"}}]}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (NOT_READY, "draining; no broker"),
+        (WORKERS, "draining; no broker; a worker does not answer"),
+        ("<h1>Not Found</h1>", "/readyz answered 404: <h1>Not Found</h1>"),
+        ("[1]", "/readyz answered 404: [1]"),
+        ("{}", "/readyz answered 404: {}"),
+        ("", "/readyz answered 404"),
+    ],
+)
 async def test_a_named_gateway_that_is_not_ready_is_a_problem(text: str, problem: str) -> None:
     async def answer(_request: web.Request) -> web.Response:
         return web.Response(status=404, text=text)

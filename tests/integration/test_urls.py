@@ -317,10 +317,9 @@ async def test_an_unmigrated_database_is_named_as_such_once(
             failures = pool.failures
             await eventually(lambda: pool.failures >= failures + 3)  # noqa: B023
             async with gateway.session.get(gateway.ops_url + "/readyz") as response:
-                assert (
-                    "the database is not migrated: run `python -m gateway migrate`"
-                    in (await response.json())["reasons"]
-                )
+                reason = (await response.json())["reasons"][-1]
+            assert reason.startswith("the database is not migrated: ")
+            assert reason.endswith("Run `python -m gateway migrate`")
             advice = [line for line in caplog.messages if "python -m gateway migrate" in line]
             assert len(advice) == ["missing", "empty"].index(state) + 1, advice
             assert f"the database is not migrated: 127.0.0.1:{urlsplit(url).port}" in advice[-1]
@@ -370,7 +369,7 @@ async def test_an_outage_is_logged_once_and_then_counted(
         gateway = await start_gateway(settings, wait_until_ready=False)
         connections, pool = gateway.runtime.publisher.connections, gateway.runtime.pool
         await eventually(lambda: connections.connect_failures >= 5, timeout=20)
-        await eventually(lambda: pool._failure_log._failures >= 5, timeout=20)
+        await eventually(lambda: pool._failure_log._events >= 5, timeout=20)
         for start in ("cannot connect to the broker at 127.0.0.1:", "the database is unavailable: 127.0.0.1:"):
             assert len([line for line in caplog.messages if line.startswith(start)]) == 1, caplog.messages
         down.pass_through()

@@ -38,6 +38,7 @@ TESTS = {
     "gateway/cli/admin.py": ["tests/integration/test_least_rights.py", "tests/integration/test_command_line.py"],
     "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
     "gateway/postgres/pool.py": ["tests/unit/test_pool.py", "tests/integration/test_database.py"],
+    "gateway/postgres/rights.py": ["tests/integration/test_least_rights.py"],
     "gateway/postgres/queries.py": ["tests/unit/test_queries.py", "tests/api/test_idempotency.py"],
     "gateway/telemetry/log.py": ["tests/unit/test_log.py", "tests/unit/test_secrets.py"],
     "gateway/telemetry/requests.py": ["tests/unit/test_request_log.py", "tests/unit/test_counters.py"],

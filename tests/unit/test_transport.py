@@ -1,6 +1,8 @@
 """The transport joins small writes, and its tap gives the library heartbeats; addresses of nodes."""
 
 import asyncio
+import gc
+import warnings
 
 import aiormq.exceptions
 import pytest
@@ -96,6 +98,18 @@ async def test_a_connection_has_heartbeat_and_name_and_tls_if_its_url_says_so(
     assert (query["heartbeat"], query["name"]) == (str(settings.amqp_heartbeat_s), "gateway 1")
     assert prepared.kwargs["transport_factory"] is transport
     assert (prepared.kwargs.get("context") is not None) is (scheme == "amqps")
+
+
+async def test_a_connection_that_failed_starts_nothing_in_the_thread_that_collects_it(
+    transport: TappedTransport,
+) -> None:
+    settings = config.load({"GATEWAY_DATABASE_URL": "postgres://u:p@h/d", "GATEWAY_AMQP_URL": "amqp://h/"})
+    dropped = [await prepare_connection(settings, URL("amqp://h/"), "gateway 1", transport)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        await asyncio.to_thread(dropped.clear)
+        gc.collect()
+    assert [str(warning.message) for warning in caught] == []
 
 
 class Tapped:

@@ -4,21 +4,21 @@ import logging
 
 import pytest
 
-from gateway.failure_log import INTERVAL_S, MAX_TEXTS, FailureLog
+from gateway.repeat_log import INTERVAL_S, MAX_TEXTS, RepeatLog
 
-log = logging.getLogger("test.failure_log")
+log = logging.getLogger("test.repeat_log")
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Return the time that FailureLog sees, to be changed."""
+    """Return the time that RepeatLog sees, to be changed."""
     now = [1000.0]
-    monkeypatch.setattr("gateway.failure_log.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gateway.repeat_log.time.monotonic", lambda: now[0])
     return now
 
 
 def test_a_failure_is_logged_at_once_and_then_counted(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = FailureLog(log)
+    seen = RepeatLog(log)
     for _ in range(100):
         seen.note("refused")
     assert caplog.messages == ["refused"]
@@ -28,14 +28,34 @@ def test_a_failure_is_logged_at_once_and_then_counted(clock: list[float], caplog
     clock[0] += 1
     seen.note("refused")
     seen.note("refused")
-    assert caplog.messages == ["refused", "refused (100 more in the last 60 s)"]
+    assert caplog.messages == ["refused", "refused (101 more in the last 60 s)"]
     clock[0] += INTERVAL_S
     seen.note("refused")
-    assert caplog.messages[-1] == "refused (1 more in the last 60 s)"
+    assert caplog.messages[-1] == "refused (2 more in the last 60 s)"
+
+
+def test_counts_are_logged_without_another_event(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    seen = RepeatLog(log, logging.INFO)
+    for _ in range(1_235):
+        seen.note("malformed")
+    seen.note("too slow")
+    clock[0] += INTERVAL_S - 1
+    seen.log_counts()
+    assert caplog.messages == ["malformed", "too slow"]
+    clock[0] += 1
+    seen.log_counts()
+    assert caplog.messages[2:] == ["malformed (1,234 more in the last 60 s)"]
+    seen.note("too slow")
+    assert caplog.messages[3:] == ["too slow"], "a new event after an interval without one"
+    clock[0] += INTERVAL_S
+    seen.log_counts()
+    assert [record.levelname for record in caplog.records] == ["INFO"] * 4
+    assert seen._logged == {}
 
 
 def test_another_reason_is_logged_at_once(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = FailureLog(log)
+    seen = RepeatLog(log)
     for text in ("refused", "no route", "refused", "no route"):
         clock[0] += 1
         seen.note(text)
@@ -43,7 +63,7 @@ def test_another_reason_is_logged_at_once(clock: list[float], caplog: pytest.Log
 
 
 def test_the_next_outage_is_logged_anew(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
-    seen = FailureLog(log)
+    seen = RepeatLog(log)
     assert seen.end() == ""
     for _ in range(3):
         seen.note("refused")
@@ -55,8 +75,8 @@ def test_the_next_outage_is_logged_anew(clock: list[float], caplog: pytest.LogCa
 
 
 def test_memory_is_bounded_whatever_the_texts(clock: list[float]) -> None:
-    seen = FailureLog(log)
+    seen = RepeatLog(log)
     for number in range(10 * MAX_TEXTS):
         clock[0] += 0.001
         seen.note(f"failure {number}")
-    assert len(seen._logged) <= MAX_TEXTS
+        assert len(seen._logged) == number % MAX_TEXTS + 1

@@ -1,0 +1,101 @@
+"""The rights of the database role that serves, and which of them a role lacks."""
+
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+# Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
+SERVICE_RIGHTS = {
+    "accounts": "SELECT (id, status)",
+    "api_keys": (
+        "SELECT (sha256, account_id, revoked_at, expires_at, last_used_on, lifetime, replaced_by), "
+        "UPDATE (last_used_on)"
+    ),
+    "sending_lists": "SELECT (id, account_id, number, status)",
+    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
+    "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
+    "schema_migrations": "SELECT",  # for `status`
+}
+# Without the right to use their schema, PostgreSQL says of its tables that they do not exist.
+FIND_HIDDEN_SCHEMA = """
+    SELECT quote_ident(nspname)
+    FROM pg_class AS rel JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
+    WHERE relname = 'message_id_leases' AND relkind = 'S' AND to_regclass('message_id_leases') IS NULL
+        AND NOT has_schema_privilege(nsp.oid, 'USAGE')
+        AND nspname = ANY(string_to_array(
+            translate(replace(current_setting('search_path'), '$user', current_user), '" ', ''), ','
+        ))
+"""
+# A right to a whole table counts as given with any column: a role may have it for those columns alone that are used.
+FIND_MISSING = """
+    SELECT target, action, column_name
+    FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (target, action, column_name)
+    WHERE NOT CASE
+        WHEN target LIKE 'SEQUENCE %' THEN has_sequence_privilege(substr(target, 10), action)
+        WHEN column_name <> '' THEN has_column_privilege(target, column_name, action)
+        WHEN action = 'DELETE' THEN has_table_privilege(target, action)
+        ELSE has_any_column_privilege(target, action)
+    END
+"""
+FIND_SELF = """
+    SELECT quote_ident(current_user) AS role,
+           pg_has_role(relowner, 'MEMBER') OR pg_has_role(nspowner, 'MEMBER') AS is_owner
+    FROM pg_class AS rel JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
+    WHERE relname = 'message_id_leases' AND relkind = 'S'
+    ORDER BY pg_table_is_visible(rel.oid) DESC LIMIT 1
+"""
+_rights_in = re.compile(r"([A-Z]+)(?: \(([^)]*)\))?").findall
+
+
+class Right(NamedTuple):
+    """One right, as GRANT names its parts."""
+
+    target: str
+    action: str
+    column: str  # "": the whole target
+
+
+ALL_RIGHTS = [
+    Right(target, action, column.strip())
+    for target, rights in SERVICE_RIGHTS.items()
+    for action, columns in _rights_in(rights)
+    for column in columns.split(",")
+]
+# Without the others requests are served: `status` does not see the migrations, and nothing watches the keys.
+_OF_KEY_WATCH = ("last_used_on", "lifetime", "replaced_by")
+RIGHTS_OF_REQUESTS = [
+    right for right in ALL_RIGHTS if right.target != "schema_migrations" and right.column not in _OF_KEY_WATCH
+]
+
+
+class MissingRights(Exception):
+    """The database role lacks rights. The text names them, and says what to run."""
+
+
+async def check_rights(connection: Any, rights: Iterable[Right]) -> None:
+    """Raise MissingRights unless the role of this connection has these rights.
+
+    Raises UndefinedTableError or UndefinedColumnError if the database is not migrated.
+    """
+    schema = await connection.fetchval(FIND_HIDDEN_SCHEMA)
+    if schema is not None:
+        missing = [f"USAGE ON SCHEMA {schema}"]
+    else:
+        missing = _join(await connection.fetch(FIND_MISSING, *map(list, zip(*rights, strict=True))))
+    if missing:
+        role, is_owner = await connection.fetchrow(FIND_SELF)
+        command = f"python -m gateway migrate --grant-to {role}"
+        if is_owner:  # `migrate` does not grant to an owner: rights would not limit it
+            command = "; ".join(f"GRANT {right} TO {role}" for right in missing)
+        raise MissingRights(f"the role {role} lacks {', '.join(missing)}: as the owner of the tables, run `{command}`")
+
+
+def _join(missing: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Return one text for each target and action, such as "SELECT (id, status) ON accounts"."""
+    columns: dict[tuple[str, str], list[str]] = {}
+    for target, action, column in missing:
+        columns.setdefault((target, action), []).append(column)
+    return [
+        f"{action} ON {target}" if names == [""] else f"{action} ({', '.join(names)}) ON {target}"
+        for (target, action), names in columns.items()
+    ]
