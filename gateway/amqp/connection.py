@@ -31,20 +31,20 @@ NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 NEVER = float("inf")  # on the event loop's clock
 TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
-# Unconfirmed bytes on the socket from which on further batches wait here. Two batches of 1,000 short messages fit, so
-# the broker always has something to read. With more, RabbitMQ 4.0 gets slower (docs/decisions/0046).
+# Further batches wait here while this many written bytes are unconfirmed. By then two batches of 1,000 short messages
+# are written, so the broker always has something to read. With more, RabbitMQ 4.0 becomes slower (docs/decisions/0046).
 SOCKET_BYTES = 512 * 1024
 STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
 
 
 class _Pending:
-    """A batch on the wire, and the one future its publisher waits for."""
+    """A batch that is not settled yet, and the one future its publisher waits for."""
 
-    __slots__ = ("deadline", "settled", "size", "written_at")
+    __slots__ = ("deadline", "published_at", "settled", "size")
 
-    def __init__(self, size: int, written_at: float, deadline: float, settled: asyncio.Future[None]) -> None:
-        self.size = size  # bytes written, frames included
-        self.written_at = written_at
+    def __init__(self, size: int, published_at: float, deadline: float, settled: asyncio.Future[None]) -> None:
+        self.size = size  # bytes, frames included
+        self.published_at = published_at
         self.deadline = deadline
         self.settled = settled
 
@@ -64,7 +64,7 @@ class PublishConnection:
         """`count_late` is called with the number of messages that were confirmed after their deadline."""
         self.node = node
         self._half_open = half_open
-        self.confirmed_written_at = float("-inf")  # write time of the youngest confirmed batch
+        self.confirmed_published_at = float("-inf")  # of the youngest confirmed batch
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
@@ -85,8 +85,8 @@ class PublishConnection:
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0
         self.unconfirmed_bytes = 0
-        self._held: deque[bytes] = deque()  # the newest batches, each still to be written
-        self._held_bytes = 0
+        self._unwritten: deque[bytes] = deque()  # the newest batches, which wait for room on the socket
+        self._unwritten_bytes = 0
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
@@ -231,20 +231,20 @@ class PublishConnection:
         return oldest is not None and oldest.deadline < self._loop.time()
 
     def is_stalled(self, latest: float) -> bool:
-        """Return True if the oldest batch waits although batches written up to `latest` are confirmed elsewhere."""
+        """Return True if the oldest batch waits although batches published up to `latest` are confirmed elsewhere."""
         oldest = self._oldest()
-        return oldest is not None and oldest.written_at + STALLED_S < latest
+        return oldest is not None and oldest.published_at + STALLED_S < latest
 
     def oldest_age_s(self) -> float:
         """Return the age of the oldest unconfirmed batch in seconds; 0.0 when there is none."""
         oldest = self._oldest()
-        return self._loop.time() - oldest.written_at if oldest else 0.0
+        return self._loop.time() - oldest.published_at if oldest else 0.0
 
     async def publish(self, outgoing: Outgoing, deadline: float) -> bytes:
-        """Write one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
+        """Publish one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
 
-        It is written at once, or as soon as there is room on the socket. Returns one Outcome per message. Raises
-        QueueUnavailable if the buffer could not be handed to the transport: then nothing was written.
+        The batch is written at once, or as soon as there is room on the socket. Returns one Outcome per message.
+        Raises QueueUnavailable if an immediate write failed: then nothing was written.
         """
         buffer = self._pack(outgoing)
         published = self._tracker.add(outgoing.ids)
@@ -254,7 +254,7 @@ class PublishConnection:
             self._tracker.withdraw(published)
             raise QueueUnavailable from error
         pending = _Pending(len(buffer), self._loop.time(), deadline, self._loop.create_future())
-        del buffer  # the transport has it: 5 MB less to hold while the broker confirms
+        del buffer  # 5 MB less to hold from its write until the broker has confirmed it
         self._pending[published] = pending
         self.unconfirmed_messages += len(outgoing)
         self.unconfirmed_bytes += pending.size
@@ -267,20 +267,20 @@ class PublishConnection:
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
 
     def _write(self, buffer: bytes) -> None:
-        """Write a batch, or hold it back until there is room on the socket. Raises as TappedTransport.write does."""
-        if self._held or self._socket_is_full():
-            self._held.append(buffer)
-            self._held_bytes += len(buffer)
+        """Write a batch, or keep it until there is room on the socket. Raises as TappedTransport.write does."""
+        if self._unwritten or self._socket_is_full():
+            self._unwritten.append(buffer)
+            self._unwritten_bytes += len(buffer)
         else:
             self._transport.write(buffer)
 
     def _socket_is_full(self) -> bool:
-        return self.unconfirmed_bytes - self._held_bytes >= SOCKET_BYTES
+        return self.unconfirmed_bytes - self._unwritten_bytes >= SOCKET_BYTES
 
-    def _write_held(self) -> None:
-        while self._held and not self._socket_is_full():
-            buffer = self._held.popleft()
-            self._held_bytes -= len(buffer)
+    def _write_waiting(self) -> None:
+        while self._unwritten and not self._socket_is_full():
+            buffer = self._unwritten.popleft()
+            self._unwritten_bytes -= len(buffer)
             try:
                 self._transport.write(buffer)
             except (OSError, RuntimeError):
@@ -383,8 +383,8 @@ class PublishConnection:
             self._lost.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
-        self._held.clear()
-        self._held_bytes = 0
+        self._unwritten.clear()
+        self._unwritten_bytes = 0
         self._settle(self._tracker.lose(outcome))
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
@@ -393,14 +393,14 @@ class PublishConnection:
             self.unconfirmed_messages -= len(published.ids)
             self.unconfirmed_bytes -= pending.size
             if not self.is_lost:
-                self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
+                self.confirmed_published_at = max(self.confirmed_published_at, pending.published_at)
                 self._half_open = False
             if not pending.settled.done():
                 pending.settled.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
-        if self._held:
-            self._write_held()
+        if self._unwritten:
+            self._write_waiting()
 
     def _oldest(self) -> _Pending | None:
         oldest = self._tracker.oldest()

@@ -141,13 +141,13 @@ class Publisher:
             if not self.connections.is_reopening():
                 raise
             connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S), outgoing)
-        written_at = clock()
+        published_at = clock()
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
         outcomes = await connection.publish(outgoing, deadline)
         if not connection.is_lost:
-            self.window.adapt(load, unconfirmed=unconfirmed + load, written_at=written_at, now=clock())
+            self.window.adapt(load, unconfirmed=unconfirmed + load, published_at=published_at, now=clock())
         elif Outcome.UNKNOWN in outcomes:
             outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
         return outcomes

@@ -83,7 +83,7 @@ class PublishConnections:
             raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage tends to go on
         self._unusable_since = None
         if len(usable) > 1:
-            latest = max(connection.confirmed_written_at for connection in usable)
+            latest = max(connection.confirmed_published_at for connection in usable)
             usable = [one for one in usable if not one.is_stalled(latest)] or usable
         return usable
 

@@ -3,7 +3,7 @@
 Without a bound, a broker above its capacity receives ever more. Confirms take longer and longer, until every batch
 passes its deadline, is answered as unknown, and is sent again. So the window follows the time that confirms take, as
 TCP's congestion window follows loss (RFC 5681, additive increase, multiplicative decrease). It grows by the load that
-was confirmed in time, while the window is in use (RFC 7661). It shrinks once for all batches on the wire together.
+was confirmed in time, while the window is in use (RFC 7661). It shrinks once for all unconfirmed batches together.
 
 Batches for which there is no room wait (ingest/admission.py).
 
@@ -29,7 +29,7 @@ class ConfirmWindow:
         self._target_s = target_s
         self._shrunk_at = float("-inf")
         self.messages = min(START_MESSAGES, most_messages)
-        self.confirm_s = 0.0  # smoothed time from write to last confirm
+        self.confirm_s = 0.0  # smoothed time from publish to last confirm
 
     def weigh(self, messages: int, size: int) -> int:
         """Return the load of a batch with this number of messages, and with `size` bytes."""
@@ -39,15 +39,15 @@ class ConfirmWindow:
         """Return the load that may be written; UNLIMITED when nothing is unconfirmed, so that any batch is written."""
         return self.messages - unconfirmed if unconfirmed else UNLIMITED
 
-    def adapt(self, load: int, *, unconfirmed: int, written_at: float, now: float) -> None:
+    def adapt(self, load: int, *, unconfirmed: int, published_at: float, now: float) -> None:
         """Adapt the window to a batch that was confirmed or given up at `now`.
 
-        `unconfirmed` is the load on the wire at `written_at`, the batch included.
+        `unconfirmed` is the unconfirmed load at `published_at`, the batch included.
         """
-        waited_s = now - written_at
+        waited_s = now - published_at
         self.confirm_s += SMOOTHING * (waited_s - self.confirm_s)
         if waited_s > self._target_s:
-            if written_at > self._shrunk_at:  # otherwise the window has already shrunk for this batch's time
+            if published_at > self._shrunk_at:  # otherwise the window has already shrunk for this batch's time
                 self.messages = max(min(FLOOR_MESSAGES, self._most), int(self.messages * SHRINK))
                 self._shrunk_at = now
         elif 2 * unconfirmed >= self.messages:
