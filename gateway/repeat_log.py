@@ -8,7 +8,7 @@ MAX_TEXTS = 100  # far above the number of different failures of a server
 
 
 class RepeatLog:
-    """The events of one kind, from the first until end()."""
+    """A log of the events of one source. They repeat until end(), if that is ever called."""
 
     def __init__(self, log: logging.Logger, level: int = logging.WARNING) -> None:
         self._log = log
@@ -18,7 +18,7 @@ class RepeatLog:
         self._events = 0
 
     def note(self, text: str) -> None:
-        """Log an event; or count it if the text was logged before, and log the count once per interval."""
+        """Log an event. If its text was logged before, count the event, and log the count once per interval."""
         self._events += 1
         now = time.monotonic()
         if text in self._logged:
@@ -35,7 +35,7 @@ class RepeatLog:
     def log_counts(self) -> None:
         """Log the counts of the texts whose interval is over, and forget the texts without events in it.
 
-        Call it now and then for events that have no end(). Otherwise the last count of a text waits for its next event.
+        Call it at intervals if end() is not called. Otherwise the last count of a text waits for its next event.
         """
         now = time.monotonic()
         for text, (logged_at, more) in list(self._logged.items()):
@@ -52,7 +52,7 @@ class RepeatLog:
         self._log.log(self._level, "%s (%s more in the last %.0f s)", text, f"{more:,}", now - logged_at)
 
     def end(self) -> str:
-        """Forget all events, because the server answers. Return ", after N failures" for the log; "" without any."""
+        """Forget all events, which were failures of a server that answers now. Return ", after N failures", or ""."""
         events, self._events = self._events, 0
         self._logged.clear()
         return f", after {events:,} failures" if events else ""

@@ -135,7 +135,7 @@ async def _stop(task: asyncio.Task[None]) -> None:
 
 
 async def _reach_database(runtime: Runtime) -> None:
-    """Check the role's rights, lease message ids, run both lookups of a key. Until all succeed, it is not ready.
+    """Check the role's rights, lease message ids, look up a key. Until all succeed, the process is not ready.
 
     So a process that is newer than the schema, or whose role lacks a right, takes no requests.
     """

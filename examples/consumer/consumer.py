@@ -39,7 +39,7 @@ class Delivery(NamedTuple):
 
 
 class _Connection(aio_pika.Connection):
-    """A connection without aio-pika's finalizer: it would call close() in whatever thread collects garbage."""
+    """A connection without aio-pika's finalizer, which would call close() in the thread that collects garbage."""
 
     def __del__(self) -> None:
         """Do nothing."""

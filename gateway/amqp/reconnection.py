@@ -44,7 +44,7 @@ class PublishConnections:
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
-        self.last_failure = ""  # to connect: a sentence, as in the log
+        self.last_failure = ""  # of a connect, as logged; "" without any
         self._failure_logs: defaultdict[str, RepeatLog] = defaultdict(lambda: RepeatLog(log))  # by node
         self.late_confirms = 0  # messages confirmed after they had been answered as unknown
         self._blocked_s = 0.0  # of connections that are gone

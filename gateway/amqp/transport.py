@@ -25,10 +25,10 @@ MAY_NOT_DECLARE = "The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check,
 
 
 class Connection(aio_pika.Connection):
-    """A connection without aio-pika's finalizer. Its owner closes it, or aborts its transport.
+    """A connection without aio-pika's finalizer. The owner closes the connection, or aborts its transport.
 
-    The finalizer would call close() for a connection that could not be opened or closed, in whatever thread collects
-    garbage. Without an event loop there, Python warns of a coroutine that was never awaited.
+    If a connection could not be opened or closed, the finalizer would call close() in the thread that collects garbage.
+    Without an event loop there, Python warns of a coroutine that was never awaited.
     """
 
     def __del__(self) -> None:

@@ -47,7 +47,7 @@ ROTATE_KEY = """
     SELECT replaced_by, account_id, $2, $3, name, lifetime, now() + lifetime FROM old
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
 """
-# The keys that it replaced have its own successor now, if it has one.
+# A revoked key replaces no other: its predecessors get its own successor, or none.
 REVOKE_KEY = """
     WITH replaced AS (
         UPDATE api_keys SET replaced_by = (SELECT replaced_by FROM api_keys WHERE id = $1) WHERE replaced_by = $1
@@ -175,7 +175,7 @@ class Admin:
         return row | {"key": key}
 
     async def list_expiring_keys(self, within: timedelta) -> list[Row]:
-        """Return the usable keys without a successor that expire within this time, the next one first."""
+        """Return the usable keys of all accounts that expire within this time and have no successor, sorted by end."""
         return await self._all(LIST_EXPIRING_KEYS, within)
 
     async def revoke_key(self, key_id: int) -> Row:

@@ -217,7 +217,7 @@ def key_expiring(
     ] = (EXPIRES_SOON_DAYS * DAY),
     as_json: AsJson = False,
 ) -> None:
-    """List the keys of all accounts that expire soon and that no rotation has replaced."""
+    """List the keys of all accounts that expire soon and have no successor."""
     _administer(lambda admin: admin.list_expiring_keys(within), as_json=as_json)
 
 

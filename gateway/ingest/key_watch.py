@@ -19,7 +19,7 @@ class KeyWatch:
     def __init__(self, queries: Queries) -> None:
         self._queries = queries
         self._used: set[bytes] = set()  # digests
-        self.expiring = 0  # usable keys of all accounts that expire soon without a successor
+        self.expiring = 0  # usable keys of all accounts that expire soon and have no successor
 
     def note(self, key_sha256: bytes) -> None:
         """Note that a valid key was used."""

@@ -45,8 +45,8 @@ NOT_MIGRATED_ERRORS = (
     asyncpg.InvalidSchemaNameError,
 )
 MORE_RIGHTS = (
-    "Run `python -m gateway migrate --grant-to ROLE` as the owner of the tables: it grants the role of `serve` all "
-    "rights, or names the one that it cannot grant"
+    "Run `python -m gateway migrate --grant-to ROLE` as the owner of the tables: it grants the role all rights to "
+    "serve, or names the one that it cannot grant"
 )
 DATABASE_ERRORS = (
     *OUTAGE_ERRORS,
@@ -65,7 +65,7 @@ class Pool:
         self._recovery: asyncio.Task[None] | None = None
         self._answered_at = float("-inf")
         self.failures = 0  # queries that failed or timed out
-        self.last_failure = ""  # a sentence, as in the log
+        self.last_failure = ""  # as logged; "" without any
         self._hosts = str(settings.database())
         self._failure_log = RepeatLog(log)
         self._pool = asyncpg.create_pool(
@@ -279,13 +279,9 @@ async def _connect_to_first(database: Database, given: dict[str, Any]) -> tuple[
 
 
 def _state_after(error: BaseException) -> str:
-    match error:
-        case MissingRights() | asyncpg.InsufficientPrivilegeError():
-            return "refuses a right"
-        case _ if isinstance(error, NOT_MIGRATED_ERRORS):
-            return "is not migrated"
-        case _:
-            return "is unavailable"
+    if isinstance(error, (MissingRights, asyncpg.InsufficientPrivilegeError)):
+        return "refuses a right"
+    return "is not migrated" if isinstance(error, NOT_MIGRATED_ERRORS) else "is unavailable"
 
 
 def _has_hosts(error: BaseException) -> bool:

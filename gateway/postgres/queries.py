@@ -48,7 +48,8 @@ NOTE_KEY_USE = """
     )
 """
 EXPIRES_SOON_DAYS = 14  # the notice of the alert
-# A replaced key ends by design. A key with a short life counts in its second half: else it would always count.
+# A replaced key ends by design. A key with a short life counts only in its second half: otherwise it would count from
+# its creation on, and so would its successors.
 COUNT_EXPIRING_KEYS = f"""
     SELECT count(*) FROM api_keys
     WHERE revoked_at IS NULL AND replaced_by IS NULL
@@ -298,7 +299,7 @@ class Queries:
             await connection.execute(NOTE_KEY_USE, keys)
 
     async def count_expiring_keys(self) -> int:
-        """Return how many usable keys of all accounts expire soon without a successor: COUNT_EXPIRING_KEYS."""
+        """Return how many usable keys of all accounts expire soon and have no successor (COUNT_EXPIRING_KEYS)."""
         async with self._pool.connection() as connection:
             keys: int = await connection.fetchval(COUNT_EXPIRING_KEYS)
         return keys

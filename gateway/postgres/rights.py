@@ -1,4 +1,4 @@
-"""The rights of the database role that serves, and which of them a role lacks."""
+"""The rights of the database role of `serve`, and the check that names the missing ones."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,8 @@ SERVICE_RIGHTS = {
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
     "schema_migrations": "SELECT",  # for `status`
 }
-# Without the right to use their schema, PostgreSQL says of its tables that they do not exist.
+# Without USAGE on a schema, PostgreSQL says that its tables do not exist. Only schemas in the search path count: others
+# may belong to another gateway.
 FIND_HIDDEN_SCHEMA = """
     SELECT quote_ident(nspname)
     FROM pg_class AS rel JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
@@ -26,7 +27,8 @@ FIND_HIDDEN_SCHEMA = """
             translate(replace(current_setting('search_path'), '$user', current_user), '" ', ''), ','
         ))
 """
-# A right to a whole table counts as given with any column: a role may have it for those columns alone that are used.
+# A right to a whole table counts as present if the role has it for any column: an operator may grant it for the columns
+# in use alone.
 FIND_MISSING = """
     SELECT target, action, column_name
     FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (target, action, column_name)
@@ -61,10 +63,10 @@ ALL_RIGHTS = [
     for action, columns in _rights_in(rights)
     for column in columns.split(",")
 ]
-# Without the others requests are served: `status` does not see the migrations, and nothing watches the keys.
-_OF_KEY_WATCH = ("last_used_on", "lifetime", "replaced_by")
+# No request needs the other rights. `status` reads schema_migrations, and ingest/key_watch.py these columns.
+_KEY_WATCH_COLUMNS = ("last_used_on", "lifetime", "replaced_by")
 RIGHTS_OF_REQUESTS = [
-    right for right in ALL_RIGHTS if right.target != "schema_migrations" and right.column not in _OF_KEY_WATCH
+    right for right in ALL_RIGHTS if right.target != "schema_migrations" and right.column not in _KEY_WATCH_COLUMNS
 ]
 
 
@@ -85,7 +87,7 @@ async def check_rights(connection: Any, rights: Iterable[Right]) -> None:
     if missing:
         role, is_owner = await connection.fetchrow(FIND_SELF)
         command = f"python -m gateway migrate --grant-to {role}"
-        if is_owner:  # `migrate` does not grant to an owner: rights would not limit it
+        if is_owner:  # `--grant-to` refuses an owner: rights would not limit it
             command = "; ".join(f"GRANT {right} TO {role}" for right in missing)
         raise MissingRights(f"the role {role} lacks {', '.join(missing)}: as the owner of the tables, run `{command}`")
 

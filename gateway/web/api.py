@@ -27,8 +27,8 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED = {"Idempotent-Replayed": "true"}
 PREFER_HEADER = "Prefer"
 PREFERENCE_APPLIED = {"Preference-Applied": "return=representation"}
-# A comma or a semicolon in a quoted string ends nothing (RFC 9110, 5.6.4). A string that is not closed ends with the
-# header. Each pattern takes a time that is linear in its text: a header may have 32 kB.
+# A comma or a semicolon in a quoted string does not separate (RFC 9110, 5.6.4). A string that is not closed ends with
+# its header line. Each pattern takes linear time, because callers choose the text.
 _preferences_in = re.compile(r'(?:[^",]+|"(?:[^"\\]|\\.?)*"?)+').findall
 _is_return = re.compile(r"\s*return\s*(?:[=;]|$)", re.IGNORECASE).match
 _value_of_return = re.compile(r'[^=;]+=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)\s*(?:;|$)').match

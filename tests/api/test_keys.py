@@ -211,7 +211,7 @@ async def test_keys_about_to_expire_are_counted_and_listed(gateway: GatewayUnder
 async def test_a_key_with_a_successor_is_not_counted_unless_the_successor_is_revoked(
     gateway: GatewayUnderTest, admin: Admin
 ) -> None:
-    """It ends by design, at the end of the overlap: the alert would tell an operator of work that is done."""
+    """The key ends by design, after the overlap: the alert would tell an operator of work that is done."""
     queries, account_id = gateway.runtime.queries, gateway.caller.account_id
 
     async def listed() -> list[int]:
@@ -231,7 +231,7 @@ async def test_a_key_with_a_successor_is_not_counted_unless_the_successor_is_rev
 
 
 async def test_a_key_with_a_short_life_is_counted_in_its_second_half(gateway: GatewayUnderTest, admin: Admin) -> None:
-    """Else it and its successors would always be counted."""
+    """Otherwise the key and its successors would always be counted."""
     queries = gateway.runtime.queries
     before = await queries.count_expiring_keys()
     key = await admin.create_key(gateway.caller.account_id, "rotated each week", 10 * DAY)

@@ -89,8 +89,8 @@ def test_the_preference_is_found_in_any_spelling(lines: list[str]) -> None:
         ['return="minimal\\", return=representation'],
     ],
 )
-def test_what_only_looks_like_the_preference_is_none(lines: list[str]) -> None:
-    """A comma or a semicolon in a quoted string ends nothing (RFC 9110, 5.6.4)."""
+def test_what_only_looks_like_the_preference_is_ignored(lines: list[str]) -> None:
+    """A comma or a semicolon in a quoted string does not separate (RFC 9110, 5.6.4)."""
     assert not prefers(*lines)
 
 

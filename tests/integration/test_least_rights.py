@@ -196,7 +196,7 @@ async def test_a_schema_that_the_role_may_not_use_is_no_missing_migration(
         await owner.execute(f'SET LOCAL ROLE "{role.name}"')
         with pytest.raises(MissingRights, match="lacks USAGE ON SCHEMA public: as the owner"):
             await check_rights(owner, RIGHTS_OF_REQUESTS)
-        # The tables of another gateway, in a schema of theirs, are none of ours.
+        # A schema that is not in the search path does not count.
         await owner.execute("SAVEPOINT ours; SET LOCAL search_path = 'other'")
         with pytest.raises(asyncpg.UndefinedTableError):
             await check_rights(owner, RIGHTS_OF_REQUESTS)
