@@ -275,7 +275,7 @@ def bodies_command(
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:
-    """CPU of the gateway for bodies of 5 MB in 411 shapes, beside that of a clean one."""
+    """CPU of the gateway for bodies of 5 MB in all shapes of testbed/bodies.py, beside that of a clean one."""
     options = bodies.Options(like=like, rounds=rounds)
     measured = bodies.measure(options, lambda reading: typer.echo(bodies.show(reading)))
     publish(measured, bodies.report(measured), json_file, report_file)
