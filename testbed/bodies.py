@@ -50,7 +50,7 @@ PLACES = {
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }
 
-# The same places in the body of a single send, which is one element.
+# Places in the body of a single send. It has the form of one element of `messages`.
 SINGLE_PLACES = {"a single send": (b"", b"")} | {
     f"{place} of a single send": (PLACES[place][0].removeprefix(HEAD), PLACES[place][1].removesuffix(TAIL))
     for place in ("to", "body", "metadata", "contact_data", "first_name", "custom_fields")
