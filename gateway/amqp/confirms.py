@@ -9,9 +9,8 @@ states and one count of unsettled messages represent the batch, and its publishe
 Per message:   WRITTEN ──ack──→ ACKED      WRITTEN ──return──→ RETURNING ──ack, nack, loss──→ RETURNED
                WRITTEN ──nack─→ NACKED     WRITTEN ──loss, deadline──→ UNKNOWN
 
-An outcome is definite until a connection takes the batch: a message that no connection took is certainly not queued.
-WRITTEN means that the connection has taken the message. Its bytes are on the socket, or wait for room there
-(connection.py). If the message is never settled, it may be queued. Its outcome is UNKNOWN, and never guessed.
+An outcome is definite until the buffer is handed to the connection: a message that was never written is certainly not
+queued. A message that was written and never settled may be queued. Its outcome is UNKNOWN, and never guessed.
 """
 
 from bisect import bisect_right
@@ -49,7 +48,7 @@ _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
 
 class PublishedRange:
-    """One batch on a channel: its contiguous delivery tags, and the state of each message."""
+    """One batch on the wire: its contiguous delivery tags, and the state of each message."""
 
     __slots__ = ("_position", "first_tag", "ids", "states", "unsettled")
 

@@ -30,6 +30,7 @@ _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )
 NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 NEVER = float("inf")  # on the event loop's clock
+TOO_LATE_S = 0.1  # time left below which a batch is not written at all: it would end as unknown
 TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
 # Further batches wait here while this many written bytes are unconfirmed. By then two batches of 1,000 short messages
 # are written, so the broker always has something to read. With more, RabbitMQ 4.0 becomes slower (docs/decisions/0046).
@@ -38,15 +39,18 @@ STALLED_S = 1.0  # a connection is stalled if batches this much younger were con
 
 
 class _Pending:
-    """A batch that is not settled yet, and the one future its publisher waits for."""
+    """A batch that waits for room on the socket, or is on the wire; and the one future its publisher waits for."""
 
-    __slots__ = ("deadline", "published_at", "settled", "size")
+    __slots__ = ("buffer", "deadline", "ids", "published", "settled", "size", "written_at")
 
-    def __init__(self, size: int, published_at: float, deadline: float, settled: asyncio.Future[None]) -> None:
-        self.size = size  # bytes, frames included
-        self.published_at = published_at
+    def __init__(self, ids: Sequence[str], buffer: bytes, deadline: float, settled: asyncio.Future[None]) -> None:
+        self.ids = ids
+        self.buffer = buffer  # its frames; b"" once they are written
+        self.size = len(buffer)
         self.deadline = deadline
         self.settled = settled
+        self.published: PublishedRange | None = None  # None: not written
+        self.written_at = 0.0
 
 
 class PublishConnection:
@@ -64,7 +68,7 @@ class PublishConnection:
         """`count_late` is called with the number of messages that were confirmed after their deadline."""
         self.node = node
         self._half_open = half_open
-        self.confirmed_published_at = float("-inf")  # of the youngest confirmed batch
+        self.confirmed_written_at = float("-inf")  # of the youngest confirmed batch
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
@@ -83,10 +87,10 @@ class PublishConnection:
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
         self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
-        self.unconfirmed_messages = 0
-        self.unconfirmed_bytes = 0
-        self._unwritten: deque[bytes] = deque()  # the newest batches, which wait for room on the socket
-        self._unwritten_bytes = 0
+        self.unconfirmed_messages = 0  # those that wait for room on the socket included
+        self.unconfirmed_bytes = 0  # the same
+        self._waiting: deque[_Pending] = deque()  # batches that wait for room on the socket, oldest first
+        self._waiting_bytes = 0
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
@@ -143,6 +147,7 @@ class PublishConnection:
     def retire(self) -> None:
         """Give up the channel once nothing is unconfirmed on it; until then it takes no batches."""
         self._is_retiring = True
+        self.refuse_waiting()
         if not self.unconfirmed_messages:
             self._on_channel_closed("the broker only nacks: a new channel may be served")
 
@@ -233,59 +238,80 @@ class PublishConnection:
     def is_stalled(self, latest: float) -> bool:
         """Return True if the oldest batch waits although batches published up to `latest` are confirmed elsewhere."""
         oldest = self._oldest()
-        return oldest is not None and oldest.published_at + STALLED_S < latest
+        return oldest is not None and oldest.written_at + STALLED_S < latest
 
     def oldest_age_s(self) -> float:
         """Return the age of the oldest unconfirmed batch in seconds; 0.0 when there is none."""
         oldest = self._oldest()
-        return self._loop.time() - oldest.published_at if oldest else 0.0
+        return self._loop.time() - oldest.written_at if oldest else 0.0
 
     async def publish(self, outgoing: Outgoing, deadline: float) -> bytes:
-        """Publish one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
+        """Write one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
 
         The batch is written at once, or as soon as there is room on the socket. Returns one Outcome per message.
-        Raises QueueUnavailable if an immediate write failed: then nothing was written.
+        Raises QueueUnavailable if nothing was written: the write failed, or there was no room until the deadline, or
+        until this connection took no more batches.
         """
-        buffer = self._pack(outgoing)
-        published = self._tracker.add(outgoing.ids)
-        try:
-            self._write(buffer)
-        except (OSError, RuntimeError) as error:
-            self._tracker.withdraw(published)
-            raise QueueUnavailable from error
-        pending = _Pending(len(buffer), self._loop.time(), deadline, self._loop.create_future())
-        del buffer  # 5 MB less to hold from its write until the broker has confirmed it
-        self._pending[published] = pending
+        batch = _Pending(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
+        if self._waiting or self._socket_is_full():
+            self._waiting.append(batch)
+            self._waiting_bytes += batch.size
+        else:
+            self._write(batch)
         self.unconfirmed_messages += len(outgoing)
-        self.unconfirmed_bytes += pending.size
+        self.unconfirmed_bytes += batch.size
         if deadline < self._due_at:
             self._wait_until(deadline)
         # The range outlives its waiter. Past the deadline, or if the caller is cancelled, late confirms still reduce
         # the unconfirmed counts, and are counted as late.
-        await pending.settled
-        outcomes = published.outcomes()
+        await batch.settled
+        if batch.published is None:
+            raise QueueUnavailable
+        outcomes = batch.published.outcomes()
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
 
-    def _write(self, buffer: bytes) -> None:
-        """Write a batch, or keep it until there is room on the socket. Raises as TappedTransport.write does."""
-        if self._unwritten or self._socket_is_full():
-            self._unwritten.append(buffer)
-            self._unwritten_bytes += len(buffer)
-        else:
-            self._transport.write(buffer)
+    def _write(self, batch: _Pending) -> None:
+        """Write a batch. Raises QueueUnavailable if it could not be handed to the transport."""
+        published = self._tracker.add(batch.ids)
+        try:
+            self._transport.write(batch.buffer)
+        except (OSError, RuntimeError) as error:
+            self._tracker.withdraw(published)
+            raise QueueUnavailable from error
+        batch.buffer = b""  # 5 MB less to hold until the broker has confirmed it
+        batch.published, batch.written_at = published, self._loop.time()
+        self._pending[published] = batch
 
     def _socket_is_full(self) -> bool:
-        return self.unconfirmed_bytes - self._unwritten_bytes >= SOCKET_BYTES
+        return self.unconfirmed_bytes - self._waiting_bytes >= SOCKET_BYTES
 
     def _write_waiting(self) -> None:
-        while self._unwritten and not self._socket_is_full():
-            buffer = self._unwritten.popleft()
-            self._unwritten_bytes -= len(buffer)
+        """Write waiting batches while there is room on the socket."""
+        while self._waiting and not self._socket_is_full():
+            batch = self._waiting[0]
+            if batch.settled.done() or batch.deadline < self._loop.time() + TOO_LATE_S:
+                self._refuse(batch)  # its caller was cancelled, or it would end as unknown
+                continue
             try:
-                self._transport.write(buffer)
-            except (OSError, RuntimeError):
-                # A batch left out would shift the delivery tags of all that follow.
-                self.abort()
+                self._write(batch)
+            except QueueUnavailable:
+                self._refuse(batch)
+            else:
+                self._waiting.popleft()
+                self._waiting_bytes -= batch.size
+
+    def refuse_waiting(self) -> None:
+        """End the waits for room on the socket. Nothing of these batches was written."""
+        for batch in list(self._waiting):
+            self._refuse(batch)
+
+    def _refuse(self, batch: _Pending) -> None:
+        self._waiting.remove(batch)
+        self._waiting_bytes -= batch.size
+        self.unconfirmed_messages -= len(batch.ids)
+        self.unconfirmed_bytes -= batch.size
+        if not batch.settled.done():
+            batch.settled.set_result(None)
 
     def _wait_until(self, deadline: float) -> None:
         """Set the timer to the earliest deadline of a batch, on the event loop's clock.
@@ -299,16 +325,19 @@ class PublishConnection:
     def _give_up_late(self) -> None:
         """End the waits of batches that are past their deadline, and set the timer for the others."""
         self._due_at, self._timer = NEVER, None
-        waiting = [pending for pending in self._pending.values() if not pending.settled.done()]
         now = self._loop.time() + TIMER_RESOLUTION_S
-        for pending in waiting:
+        for batch in [batch for batch in self._waiting if batch.deadline <= now]:
+            self._refuse(batch)
+        unsettled = [pending for pending in self._pending.values() if not pending.settled.done()]
+        for pending in unsettled:
             if pending.deadline <= now:
                 pending.settled.set_result(None)
-        if later := [pending.deadline for pending in waiting if pending.deadline > now]:
+        if later := [batch.deadline for batch in [*unsettled, *self._waiting] if batch.deadline > now]:
             self._wait_until(min(later))
 
     def give_up(self) -> None:
-        """End the waits of all batches: what is unconfirmed is unknown."""
+        """End the waits of all batches: what was written and is unconfirmed is unknown."""
+        self.refuse_waiting()
         for pending in self._pending.values():
             if not pending.settled.done():
                 pending.settled.set_result(None)
@@ -383,9 +412,8 @@ class PublishConnection:
             self._lost.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
-        self._unwritten.clear()
-        self._unwritten_bytes = 0
         self._settle(self._tracker.lose(outcome))
+        self.refuse_waiting()
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
         for published in ranges:
@@ -393,13 +421,13 @@ class PublishConnection:
             self.unconfirmed_messages -= len(published.ids)
             self.unconfirmed_bytes -= pending.size
             if not self.is_lost:
-                self.confirmed_published_at = max(self.confirmed_published_at, pending.published_at)
+                self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
                 self._half_open = False
             if not pending.settled.done():
                 pending.settled.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
-        if self._unwritten:
+        if self._waiting and not self.is_lost:
             self._write_waiting()
 
     def _oldest(self) -> _Pending | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from gateway.amqp.confirms import Outcome
-from gateway.amqp.connection import PublishConnection
+from gateway.amqp.connection import TOO_LATE_S, PublishConnection
 from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.reconnection import PublishConnections
 from gateway.amqp.window import ConfirmWindow
@@ -18,7 +18,6 @@ from gateway.errors import Overloaded, QueueUnavailable
 
 RETRY_MARGIN_S = 0.5  # time left before the deadline below which a batch is not published again
 REOPEN_S = 2.0  # longest wait for a channel that is being opened again
-TOO_LATE_S = 0.1  # time left below which a batch is not published at all: it would end as unknown
 SHARED_CONNECTION_BYTES = 64 * 1024  # below it all batches share one connection; about 200 messages
 
 
@@ -145,7 +144,15 @@ class Publisher:
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
-        outcomes = await connection.publish(outgoing, deadline)
+        while True:
+            try:
+                outcomes = await connection.publish(outgoing, deadline)
+                break
+            except QueueUnavailable:
+                if connection.is_usable():
+                    raise
+                # Nothing was written, for example because the connection was lost while the batch waited for room.
+                connection = await self._choose_before(deadline - RETRY_MARGIN_S, outgoing)
         if not connection.is_lost:
             self.window.adapt(load, unconfirmed=unconfirmed + load, published_at=published_at, now=clock())
         elif Outcome.UNKNOWN in outcomes:

@@ -83,7 +83,7 @@ class PublishConnections:
             raise QueueUnavailable(retry_after_s=(now - self._unusable_since) / 2)  # a long outage tends to go on
         self._unusable_since = None
         if len(usable) > 1:
-            latest = max(connection.confirmed_published_at for connection in usable)
+            latest = max(connection.confirmed_written_at for connection in usable)
             usable = [one for one in usable if not one.is_stalled(latest)] or usable
         return usable
 
@@ -191,6 +191,7 @@ class PublishConnections:
         """Take the connection out of use. Return True if its successor starts half-open."""
         self.open = [other for other in self.open if other is not connection]
         is_overdue = connection.is_overdue()  # then the successor has to show that batches are confirmed again
+        connection.refuse_waiting()  # they go to another connection
         if is_overdue and not connection.is_blocked and not self.is_closed:
             self._draining.add(connection)
             self._start(asyncio.create_task(self._drain(connection), name="amqp-draining"))

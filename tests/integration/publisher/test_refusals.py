@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from gateway.amqp import publisher as publisher_module
+from gateway.amqp.connection import TOO_LATE_S
 from gateway.amqp.publisher import Publisher
 from gateway.amqp.window import UNLIMITED
 from gateway.errors import Overloaded, QueueUnavailable
@@ -30,7 +30,7 @@ async def test_too_late_to_be_confirmed_nothing_is_written(broker: ScriptedBroke
     async with connected(broker.url) as publisher:
         now = asyncio.get_running_loop().time()
         with pytest.raises(QueueUnavailable):
-            await publish_batch(publisher, 1, deadline=now + publisher_module.TOO_LATE_S / 2)
+            await publish_batch(publisher, 1, deadline=now + TOO_LATE_S / 2)
         assert broker.published == []
         assert list(await publish_batch(publisher, 1, deadline=now + 5)) == [ACKED]
 

@@ -1,11 +1,15 @@
 """Batches wait in the gateway, not on the broker's socket."""
 
 import asyncio
+from collections import Counter
 
 import pytest
+from pamqp import commands
 
 from gateway.amqp.connection import SOCKET_BYTES
+from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.publisher import Publisher
+from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
@@ -16,7 +20,7 @@ from tests.support.publishing import (
     is_idle,
     publish,
     transport_of,
-    usable_connections,
+    two_brokers,
 )
 from tests.support.scripted_broker import ScriptedBroker
 
@@ -79,22 +83,95 @@ async def test_a_batch_larger_than_the_socket_is_written_at_once(broker: Scripte
         assert list(await batch) == [ACKED] * 200
 
 
-async def test_what_waited_when_its_connection_was_lost_is_published_on_the_next(broker: ScriptedBroker) -> None:
+async def test_what_waited_when_its_connection_was_lost_is_published_once_on_the_next(broker: ScriptedBroker) -> None:
     broker.mode = "silent"
     async with connected(broker.url) as publisher:
         batches = publish_all(publisher)
         await settle_down(broker)
-        on_socket = len(broker.published)
-        assert on_socket < BATCHES * len(BATCH)
+        written = ids_of(broker.published)
         broker.mode = "ack"
         (await broker.wait_opened(1)).abort()
         async with asyncio.timeout(8):
-            outcomes = [await batch for batch in batches]
-        assert {outcome for one in outcomes for outcome in one} <= {ACKED, UNKNOWN}
-        await eventually(lambda: usable_connections(publisher) == 1)
-        assert list(await publish(publisher, BATCH, "Z")) == [ACKED] * len(BATCH)
+            assert len(acked([await batch for batch in batches])) == BATCHES * len(BATCH)
+        assert publisher.republished == len(written), "only what was written is published again"
         assert is_idle(publisher)
-    assert set(acked(outcomes)) <= set(ids_of(broker.published[on_socket:]))
+    assert Counter(ids_of(broker.published)) == Counter(
+        [*written, *(name for n in NAMES for name in ids(len(BATCH), n))]
+    )
+
+
+async def test_what_waits_at_its_deadline_was_certainly_not_queued(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=1) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        written = len(broker.published)
+        answers = await asyncio.gather(*batches, return_exceptions=True)
+        unknown = [answer for answer in answers if isinstance(answer, bytes)]
+        assert [set(outcomes) for outcomes in unknown] == [{UNKNOWN}] * (written // len(BATCH))
+        assert {type(answer) for answer in answers[len(unknown) :]} == {QueueUnavailable}
+        session = await broker.wait_opened(1)
+        session.ack(written, multiple=True)
+        await settle_down(broker)
+        assert len(broker.published) == written, "nothing is written after its caller was told"
+        assert is_idle(publisher)
+
+
+async def test_an_ack_counts_for_nothing_that_is_not_written(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=1) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        written = len(broker.published)
+        session = await broker.wait_opened(1)
+        session.send(1, commands.Basic.Ack(delivery_tag=BATCHES * len(BATCH), multiple=True))
+        answers = await asyncio.gather(*batches, return_exceptions=True)
+        assert b"".join(answer for answer in answers if isinstance(answer, bytes)).count(ACKED) == 0
+        assert len(broker.published) == written
+
+
+async def test_the_end_of_a_drain_refuses_what_waits(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        written = len(broker.published) // len(BATCH)
+        publisher.give_up()
+        answers = await asyncio.gather(*batches, return_exceptions=True)
+    assert [set(answer) for answer in answers[:written] if isinstance(answer, bytes)] == [{UNKNOWN}] * written
+    assert {type(answer) for answer in answers[written:]} == {QueueUnavailable}
+
+
+async def test_a_batch_whose_caller_is_cancelled_while_it_waits_is_never_written(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        batches[-1].cancel()
+        broker.mode = "ack"
+        (await broker.wait_opened(1)).ack(len(broker.published), multiple=True)
+        outcomes = [await batch for batch in batches[:-1]]
+        assert b"".join(outcomes).count(ACKED) == (BATCHES - 1) * len(BATCH)
+        await eventually(lambda: is_idle(publisher))
+    assert ids_of(broker.published) == [name for n in NAMES[:-1] for name in ids(len(BATCH), n)]
+
+
+async def test_what_waits_behind_an_overdue_batch_goes_to_another_connection() -> None:
+    async with two_brokers() as (frozen, good):
+        frozen.mode = "silent"
+        async with connected(frozen.url, good.url, amqp_connections=2, confirm_timeout_s=6) as publisher:
+            frozen_connection = next(one for one in publisher.connections.open if str(one.node.port) in frozen.url)
+            deadline = asyncio.get_running_loop().time() + 1
+            overdue = asyncio.create_task(
+                frozen_connection.publish(Outgoing(ids(600, "X"), [BATCH[0]] * 600), deadline)
+            )
+            await frozen.wait_published(600)
+            waiting = asyncio.create_task(frozen_connection.publish(Outgoing(ids(1, "Y"), [b"y"]), deadline + 5))
+            assert set(await overdue) == {UNKNOWN}
+            with pytest.raises(QueueUnavailable):
+                await waiting
+            assert list(await publish(publisher, 1)) == [ACKED]
+            assert len(frozen.published) == 600
 
 
 async def test_a_waiting_batch_that_cannot_be_written_shifts_no_confirm(
@@ -105,7 +182,7 @@ async def test_a_waiting_batch_that_cannot_be_written_shifts_no_confirm(
     async with connected(broker.url) as publisher:
         batches = publish_all(publisher)
         await settle_down(broker)
-        on_socket = len(broker.published)
+        written = len(broker.published)
         (connection,) = publisher.connections.open
 
         def fail(data: bytes) -> None:
@@ -113,9 +190,8 @@ async def test_a_waiting_batch_that_cannot_be_written_shifts_no_confirm(
 
         monkeypatch.setattr(transport_of(connection), "write", fail)
         broker.mode = "ack"
-        (await broker.wait_opened(1)).ack(on_socket, multiple=True)
+        (await broker.wait_opened(1)).ack(written, multiple=True)
         async with asyncio.timeout(8):
-            outcomes = [await batch for batch in batches]
+            assert len(acked([await batch for batch in batches])) == BATCHES * len(BATCH)
         assert connection.is_lost
-        assert set(acked(outcomes)) <= set(ids_of(broker.published))
-        assert acked(outcomes)[:on_socket] == ids_of(broker.published[:on_socket])
+    assert ids_of(broker.published) == [name for n in NAMES for name in ids(len(BATCH), n)]
