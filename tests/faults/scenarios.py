@@ -407,6 +407,7 @@ def together(*faults: Fault) -> Fault:
 STEADY = Load()
 CLEAN = Load(batch=5, every_s=0.02)
 KEYED = Load(keyed=True)
+FULL_SOCKETS = Load(workers=6, batch=1_000, every_s=1.0)  # in a fault, two batches of each connection wait for room
 
 
 @dataclass(frozen=True)
@@ -467,6 +468,16 @@ ONCE = [
     if scenario.name in ("gateway_killed", "publishers_node_killed", "leader_paused", "memory_alarm", "broker_resets")
     or scenario.name.startswith("database_")
 ]
+# Some batches are written to the broker and some are not yet when it fails (gateway/amqp/connection.py, SOCKET_BYTES).
+FULL = [
+    replace(scenario, name=f"{scenario.name}_full_sockets", load=FULL_SOCKETS)
+    for scenario in FAST
+    if scenario.name
+    in (
+        *("publishers_node_killed", "publishers_node_paused", "leader_paused", "memory_alarm"),
+        *("broker_black_hole", "broker_half_open", "broker_resets"),
+    )
+]
 # Nothing breaks here, so no wait may end early when the machine itself stands still for a moment.
 PATIENT = {"GATEWAY_DATABASE_TIMEOUT_S": "10", "GATEWAY_DRAIN_DELAY_S": QUICK["GATEWAY_DRAIN_DELAY_S"]}
 ROLLING = Scenario(
@@ -518,6 +529,7 @@ SCENARIOS = {
     for scenario in (
         *FAST,
         *ONCE,
+        *FULL,
         ROLLING,
         replace(ROLLING, name="rolling_restart_default_settings", settings={}),
         BOTH,
