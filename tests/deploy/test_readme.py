@@ -69,7 +69,7 @@ def test_the_calls_of_the_api_are_those_that_the_readme_names() -> None:
     served = {path for path in api.ALLOWED if path.startswith("/api/")}
     assert served == {path for path in document["paths"] if path.startswith("/api/")} == {api.SEND, api.SEND_BULK}
     assert served == set(re.findall(r"/api/v\d/[a-z/]+", README))
-    assert "Of that API the gateway has no other call." in SENTENCES
+    assert "The gateway has no other call of that API." in SENTENCES
     assert openapi.PATH in api.ALLOWED
 
 

@@ -415,7 +415,7 @@ async def visit(lines: list[str]) -> tuple[int, int]:
 def test_the_command_keeps_data_and_urls_in_a_folder(folder: Path) -> None:
     """Over an orderly end, a SIGTERM and a SIGKILL. Only one run at a time may have the folder."""
     urls = set()
-    for number, end in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGKILL, signal.SIGINT)):
+    for number, end in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGINT)):
         with services("--keep", str(folder / "kept")) as (command, lines):
             assert lines[2].startswith("# Running"), command.communicate()
             urls.add((lines[0], lines[1]))
