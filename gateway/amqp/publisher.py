@@ -45,7 +45,11 @@ class Publisher:
         self.connections.start()
 
     def give_up(self) -> None:
-        """End the waits of all batches, shortly before the process ends: what is unconfirmed is unknown."""
+        """End the waits of all batches, shortly before the process ends: what is unconfirmed is unknown.
+
+        Batches that wait for a connection are not published any more.
+        """
+        self.connections.end_waits()
         for connection in self.connections.all:
             connection.give_up()
 
@@ -114,12 +118,16 @@ class Publisher:
         if len(fitting) == len(outgoing):
             outcomes = await self._publish(outgoing, deadline)
         else:
-            spread = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
-            for position, outcome in zip(fitting, await self._publish(outgoing.only(fitting), deadline), strict=True):
-                spread[position] = outcome
-            outcomes = bytes(spread)
+            outcomes = await self._publish_only(fitting, outgoing, deadline)
         self._count(outcomes)
         return outcomes
+
+    async def _publish_only(self, fitting: Sequence[int], outgoing: Outgoing, deadline: float) -> bytes:
+        """Publish the payloads at these positions; the others are TOO_LARGE."""
+        spread = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
+        for position, outcome in zip(fitting, await self._publish(outgoing.only(fitting), deadline), strict=True):
+            spread[position] = outcome
+        return bytes(spread)
 
     def _fitting(self, outgoing: Outgoing) -> Sequence[int]:
         """Return the positions of the payloads that are not above the broker's limit, as far as that is known."""
@@ -134,16 +142,11 @@ class Publisher:
         clock = asyncio.get_running_loop().time
         if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
-        try:
-            connection = self._least_loaded()
-        except QueueUnavailable:
-            if not self.connections.is_reopening():
-                raise
-            connection = await self._choose_before(min(deadline - TOO_LATE_S, clock() + REOPEN_S), outgoing)
-        published_at = clock()
+        connection = await self._choose(outgoing, deadline)
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
+        published_at = clock()
         while True:
             try:
                 outcomes = await connection.publish(outgoing, deadline)
@@ -153,11 +156,25 @@ class Publisher:
                     raise
                 # Nothing was written, for example because the connection was lost while the batch waited for room.
                 connection = await self._choose_before(deadline - RETRY_MARGIN_S, outgoing)
+                # The limit may be known since then: a larger payload would close the next channel, too.
+                fitting = self._fitting(outgoing)
+                if len(fitting) < len(outgoing):
+                    return await self._publish_only(fitting, outgoing, deadline)
         if not connection.is_lost:
             self.window.adapt(load, unconfirmed=unconfirmed + load, published_at=published_at, now=clock())
         elif Outcome.UNKNOWN in outcomes:
             outcomes = await self._republish_unknown(outgoing, outcomes, deadline)
         return outcomes
+
+    async def _choose(self, outgoing: Outgoing, deadline: float) -> PublishConnection:
+        """Return the best usable connection; wait for one only if a channel is being opened again."""
+        try:
+            return self._least_loaded()
+        except QueueUnavailable:
+            if not self.connections.is_reopening():
+                raise
+        now = asyncio.get_running_loop().time()
+        return await self._choose_before(min(deadline - TOO_LATE_S, now + REOPEN_S), outgoing)
 
     async def _republish_unknown(self, outgoing: Outgoing, outcomes: bytes, deadline: float) -> bytes:
         """Publish the unknown messages once more, on another connection, with the same ids.
@@ -166,16 +183,20 @@ class Publisher:
         broker alarm, the first copy is probably still on its way, and a second would double the load. A message that
         the broker refuses in the second try stays unknown: the first copy may have been queued.
 
-        There is no third try, unless another caller's payload above the broker's limit has closed the channel.
+        There is no third try, unless the second was not written, or another caller's payload above the broker's limit
+        has closed the channel.
         """
         merged = bytearray(outcomes)
         while unknown := [n for n in self._fitting(outgoing) if merged[n] == Outcome.UNKNOWN]:
+            connection = None
             try:
                 again = outgoing.only(unknown)
                 connection = await self._choose_before(deadline - RETRY_MARGIN_S, again)
                 second = await connection.publish(again, deadline)
             except QueueUnavailable:
-                break
+                if connection is None or connection.is_usable():
+                    break
+                continue  # nothing of the second copy was written
             self.republished += len(unknown)
             for position, outcome in zip(unknown, second, strict=True):
                 if outcome == Outcome.ACKED:
@@ -207,6 +228,8 @@ class Publisher:
                     await self.connections.wait_usable()
         finally:
             self._load_without_connection -= load
+        if self.connections.has_ended_waits:
+            raise QueueUnavailable
         return self._least_loaded()
 
     def _count(self, outcomes: bytes) -> None:

@@ -41,6 +41,7 @@ class PublishConnections:
         self._unusable_since: float | None = None
         self._changed = asyncio.Event()
         self.is_closed = False
+        self.has_ended_waits = False
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
@@ -64,7 +65,7 @@ class PublishConnections:
     async def close(self) -> None:
         """Close every connection. Unconfirmed messages become unknown."""
         self.is_closed = True
-        self._changed.set()  # wakes the waiters of wait_usable()
+        self.end_waits()
         while running := {task for task in self._tasks if not task.done()}:
             # Once may not be enough: in the middle of a handshake, aiormq absorbs a cancellation.
             for task in running:
@@ -101,9 +102,14 @@ class PublishConnections:
         known = [one.max_payload_bytes for one in self.open if one.max_payload_bytes is not None]
         return min(known) if known else None
 
+    def end_waits(self) -> None:
+        """End all calls of wait_usable(), also later ones."""
+        self.has_ended_waits = True
+        self._changed.set()
+
     async def wait_usable(self) -> None:
-        """Wait until a connection is usable, or close() is called."""
-        while not (self.is_usable() or self.is_closed):
+        """Wait until a connection is usable, or the waits are ended."""
+        while not (self.is_usable() or self.has_ended_waits):
             self._changed.clear()
             await self._changed.wait()
 

@@ -23,17 +23,20 @@ FIND_HIDDEN_SCHEMA = """
     FROM pg_class AS rel JOIN pg_namespace AS nsp ON nsp.oid = relnamespace
     WHERE relname = 'message_id_leases' AND relkind = 'S' AND to_regclass('message_id_leases') IS NULL
         AND NOT has_schema_privilege(nsp.oid, 'USAGE')
-        AND nspname = ANY(string_to_array(
-            translate(replace(current_setting('search_path'), '$user', current_user), '" ', ''), ','
-        ))
+        AND nspname IN (
+            SELECT CASE WHEN name = '$user' THEN current_user ELSE name END
+            FROM regexp_matches(current_setting('search_path'), '"((?:[^"]|"")*)"|([^",[:space:]]+)', 'g') AS part,
+                 coalesce(replace(part[1], '""', '"'), lower(part[2])) AS name
+        )
 """
 # A right to a whole table counts as present if the role has it for any column: an operator may grant it for the columns
 # in use alone.
+# UPDATE on a sequence includes nextval: a role with pg_write_all_data has it.
 FIND_MISSING = """
     SELECT target, action, column_name
     FROM unnest($1::text[], $2::text[], $3::text[]) AS wanted (target, action, column_name)
     WHERE NOT CASE
-        WHEN target LIKE 'SEQUENCE %' THEN has_sequence_privilege(substr(target, 10), action)
+        WHEN target LIKE 'SEQUENCE %' THEN has_sequence_privilege(substr(target, 10), action || ', UPDATE')
         WHEN column_name <> '' THEN has_column_privilege(target, column_name, action)
         WHEN action = 'DELETE' THEN has_table_privilege(target, action)
         ELSE has_any_column_privilege(target, action)

@@ -206,6 +206,56 @@ async def test_a_schema_that_the_role_may_not_use_is_no_missing_migration(
         await transaction.rollback()
 
 
+@pytest.mark.parametrize(
+    ("schema", "search_path"),
+    [
+        ("My Gateway", '"My Gateway"'),
+        ("a,b", 'public, "a,b"'),
+        ('say "hi"', '"say ""hi"""'),
+        ("gateway_of_acme", "Gateway_Of_Acme"),  # PostgreSQL folds a name without quotes
+        (None, '"$user", public'),
+    ],
+)
+async def test_a_schema_that_the_role_may_not_use_is_found_whatever_its_name(
+    owner: asyncpg.Connection, role: Role, schema: str | None, search_path: str
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        name = await owner.fetchval("SELECT quote_ident($1)", schema or role.name)
+        await owner.execute(f"CREATE SCHEMA {name}; ALTER SEQUENCE message_id_leases SET SCHEMA {name}")
+        await owner.execute("SELECT set_config('search_path', $1, true)", search_path)
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        with pytest.raises(MissingRights, match=re.escape(f"lacks USAGE ON SCHEMA {name}: as the owner")):
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
+    finally:
+        await transaction.rollback()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["GRANT pg_read_all_data, pg_write_all_data TO {}"],
+        ["REVOKE ALL ON SEQUENCE message_id_leases FROM {}", "GRANT UPDATE ON SEQUENCE message_id_leases TO {}"],
+    ],
+)
+async def test_a_right_that_includes_another_counts_for_it(
+    owner: asyncpg.Connection, role: Role, given: list[str]
+) -> None:
+    """PostgreSQL lets a role with UPDATE on a sequence lease ids, too."""
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute(f'REVOKE USAGE ON SEQUENCE message_id_leases FROM "{role.name}"')
+        for statement in given:
+            await owner.execute(statement.format(f'"{role.name}"'))
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        assert await may_run(owner, queries.LEASE_MESSAGE_IDS)
+        await check_rights(owner, ALL_RIGHTS)
+    finally:
+        await transaction.rollback()
+
+
 async def test_an_owner_without_its_own_right_is_told_the_grant(owner: asyncpg.Connection, role: Role) -> None:
     """`migrate --grant-to` would refuse it."""
     transaction = owner.transaction()

@@ -9,6 +9,7 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
+from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp.confirms import Outcome
 from gateway.errors import QueueUnavailable
@@ -75,6 +76,46 @@ async def test_another_batch_on_the_channel_is_published_again_as_often_as_it_ta
         assert list(await innocent) == [ACKED]
         assert ids_of(limited.published) == [*ids(1, "B"), *ids(1, "L"), *ids(1, "B") * 2]
         assert first is not second
+
+
+async def test_large_ones_that_wait_for_room_close_no_further_channel(
+    limited: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit becomes known while they wait. Each channel that closes costs every other batch on it."""
+    monkeypatch.setattr(connection_module, "SOCKET_BYTES", 1)
+    async with connected(limited.url) as publisher:
+        first = publish(publisher, 1, "B")
+        await limited.wait_published(1)
+        large = [publish(publisher, [LARGE], name) for name in "LMN"]
+        mixed = publish(publisher, [LARGE, b"small"], "O")
+        await asyncio.sleep(0)
+        limited.sessions[0].ack(1)
+        assert list(await first) == [ACKED]
+        assert [list(await one) for one in large] == [[NACKED], [Outcome.TOO_LARGE], [Outcome.TOO_LARGE]]
+        assert list(await mixed) == [Outcome.TOO_LARGE, ACKED]
+        assert ids_of(limited.published) == [*ids(1, "B"), *ids(1, "L"), ids(2, "O")[1]]
+        assert is_idle(publisher)
+
+
+async def test_a_second_copy_that_waits_when_its_channel_is_closed_is_written_to_the_next(
+    limited: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection_module, "SOCKET_BYTES", 200)
+    reply = f"PRECONDITION_FAILED - message size 200 is larger than configured max size {LIMIT}"
+    async with connected(limited.url) as publisher:
+        limited.on_publish = None
+        batches = [publish(publisher, 1, name) for name in "BC"]
+        await limited.wait_published(2)
+        monkeypatch.setattr(connection_module, "SOCKET_BYTES", 1)
+        limited.sessions[0].close_channel(406, reply)
+        await limited.wait_published(3)
+        assert publisher.unconfirmed_messages == 2, "the second copy of C waits"
+        limited.mode = "ack"
+        last = limited.published[2]
+        limited.sessions[last.connection].close_channel(406, reply, channel=last.channel)
+        assert [list(await batch) for batch in batches] == [[ACKED]] * 2
+        assert ids_of(limited.published) == [*ids(1, "B"), *ids(1, "C"), *ids(1, "B") * 2, *ids(1, "C")]
+        assert is_idle(publisher)
 
 
 async def test_while_the_channel_is_reopened_batches_wait(limited: ScriptedBroker) -> None:

@@ -21,6 +21,7 @@ from tests.support.publishing import (
     publish,
     transport_of,
     two_brokers,
+    usable_connections,
 )
 from tests.support.scripted_broker import ScriptedBroker
 
@@ -140,6 +141,38 @@ async def test_the_end_of_a_drain_refuses_what_waits(broker: ScriptedBroker) -> 
         answers = await asyncio.gather(*batches, return_exceptions=True)
     assert [set(answer) for answer in answers[:written] if isinstance(answer, bytes)] == [{UNKNOWN}] * written
     assert {type(answer) for answer in answers[written:]} == {QueueUnavailable}
+
+
+async def test_the_end_of_a_drain_refuses_what_waits_during_an_alarm(broker: ScriptedBroker) -> None:
+    """If it waited for another connection then, its caller would get no answer."""
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        broker.sessions[0].blocked()
+        await eventually(lambda: usable_connections(publisher) == 0)
+        publisher.give_up()
+        async with asyncio.timeout(2):
+            answers = await asyncio.gather(*batches, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {bytes, QueueUnavailable}
+
+
+async def test_the_end_of_a_drain_ends_the_waits_for_another_connection(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        broker.refuse_connections = True
+        broker.sessions[0].drop()
+        await eventually(lambda: is_idle(publisher))
+        assert not any(batch.done() for batch in batches)
+        publisher.give_up()
+        async with asyncio.timeout(2):
+            answers = await asyncio.gather(*batches, return_exceptions=True)
+    unknown = [answer for answer in answers if isinstance(answer, bytes)]
+    assert {type(answer) for answer in answers} == {bytes, QueueUnavailable}
+    assert set(b"".join(unknown)) == {UNKNOWN}
+    assert len(unknown) == len(broker.published) // len(BATCH)
 
 
 async def test_a_batch_whose_caller_is_cancelled_while_it_waits_is_never_written(broker: ScriptedBroker) -> None:
