@@ -283,7 +283,14 @@ class PublishConnection:
         self._pending[published] = batch
 
     def _socket_is_full(self) -> bool:
-        return self.unconfirmed_bytes - self._waiting_bytes >= SOCKET_BYTES
+        written_bytes = self.unconfirmed_bytes - self._waiting_bytes
+        if written_bytes < SOCKET_BYTES:
+            return False
+        # Without the share of the oldest batch that is settled, nothing would be on the socket when a large one ends.
+        oldest = self._tracker.oldest()
+        if oldest is not None:
+            written_bytes -= self._pending[oldest].size * (len(oldest.ids) - oldest.unsettled) // len(oldest.ids)
+        return written_bytes >= SOCKET_BYTES
 
     def _write_waiting(self) -> None:
         """Write waiting batches while there is room on the socket."""

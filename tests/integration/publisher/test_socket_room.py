@@ -84,6 +84,30 @@ async def test_a_batch_larger_than_the_socket_is_written_at_once(broker: Scripte
         assert list(await batch) == [ACKED] * 200
 
 
+async def test_a_large_batch_makes_room_as_its_messages_are_confirmed(broker: ScriptedBroker) -> None:
+    """If the next one waited for its last confirm, the broker would have nothing to read in between."""
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = [publish(publisher, [b"x" * 10_000] * 200, name) for name in "ABC"]
+        await settle_down(broker)
+        assert len(broker.published) == 200
+        session = await broker.wait_opened(1)
+        session.ack(120, multiple=True)
+        await settle_down(broker)
+        assert len(broker.published) == 200, "80 messages are still more than fits"
+        session.ack(160, multiple=True)
+        await broker.wait_published(400)
+        await settle_down(broker)
+        assert len(broker.published) == 400
+        session.ack(200, multiple=True)
+        await settle_down(broker)
+        assert len(broker.published) == 400
+        broker.mode = "ack"
+        session.ack(400, multiple=True)
+        assert b"".join([await batch for batch in batches]).count(ACKED) == 600
+        assert is_idle(publisher)
+
+
 async def test_what_waited_when_its_connection_was_lost_is_published_once_on_the_next(broker: ScriptedBroker) -> None:
     broker.mode = "silent"
     async with connected(broker.url) as publisher:
