@@ -253,7 +253,7 @@ class PublishConnection:
         until this connection took no more batches.
         """
         batch = _Pending(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
-        if self._waiting or self._socket_is_full():
+        if self._socket_is_full():
             self._waiting.append(batch)
             self._waiting_bytes += batch.size
         else:
