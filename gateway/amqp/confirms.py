@@ -6,11 +6,12 @@ one. We publish `mandatory`: a message that cannot be routed comes back as basic
 marks the message as returned, and the ack only settles it. A batch has a contiguous range of tags. So one array of
 states and one count of unsettled messages represent the batch, and its publisher waits for one future.
 
-Per message:   WRITTEN ──ack──→ ACKED      WRITTEN ──return──→ RETURNING ──ack, nack, loss──→ RETURNED
+Per message:   WRITTEN ──ack──→ ACKED      WRITTEN ──return──→ RETURNING ──ack, nack, loss, deadline──→ RETURNED
                WRITTEN ──nack─→ NACKED     WRITTEN ──loss, deadline──→ UNKNOWN
 
-An outcome is definite until the buffer is handed to the connection: a message that was never written is certainly not
-queued. A message that was written and never settled may be queued. Its outcome is UNKNOWN, and never guessed.
+A message is written once its bytes were handed to the transport. A message that was never written is certainly not
+queued. It has no tag and no state here, or it is TOO_LARGE. A message that was written and never settled may be queued.
+Its outcome is UNKNOWN, and never guessed.
 """
 
 from bisect import bisect_right
@@ -48,7 +49,7 @@ _ACK, _LOSS = _table(Outcome.ACKED), _table(Outcome.UNKNOWN)
 
 
 class PublishedRange:
-    """One batch on the wire: its contiguous delivery tags, and the state of each message."""
+    """One written batch: its contiguous delivery tags, and the state of each message."""
 
     __slots__ = ("_position", "first_tag", "ids", "states", "unsettled")
 
@@ -96,7 +97,7 @@ class ConfirmTracker:
     """The unsettled ranges of one channel. Methods that settle return the ranges that they settled completely."""
 
     def __init__(self, *, nacked: Outcome = Outcome.NACKED) -> None:
-        """`nacked` is the outcome of a nack: NACKED (certainly not queued) for quorum queues."""
+        """`nacked` is the outcome of a nack: NACKED (certainly not queued) for quorum queues, otherwise UNKNOWN."""
         self._nack = _table(nacked)
         self._ranges: list[PublishedRange] = []  # ascending, contiguous; settled ones are removed from the front
         self._next_tag = 1
@@ -158,7 +159,7 @@ class ConfirmTracker:
         return bool(self._ranges) and self._ranges[0].first_tag == 1 and not any(any(r.states) for r in self._ranges)
 
     def oldest(self) -> PublishedRange | None:
-        """Return the range that has waited longest; None without ranges."""
+        """Return the oldest range that is not completely settled; None if there is none."""
         return self._ranges[0] if self._ranges else None
 
     def _forget_settled(self) -> None:

@@ -1,4 +1,8 @@
-"""One publish connection: one channel in confirm mode, from its opening to its loss."""
+"""One publish connection: one channel in confirm mode, from its opening to its loss.
+
+A batch is written at once, or waits here for room on the socket. It gets its delivery tags when it is written, and only
+then can its outcome be unknown (confirms.py). A batch that only waited is certainly not queued.
+"""
 
 import asyncio
 import logging
@@ -26,20 +30,21 @@ STATES = ("open", "half_open", "blocked", "overdue", "lost")
 # 406: the payload is above the broker's max_message_size. RabbitMQ closes the channel with all that is on it.
 _size_limit = re.compile(r"406 .*message size \d+ is larger than (?:configured )?max size (\d+)").match
 # RabbitMQ 3.10 goes on nacking on a channel after a full queue (`reject-publish`) has lost its limit. A channel is
-# replaced after so long with nacks alone; with shards, also after so long with nacks of one beside acks of others.
+# replaced after NACKED_S of nacks without an ack. With several shards, the acks of one hide the nacks of another: the
+# channel is also replaced SHARD_NACKED_S after its first nack.
 NACKED_S, SHARD_NACKED_S = 3.0, 30.0
 RIGHTS_KEPT_S = 0.9  # RabbitMQ forgets a channel's rights when it hibernates, after a second without work
 NEVER = float("inf")  # on the event loop's clock
-TOO_LATE_S = 0.1  # time left below which a batch is not written at all: it would end as unknown
+TOO_LATE_S = 0.1  # a batch with less time than this before its deadline is not written: it would end as unknown
 TIMER_RESOLUTION_S = 0.001  # uvloop may call a timer up to this much too early
-# Further batches wait here while this many written bytes are unconfirmed. By then two batches of 1,000 short messages
-# are written, so the broker always has something to read. With more, RabbitMQ 4.0 becomes slower (docs/decisions/0046).
+# A batch waits here while this many written bytes are not settled. They hold two batches of 1,000 short messages, so
+# the broker always has something to read. With more, RabbitMQ 4.0 becomes slower (docs/decisions/0046).
 SOCKET_BYTES = 512 * 1024
-STALLED_S = 1.0  # a connection is stalled if batches this much younger were confirmed on another one
+STALLED_S = 1.0  # a connection is stalled if a batch that was written this much later is confirmed on another one
 
 
 class _Pending:
-    """A batch that waits for room on the socket, or is on the wire; and the one future its publisher waits for."""
+    """A batch that waits for room on the socket, or is written; and the future that its publisher waits for."""
 
     __slots__ = ("buffer", "deadline", "ids", "published", "settled", "size", "written_at")
 
@@ -48,7 +53,7 @@ class _Pending:
         self.buffer = buffer  # its frames; b"" once they are written
         self.size = len(buffer)
         self.deadline = deadline
-        self.settled = settled
+        self.settled = settled  # also done if the batch is refused, or past its deadline
         self.published: PublishedRange | None = None  # None: not written
         self.written_at = 0.0
 
@@ -58,8 +63,8 @@ class PublishConnection:
 
     Where the broker has closed only the channel, a new object opens the next channel on the same socket (`successor`).
 
-    States: open → blocked (a broker alarm) → open; open → overdue (a batch is past its deadline); any → lost.
-    half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
+    States: open → blocked (a broker alarm) → open; open → overdue (the oldest written batch is past its deadline);
+    any → lost. half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class PublishConnection:
         """`count_late` is called with the number of messages that were confirmed after their deadline."""
         self.node = node
         self._half_open = half_open
-        self.confirmed_written_at = float("-inf")  # of the youngest confirmed batch
+        self.confirmed_written_at = float("-inf")  # of the confirmed batch that was written last
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
@@ -81,21 +86,21 @@ class PublishConnection:
         self._lost = self._loop.create_future()
         self._channel: AbstractChannel | None = None
         self._channel_reply = ""
-        self._nacked_since = self._first_nack_at = NEVER  # the former: without an ack since
+        self._nacked_since = self._first_nack_at = NEVER  # the former: since the last ack
         self._is_retiring = False
-        self.has_returned = False  # a message since this was last set to False
+        self.has_returned = False  # the broker has returned a message; reset when the topology is restored
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
         self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0  # those that wait for room on the socket included
-        self.unconfirmed_bytes = 0  # the same
+        self.unconfirmed_bytes = 0  # likewise; frames included
         self._waiting: deque[_Pending] = deque()  # batches that wait for room on the socket, oldest first
         self._waiting_bytes = 0
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
         self._framers: list[PublishFramer] = []  # one for each shard
-        self._due_at = NEVER  # the earliest deadline of a batch
+        self._due_at = NEVER  # the earliest deadline of a batch; the timer is set to it
         self._timer: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
@@ -145,14 +150,17 @@ class PublishConnection:
         return successor
 
     def retire(self) -> None:
-        """Give up the channel once nothing is unconfirmed on it; until then it takes no batches."""
+        """Take no more batches, refuse those that wait, and give up the channel if nothing on it is unsettled.
+
+        Otherwise a later call gives it up.
+        """
         self._is_retiring = True
         self.refuse_waiting()
         if not self.unconfirmed_messages:
             self._on_channel_closed("the broker only nacks: a new channel may be served")
 
     async def close(self) -> None:
-        """Close, with AMQP's closing handshake if the broker still answers. Unconfirmed messages become unknown."""
+        """Close, with AMQP's closing handshake if the broker still answers; then discard the connection (`abort`)."""
         # No timeout around the call: aiormq, waiting for a broker that no longer reads, absorbs the cancellation.
         # Aborting the transport does end the wait.
         give_up = self._loop.call_later(CLOSE_TIMEOUT_S, self._transport.abort)
@@ -167,7 +175,10 @@ class PublishConnection:
             self.abort()
 
     def abort(self) -> None:
-        """Discard the connection: nothing more is written or read, and unconfirmed messages become unknown."""
+        """Discard the connection: nothing more is written or read.
+
+        Written messages that are not settled become unknown. Batches that wait for room on the socket are refused.
+        """
         self._transport.abort()
         self._on_lost()
 
@@ -198,7 +209,7 @@ class PublishConnection:
         return self._transport.receptions
 
     def is_usable(self) -> bool:
-        """Return True if a new batch may be written: not lost, no broker alarm, and no batch past its deadline."""
+        """Return True if the connection may be given a new batch. It is written, or waits for room on the socket."""
         return not (
             self.is_lost
             or self.is_blocked
@@ -231,26 +242,29 @@ class PublishConnection:
         return now - self._nacked_since > NACKED_S or is_shard_nacked
 
     def is_overdue(self) -> bool:
-        """Return True if an unconfirmed batch is past its deadline, on a connection that is not lost."""
+        """Return True if the oldest written batch is past its deadline. A lost connection is never overdue."""
         oldest = self._oldest()
         return oldest is not None and oldest.deadline < self._loop.time()
 
     def is_stalled(self, latest: float) -> bool:
-        """Return True if the oldest batch waits although batches published up to `latest` are confirmed elsewhere."""
+        """Return True if the oldest unsettled batch was written more than STALLED_S before `latest`.
+
+        `latest`: the greatest `confirmed_written_at` of all connections.
+        """
         oldest = self._oldest()
         return oldest is not None and oldest.written_at + STALLED_S < latest
 
     def oldest_age_s(self) -> float:
-        """Return the age of the oldest unconfirmed batch in seconds; 0.0 when there is none."""
+        """Return the seconds since the write of the oldest batch that is not settled; 0.0 when there is none."""
         oldest = self._oldest()
         return self._loop.time() - oldest.written_at if oldest else 0.0
 
     async def publish(self, outgoing: Outgoing, deadline: float) -> bytes:
-        """Write one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
+        """Publish one batch and wait until it is settled, lost, or past `deadline`, on the event loop's clock.
 
-        The batch is written at once, or as soon as there is room on the socket. Returns one Outcome per message.
-        Raises QueueUnavailable if nothing was written: the write failed, or there was no room until the deadline, or
-        until this connection took no more batches.
+        The batch is written at once, or waits for room on the socket. Returns one Outcome per message. Raises
+        QueueUnavailable if nothing of the batch was written. Either the write failed, or there was no room in time, or
+        the wait was ended (refuse_waiting).
         """
         batch = _Pending(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
         if self._socket_is_full():
@@ -262,8 +276,8 @@ class PublishConnection:
         self.unconfirmed_bytes += batch.size
         if deadline < self._due_at:
             self._wait_until(deadline)
-        # The range outlives its waiter. Past the deadline, or if the caller is cancelled, late confirms still reduce
-        # the unconfirmed counts, and are counted as late.
+        # The written range outlives this call. Past the deadline, or if the caller is cancelled, late confirms still
+        # reduce the unconfirmed counts, and are counted as late.
         await batch.settled
         if batch.published is None:
             raise QueueUnavailable
@@ -286,14 +300,15 @@ class PublishConnection:
         written_bytes = self.unconfirmed_bytes - self._waiting_bytes
         if written_bytes < SOCKET_BYTES:
             return False
-        # Without the share of the oldest batch that is settled, nothing would be on the socket when a large one ends.
+        # The settled part of the oldest batch is not on the socket any more. If it counted, the batch after a large one
+        # would wait for the last confirm, and the broker would have nothing to read.
         oldest = self._tracker.oldest()
         if oldest is not None:
             written_bytes -= self._pending[oldest].size * (len(oldest.ids) - oldest.unsettled) // len(oldest.ids)
         return written_bytes >= SOCKET_BYTES
 
     def _write_waiting(self) -> None:
-        """Write waiting batches while there is room on the socket."""
+        """Write the waiting batches, in order, while there is room on the socket."""
         while self._waiting and not self._socket_is_full():
             batch = self._waiting[0]
             if batch.settled.done() or batch.deadline < self._loop.time() + TOO_LATE_S:
@@ -308,7 +323,7 @@ class PublishConnection:
                 self._waiting_bytes -= batch.size
 
     def refuse_waiting(self) -> None:
-        """End the waits for room on the socket. Nothing of these batches was written."""
+        """End the waits for room on the socket. Nothing of these batches was written: publish() raises."""
         for batch in list(self._waiting):
             self._refuse(batch)
 
@@ -343,14 +358,17 @@ class PublishConnection:
             self._wait_until(min(later))
 
     def give_up(self) -> None:
-        """End the waits of all batches: what was written and is unconfirmed is unknown."""
+        """End the waits of all batches: those for room are refused, and written messages not settled are unknown."""
         self.refuse_waiting()
         for pending in self._pending.values():
             if not pending.settled.done():
                 pending.settled.set_result(None)
 
     def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
-        """Return the outcomes on a channel that a payload's size has closed: larger ones were certainly not queued."""
+        """Return the outcomes on a channel that the broker has closed because of a payload's size.
+
+        Unknown messages above the limit were certainly not queued: NACKED.
+        """
         limit = self.max_payload_bytes or 0
         return bytes(
             Outcome.NACKED if outcome == Outcome.UNKNOWN and len(payload) > limit else outcome
@@ -402,11 +420,11 @@ class PublishConnection:
         self._lose(Outcome.NACKED if self._may_not_publish(reply) else Outcome.UNKNOWN)
 
     def _may_not_publish(self, reply: str) -> bool:
-        """Return True if the broker has refused all that was published here, for want of the right to write.
+        """Return True if the broker has refused all that was written here, for want of the right to write.
 
-        RabbitMQ asks for the right once, and keeps a yes while the channel is never idle for a second
-        (rabbit_channel.erl: check_resource_access, handle_pre_hibernate). So if nothing was settled, and the first
-        message is younger, not one of them was accepted.
+        RabbitMQ checks the right at the first message, and keeps a positive result until the channel is idle for a
+        second (rabbit_channel.erl: check_resource_access, handle_pre_hibernate). So if nothing was settled, and the
+        first message was written less than RIGHTS_KEPT_S ago, the broker has accepted none.
         """
         return reply.startswith("403") and self._tracker.is_untouched() and self.oldest_age_s() < RIGHTS_KEPT_S
 

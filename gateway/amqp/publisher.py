@@ -16,9 +16,9 @@ from gateway.amqp.window import ConfirmWindow
 from gateway.config import Settings
 from gateway.errors import Overloaded, QueueUnavailable
 
-RETRY_MARGIN_S = 0.5  # time left before the deadline below which a batch is not published again
+RETRY_MARGIN_S = 0.5  # a batch with less time than this before its deadline is not given to another connection
 REOPEN_S = 2.0  # longest wait for a channel that is being opened again
-SHARED_CONNECTION_BYTES = 64 * 1024  # below it all batches share one connection; about 200 messages
+SHARED_CONNECTION_BYTES = 64 * 1024  # with less unconfirmed, the first connection takes all batches; about 200 messages
 
 
 class Publisher:
@@ -38,28 +38,29 @@ class Publisher:
         )
         self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told
         self._load_without_connection = 0  # of batches that wait for a channel or a connection
-        self.republished = 0  # messages published again elsewhere after their connection was lost
+        self.republished = 0  # messages of which a second copy was written, after their connection was lost
 
     def start(self) -> None:
         """Start connecting. Returns at once."""
         self.connections.start()
 
     def give_up(self) -> None:
-        """End the waits of all batches, shortly before the process ends: what is unconfirmed is unknown.
+        """End the waits of all batches, shortly before the process ends.
 
-        Batches that wait for a connection are not published any more.
+        Written messages that are not settled are unknown. Batches that wait for room on the socket, or for a channel or
+        a connection, are refused.
         """
         self.connections.end_waits()
         for connection in self.connections.all:
             connection.give_up()
 
     async def close(self) -> None:
-        """Close every connection. Unconfirmed messages become unknown."""
+        """Close every connection, as PublishConnections.close does."""
         await self.connections.close()
 
     @property
     def unconfirmed_messages(self) -> int:
-        """Number of unconfirmed messages, those on draining connections included."""
+        """Number of unconfirmed messages, written or waiting for room on the socket; draining connections included."""
         return sum(connection.unconfirmed_messages for connection in self.connections.all)
 
     @property
@@ -69,11 +70,11 @@ class Publisher:
 
     @property
     def oldest_age_s(self) -> float:
-        """Age of the oldest unconfirmed batch in seconds; 0.0 when there is none."""
+        """Seconds since the write of the oldest batch that is not settled; 0.0 when there is none."""
         return max((connection.oldest_age_s() for connection in self.connections.all), default=0.0)
 
     def is_usable(self) -> bool:
-        """Return True if a batch could be written now, or as soon as a channel is open again."""
+        """Return True if a connection may be given a batch now, or as soon as a channel is open again."""
         return self.connections.is_usable() or self.connections.is_reopening()
 
     @property
@@ -90,9 +91,9 @@ class Publisher:
         return self.weigh(len(outgoing), outgoing.payload_bytes)
 
     def room(self, reserved: int = 0) -> int:
-        """Return the load that may be written beside the unconfirmed load and what is reserved for others.
+        """Return the load that may be published beside the unconfirmed load and what is reserved for others.
 
-        Batches that wait for a channel or a connection count, too: all of them are written as soon as one is open.
+        Batches that wait for a channel or a connection count, too: all of them are published as soon as one is open.
         """
         return self.window.room(self._load() + self._load_without_connection + reserved)
 
@@ -108,9 +109,10 @@ class Publisher:
         """Publish one batch, in order, on one channel. Wait until all is confirmed, or until the deadline.
 
         `deadline` is on the event loop's clock; None means confirm_timeout_s from now. Returns one Outcome per
-        message. Raises QueueUnavailable or Overloaded if nothing at all was written. Overloaded means that the batch is
-        larger than `room()`; the caller waits for room (ingest/admission.py). Payloads above the broker's limit are not
-        written: they are TOO_LARGE.
+        message. Payloads above the broker's limit are not written: they are TOO_LARGE.
+
+        Raises QueueUnavailable or Overloaded if nothing at all was written. Overloaded means that the load of the batch
+        does not fit into the confirm window. The caller should wait for room before (ingest/admission.py).
         """
         if deadline is None:
             deadline = asyncio.get_running_loop().time() + self._settings.confirm_timeout_s
@@ -123,7 +125,7 @@ class Publisher:
         return outcomes
 
     async def _publish_only(self, fitting: Sequence[int], outgoing: Outgoing, deadline: float) -> bytes:
-        """Publish the payloads at these positions; the others are TOO_LARGE."""
+        """Publish only the payloads at the positions `fitting`; the others are TOO_LARGE."""
         spread = bytearray([Outcome.TOO_LARGE]) * len(outgoing)
         for position, outcome in zip(fitting, await self._publish(outgoing.only(fitting), deadline), strict=True):
             spread[position] = outcome
@@ -152,11 +154,13 @@ class Publisher:
                 outcomes = await connection.publish(outgoing, deadline)
                 break
             except QueueUnavailable:
-                if connection.is_usable():
+                if connection.is_usable():  # there was no room in time, or give_up() has ended the wait
                     raise
-                # Nothing was written, for example because the connection was lost while the batch waited for room.
+                # For example, the connection was lost, retired or replaced while the batch waited for room on its
+                # socket. Nothing of the batch was written, so another connection can take it without a second copy.
                 connection = await self._choose_before(deadline - RETRY_MARGIN_S, outgoing)
-                # The limit may be known since then: a larger payload would close the next channel, too.
+                # The broker's limit may have become known in the meantime: a larger payload would close the next
+                # channel, too.
                 fitting = self._fitting(outgoing)
                 if len(fitting) < len(outgoing):
                     return await self._publish_only(fitting, outgoing, deadline)
@@ -167,7 +171,10 @@ class Publisher:
         return outcomes
 
     async def _choose(self, outgoing: Outgoing, deadline: float) -> PublishConnection:
-        """Return the best usable connection; wait for one only if a channel is being opened again."""
+        """Return the best usable connection. Only if a channel is being opened again, wait for one, up to REOPEN_S.
+
+        Raises QueueUnavailable.
+        """
         try:
             return self._least_loaded()
         except QueueUnavailable:
@@ -177,14 +184,14 @@ class Publisher:
         return await self._choose_before(min(deadline - TOO_LATE_S, now + REOPEN_S), outgoing)
 
     async def _republish_unknown(self, outgoing: Outgoing, outcomes: bytes, deadline: float) -> bytes:
-        """Publish the unknown messages once more, on another connection, with the same ids.
+        """Publish the unknown messages once more, on another connection or channel, with the same ids.
 
-        Called only after a lost connection: a repeated message is better than a lost one. After a timeout, or under a
-        broker alarm, the first copy is probably still on its way, and a second would double the load. A message that
-        the broker refuses in the second try stays unknown: the first copy may have been queued.
+        Called only after a lost connection or channel: a repeated message is better than a lost one. After a timeout,
+        or under a broker alarm, the first copy is probably still on its way, and a second would double the load. A
+        message that the broker refuses in the second try stays unknown: the first copy may have been queued.
 
-        There is no third try, unless the second was not written, or another caller's payload above the broker's limit
-        has closed the channel.
+        There is no third try, with two exceptions: nothing of the second copy was written, or the channel of the second
+        copy was closed because of a payload above the broker's limit, which may be another caller's.
         """
         merged = bytearray(outcomes)
         while unknown := [n for n in self._fitting(outgoing) if merged[n] == Outcome.UNKNOWN]:
@@ -196,7 +203,7 @@ class Publisher:
             except QueueUnavailable:
                 if connection is None or connection.is_usable():
                     break
-                continue  # nothing of the second copy was written
+                continue  # nothing of the second copy was written, and this connection takes no batches any more
             self.republished += len(unknown)
             for position, outcome in zip(unknown, second, strict=True):
                 if outcome == Outcome.ACKED:
@@ -208,8 +215,9 @@ class Publisher:
     def _least_loaded(self) -> PublishConnection:
         """Return the best usable connection. Raises QueueUnavailable if there is none.
 
-        Below SHARED_CONNECTION_BYTES, all batches take the first one: writes of one turn of the event loop then share
-        a system call and an ack (scripts/bench compare, batches of 1). Above it, the least loaded one is the best.
+        While the first one has less than SHARED_CONNECTION_BYTES unconfirmed, it takes all batches: writes of one turn
+        of the event loop then share a system call and an ack (scripts/bench compare, batches of 1). Otherwise the one
+        with the fewest unconfirmed bytes is the best.
         """
         usable = self.connections.usable()
         if usable[0].unconfirmed_bytes < SHARED_CONNECTION_BYTES:
@@ -217,7 +225,11 @@ class Publisher:
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
 
     async def _choose_before(self, deadline: float, outgoing: Outgoing) -> PublishConnection:
-        """Return the best usable connection for a batch; wait for one until `deadline`. Raises QueueUnavailable."""
+        """Return the best usable connection for a batch; wait for one until `deadline`, on the event loop's clock.
+
+        Meanwhile the load of the batch counts in `room()`. Raises QueueUnavailable: there was none, or give_up() has
+        ended the waits.
+        """
         if asyncio.get_running_loop().time() > deadline:
             raise QueueUnavailable
         load = self.load_of(outgoing)

@@ -35,13 +35,13 @@ class PublishConnections:
         self._settings = settings
         nodes = len(settings.amqp_nodes())
         self._first_node = random.randrange(nodes) if first_node is None else first_node  # noqa: S311 - no secret
-        self.open: list[PublishConnection] = []  # those that may be given batches
-        self._draining: set[PublishConnection] = set()  # replaced; they only wait for late confirms
+        self.open: list[PublishConnection] = []  # opened and not replaced; is_usable() tells which take batches now
+        self._draining: set[PublishConnection] = set()  # replaced because overdue; they only wait for late confirms
         self._tasks: set[asyncio.Task[None]] = set()
         self._unusable_since: float | None = None
         self._changed = asyncio.Event()
         self.is_closed = False
-        self.has_ended_waits = False
+        self.has_ended_waits = False  # True: no batch waits for a connection any more
         self.was_connected = False
         self.connected = 0  # connections opened
         self.connect_failures = 0
@@ -63,7 +63,7 @@ class PublishConnections:
         self._tasks.add(task)
 
     async def close(self) -> None:
-        """Close every connection. Unconfirmed messages become unknown."""
+        """Close every connection. Written messages that are not settled become unknown; what waits is refused."""
         self.is_closed = True
         self.end_waits()
         while running := {task for task in self._tasks if not task.done()}:
@@ -75,7 +75,8 @@ class PublishConnections:
     def usable(self) -> list[PublishConnection]:
         """Return the connections that may be given a batch. Raises QueueUnavailable if there is none.
 
-        A connection whose batches wait, while younger ones are confirmed on another, is left out.
+        A stalled connection is left out, unless all are: its batches stay unconfirmed, while batches that were written
+        later are confirmed on another one.
         """
         usable = [connection for connection in self.open if connection.is_usable()]
         if not usable:
@@ -89,11 +90,11 @@ class PublishConnections:
         return usable
 
     def is_usable(self) -> bool:
-        """Return True if a batch could be written now."""
+        """Return True if a connection may be given a batch now."""
         return any(connection.is_usable() for connection in self.open)
 
     def is_reopening(self) -> bool:
-        """Return True if a connection is about to have a new channel."""
+        """Return True if a connection is about to have a new channel, on the same socket."""
         return any(connection.is_reopening for connection in self.open)
 
     @property
@@ -197,7 +198,7 @@ class PublishConnections:
         """Take the connection out of use. Return True if its successor starts half-open."""
         self.open = [other for other in self.open if other is not connection]
         is_overdue = connection.is_overdue()  # then the successor has to show that batches are confirmed again
-        connection.refuse_waiting()  # they go to another connection
+        connection.refuse_waiting()  # Publisher gives these batches to another connection
         if is_overdue and not connection.is_blocked and not self.is_closed:
             self._draining.add(connection)
             self._start(asyncio.create_task(self._drain(connection), name="amqp-draining"))
@@ -206,7 +207,11 @@ class PublishConnections:
         return is_overdue
 
     async def _serve(self, connection: PublishConnection) -> None:
-        """Return when the connection is lost, or a batch is past its deadline and no broker alarm explains that."""
+        """Return when the connection is lost or is to be replaced.
+
+        It is to be replaced if it is overdue and no broker alarm explains that, or if it has a batch that was written
+        more than abandon_timeout_s ago and is not settled.
+        """
         receptions, silent_s = 0, 0.0
         node = address(connection.node)
         while not await connection.wait_lost(timeout=WATCH_INTERVAL_S):

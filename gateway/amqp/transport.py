@@ -148,8 +148,9 @@ class TappedTransport(TransportFactory):
     def write(self, buffer: bytes) -> None:
         """Hand whole frames to the socket. Raises ConnectionResetError if it is closing: then no byte was taken.
 
-        Small buffers leave together at the end of the event loop's turn. uvloop makes a system call for each write:
-        without joining them, a fifth of the CPU of a small request (docs/evidence/performance.md, Small requests).
+        Small buffers leave together at the end of the event loop's turn. uvloop makes a system call for each write.
+        Without joining, these calls take a fifth of the CPU of a small request (docs/evidence/performance.md, Small
+        requests).
         """
         if self.is_closing:
             raise ConnectionResetError("the connection is closing")

@@ -5,7 +5,8 @@ passes its deadline, is answered as unknown, and is sent again. So the window fo
 TCP's congestion window follows loss (RFC 5681, additive increase, multiplicative decrease). It grows by the load that
 was confirmed in time, while the window is in use (RFC 7661). It shrinks once for all unconfirmed batches together.
 
-Batches for which there is no room wait (ingest/admission.py).
+Requests for which there is no room in the window wait (ingest/admission.py). A batch inside the window may still wait
+for room on the broker's socket (connection.py): it counts as unconfirmed, and the wait as time to confirm.
 
 Loads are counted in messages. A batch with large messages weighs more (`weigh`), so one window bounds messages and
 bytes.
@@ -29,14 +30,14 @@ class ConfirmWindow:
         self._target_s = target_s
         self._shrunk_at = float("-inf")
         self.messages = min(START_MESSAGES, most_messages)
-        self.confirm_s = 0.0  # smoothed time from publish to last confirm
+        self.confirm_s = 0.0  # smoothed time from the choice of a connection to the last confirm
 
     def weigh(self, messages: int, size: int) -> int:
         """Return the load of a batch with this number of messages, and with `size` bytes."""
         return max(messages, int(size * self._messages_per_byte))
 
     def room(self, unconfirmed: int) -> int:
-        """Return the load that may be written; UNLIMITED when nothing is unconfirmed, so that any batch is written."""
+        """Return the load that may be published; UNLIMITED when nothing is unconfirmed, so that any batch fits."""
         return self.messages - unconfirmed if unconfirmed else UNLIMITED
 
     def adapt(self, load: int, *, unconfirmed: int, published_at: float, now: float) -> None:
