@@ -115,9 +115,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # A peer that is silent for one second longer is considered dead.
     amqp_heartbeat_s: Annotated[int, Meta(ge=1, le=600)] = 5
     amqp_connect_timeout_s: Seconds = 5.0
-    # After this time a message is answered as unknown. Load balancers usually wait 30 s: this leaves time for a retry.
+    # After this time a written message is answered as unknown, and one that was not written is refused. Load balancers
+    # usually wait 30 s: this leaves time for a retry.
     confirm_timeout_s: Seconds = 10.0
-    # A connection with a batch that stays unconfirmed for longer is closed, even while a broker alarm blocks it.
+    # A connection with a batch that is unconfirmed for longer after its write is closed, even under a broker alarm.
     abandon_timeout_s: Seconds = 30.0
     # Bounds on unconfirmed messages, in number and in bytes. Below 1,000 a full batch would never fit.
     max_unconfirmed_messages: Annotated[int, Meta(ge=1_000, le=10**9)] = 100_000

@@ -211,7 +211,7 @@ class Unavailable(GatewayError):
 
 
 class QueueUnavailable(Unavailable):
-    """No message was queued: no connection to the broker is usable, or the broker refused all messages."""
+    """No message was queued: nothing could be written to the broker in time, or the broker refused all messages."""
 
     code = "queue_unavailable"
     sentence = "The message queue is unavailable. Nothing was queued; send it again"

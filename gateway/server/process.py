@@ -72,7 +72,8 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
        short: Ctrl-C comes from a person, who waits. A second SIGINT ends the process at once.
     2. The API stops listening, and closes idle connections.
     3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
-       those that still wait or arrive are refused as draining, and unconfirmed ones are answered as unknown.
+       those that still wait or arrive are refused, and those that are written to the broker and not confirmed are
+       answered as unknown.
     4. The operations listener closes, then the broker's connections, then the database's.
     """
     context = tls.api_context(settings)
@@ -117,7 +118,10 @@ def make_runners(runtime: Runtime) -> tuple[BoundedRunner, BoundedRunner]:
 
 
 def _end_requests(runtime: Runtime) -> None:
-    """Refuse the requests that wait, and answer those that are published and not confirmed: 504."""
+    """Refuse the requests that wait, also those for room on the broker's socket or for a connection to it.
+
+    What is written to the broker and not confirmed is answered as unknown.
+    """
     runtime.admission.close()
     runtime.publisher.give_up()
 

@@ -187,12 +187,16 @@ def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
         publisher.republished,
     )
     yield _gauge(
-        "gateway_unconfirmed_messages", "AMQP messages awaiting their confirm.", publisher.unconfirmed_messages
+        "gateway_unconfirmed_messages",
+        "Unconfirmed AMQP messages, those not written yet included.",
+        publisher.unconfirmed_messages,
     )
+    yield _gauge("gateway_unconfirmed_bytes", "Bytes of unconfirmed AMQP messages.", publisher.unconfirmed_bytes)
     yield _gauge(
-        "gateway_unconfirmed_bytes", "Bytes of AMQP messages awaiting their confirm.", publisher.unconfirmed_bytes
+        "gateway_unconfirmed_age_seconds",
+        "Age of the oldest unconfirmed batch, since its write.",
+        publisher.oldest_age_s,
     )
-    yield _gauge("gateway_unconfirmed_age_seconds", "Age of the oldest unconfirmed batch.", publisher.oldest_age_s)
     yield _gauge(
         "gateway_confirm_window_messages",
         "Limit of unconfirmed AMQP messages. It shrinks when confirms are slow and grows when they are fast.",
