@@ -43,17 +43,17 @@ SOCKET_BYTES = 512 * 1024
 STALLED_S = 1.0  # a connection is stalled if a batch that was written this much later is confirmed on another one
 
 
-class _Pending:
+class _Batch:
     """A batch that waits for room on the socket, or is written; and the future that its publisher waits for."""
 
-    __slots__ = ("buffer", "deadline", "ids", "published", "settled", "size", "written_at")
+    __slots__ = ("buffer", "deadline", "ended", "ids", "published", "size", "written_at")
 
-    def __init__(self, ids: Sequence[str], buffer: bytes, deadline: float, settled: asyncio.Future[None]) -> None:
+    def __init__(self, ids: Sequence[str], buffer: bytes, deadline: float, ended: asyncio.Future[None]) -> None:
         self.ids = ids
         self.buffer = buffer  # its frames; b"" once they are written
         self.size = len(buffer)
         self.deadline = deadline
-        self.settled = settled  # also done if the batch is refused, or past its deadline
+        self.ended = ended  # done once the batch is settled, lost, refused or past its deadline
         self.published: PublishedRange | None = None  # None: not written
         self.written_at = 0.0
 
@@ -79,7 +79,7 @@ class PublishConnection:
         self._loop = asyncio.get_running_loop()
         self._tracker = ConfirmTracker()
         self.unverified = ""  # the broker's words, if it does not let the user verify the queues' type
-        self._pending: dict[PublishedRange, _Pending] = {}
+        self._written: dict[PublishedRange, _Batch] = {}  # those that are not settled
         self.is_blocked = False
         self._blocked_at = 0.0
         self._blocked_s = 0.0
@@ -94,7 +94,7 @@ class PublishConnection:
         self.has_refused_size = False  # the broker has closed the channel because of a payload above that
         self.unconfirmed_messages = 0  # those that wait for room on the socket included
         self.unconfirmed_bytes = 0  # likewise; frames included
-        self._waiting: deque[_Pending] = deque()  # batches that wait for room on the socket, oldest first
+        self._waiting: deque[_Batch] = deque()  # batches that wait for room on the socket, oldest first
         self._waiting_bytes = 0
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
@@ -216,7 +216,7 @@ class PublishConnection:
             or self._transport.is_closing
             or self.is_overdue()
             or self._is_retiring
-            or (self._half_open and self._pending)
+            or (self._half_open and self._written)
         )
 
     @property
@@ -266,7 +266,7 @@ class PublishConnection:
         QueueUnavailable if nothing of the batch was written. Either the write failed, or there was no room in time, or
         the wait was ended (refuse_waiting).
         """
-        batch = _Pending(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
+        batch = _Batch(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
         if self._socket_is_full():
             self._waiting.append(batch)
             self._waiting_bytes += batch.size
@@ -275,16 +275,16 @@ class PublishConnection:
         self.unconfirmed_messages += len(outgoing)
         self.unconfirmed_bytes += batch.size
         if deadline < self._due_at:
-            self._wait_until(deadline)
+            self._set_timer(deadline)
         # The written range outlives this call. Past the deadline, or if the caller is cancelled, late confirms still
         # reduce the unconfirmed counts, and are counted as late.
-        await batch.settled
+        await batch.ended
         if batch.published is None:
             raise QueueUnavailable
         outcomes = batch.published.outcomes()
         return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
 
-    def _write(self, batch: _Pending) -> None:
+    def _write(self, batch: _Batch) -> None:
         """Write a batch. Raises QueueUnavailable if it could not be handed to the transport."""
         published = self._tracker.add(batch.ids)
         try:
@@ -294,7 +294,7 @@ class PublishConnection:
             raise QueueUnavailable from error
         batch.buffer = b""  # 5 MB less to hold until the broker has confirmed it
         batch.published, batch.written_at = published, self._loop.time()
-        self._pending[published] = batch
+        self._written[published] = batch
 
     def _socket_is_full(self) -> bool:
         written_bytes = self.unconfirmed_bytes - self._waiting_bytes
@@ -304,14 +304,14 @@ class PublishConnection:
         # would wait for the last confirm, and the broker would have nothing to read.
         oldest = self._tracker.oldest()
         if oldest is not None:
-            written_bytes -= self._pending[oldest].size * (len(oldest.ids) - oldest.unsettled) // len(oldest.ids)
+            written_bytes -= self._written[oldest].size * (len(oldest.ids) - oldest.unsettled) // len(oldest.ids)
         return written_bytes >= SOCKET_BYTES
 
     def _write_waiting(self) -> None:
         """Write the waiting batches, in order, while there is room on the socket."""
         while self._waiting and not self._socket_is_full():
             batch = self._waiting[0]
-            if batch.settled.done() or batch.deadline < self._loop.time() + TOO_LATE_S:
+            if batch.ended.done() or batch.deadline < self._loop.time() + TOO_LATE_S:
                 self._refuse(batch)  # its caller was cancelled, or it would end as unknown
                 continue
             try:
@@ -327,15 +327,16 @@ class PublishConnection:
         for batch in list(self._waiting):
             self._refuse(batch)
 
-    def _refuse(self, batch: _Pending) -> None:
+    def _refuse(self, batch: _Batch) -> None:
+        """Take a batch out of those that wait for room, and end its wait: publish() raises."""
         self._waiting.remove(batch)
         self._waiting_bytes -= batch.size
         self.unconfirmed_messages -= len(batch.ids)
         self.unconfirmed_bytes -= batch.size
-        if not batch.settled.done():
-            batch.settled.set_result(None)
+        if not batch.ended.done():
+            batch.ended.set_result(None)
 
-    def _wait_until(self, deadline: float) -> None:
+    def _set_timer(self, deadline: float) -> None:
         """Set the timer to the earliest deadline of a batch, on the event loop's clock.
 
         One timer for all batches costs less than one for each.
@@ -350,19 +351,19 @@ class PublishConnection:
         now = self._loop.time() + TIMER_RESOLUTION_S
         for batch in [batch for batch in self._waiting if batch.deadline <= now]:
             self._refuse(batch)
-        unsettled = [pending for pending in self._pending.values() if not pending.settled.done()]
-        for pending in unsettled:
-            if pending.deadline <= now:
-                pending.settled.set_result(None)
-        if later := [batch.deadline for batch in [*unsettled, *self._waiting] if batch.deadline > now]:
-            self._wait_until(min(later))
+        awaited = [batch for batch in self._written.values() if not batch.ended.done()]
+        for batch in awaited:
+            if batch.deadline <= now:
+                batch.ended.set_result(None)
+        if later := [batch.deadline for batch in [*awaited, *self._waiting] if batch.deadline > now]:
+            self._set_timer(min(later))
 
     def give_up(self) -> None:
         """End the waits of all batches: those for room are refused, and written messages not settled are unknown."""
         self.refuse_waiting()
-        for pending in self._pending.values():
-            if not pending.settled.done():
-                pending.settled.set_result(None)
+        for batch in self._written.values():
+            if not batch.ended.done():
+                batch.ended.set_result(None)
 
     def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
         """Return the outcomes on a channel that the broker has closed because of a payload's size.
@@ -442,22 +443,22 @@ class PublishConnection:
 
     def _settle(self, ranges: list[PublishedRange]) -> None:
         for published in ranges:
-            pending = self._pending.pop(published)
+            batch = self._written.pop(published)
             self.unconfirmed_messages -= len(published.ids)
-            self.unconfirmed_bytes -= pending.size
+            self.unconfirmed_bytes -= batch.size
             if not self.is_lost:
-                self.confirmed_written_at = max(self.confirmed_written_at, pending.written_at)
+                self.confirmed_written_at = max(self.confirmed_written_at, batch.written_at)
                 self._half_open = False
-            if not pending.settled.done():
-                pending.settled.set_result(None)
+            if not batch.ended.done():
+                batch.ended.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
         if self._waiting and not self.is_lost:
             self._write_waiting()
 
-    def _oldest(self) -> _Pending | None:
+    def _oldest(self) -> _Batch | None:
         oldest = self._tracker.oldest()
-        return self._pending[oldest] if oldest else None
+        return self._written[oldest] if oldest else None
 
 
 async def declare_topology(settings: Settings) -> None:
