@@ -158,7 +158,7 @@ class Publisher:
                     raise
                 # For example, the connection was lost, retired or replaced while the batch waited for room on its
                 # socket. Nothing of the batch was written, so another connection can take it without a second copy.
-                connection = await self._choose_before(deadline - RETRY_MARGIN_S, outgoing)
+                connection = await self._wait_for_usable(deadline - RETRY_MARGIN_S, outgoing)
                 # The broker's limit may have become known in the meantime: a larger payload would close the next
                 # channel, too.
                 fitting = self._fitting(outgoing)
@@ -176,12 +176,12 @@ class Publisher:
         Raises QueueUnavailable.
         """
         try:
-            return self._least_loaded()
+            return self._best_usable()
         except QueueUnavailable:
             if not self.connections.is_reopening():
                 raise
         now = asyncio.get_running_loop().time()
-        return await self._choose_before(min(deadline - TOO_LATE_S, now + REOPEN_S), outgoing)
+        return await self._wait_for_usable(min(deadline - TOO_LATE_S, now + REOPEN_S), outgoing)
 
     async def _republish_unknown(self, outgoing: Outgoing, outcomes: bytes, deadline: float) -> bytes:
         """Publish the unknown messages once more, on another connection or channel, with the same ids.
@@ -198,7 +198,7 @@ class Publisher:
             connection = None
             try:
                 again = outgoing.only(unknown)
-                connection = await self._choose_before(deadline - RETRY_MARGIN_S, again)
+                connection = await self._wait_for_usable(deadline - RETRY_MARGIN_S, again)
                 second = await connection.publish(again, deadline)
             except QueueUnavailable:
                 if connection is None or connection.is_usable():
@@ -212,7 +212,7 @@ class Publisher:
                 break
         return bytes(merged)
 
-    def _least_loaded(self) -> PublishConnection:
+    def _best_usable(self) -> PublishConnection:
         """Return the best usable connection. Raises QueueUnavailable if there is none.
 
         While the first one has less than SHARED_CONNECTION_BYTES unconfirmed, it takes all batches: writes of one turn
@@ -224,7 +224,7 @@ class Publisher:
             return usable[0]
         return min(usable, key=lambda connection: connection.unconfirmed_bytes)
 
-    async def _choose_before(self, deadline: float, outgoing: Outgoing) -> PublishConnection:
+    async def _wait_for_usable(self, deadline: float, outgoing: Outgoing) -> PublishConnection:
         """Return the best usable connection for a batch; wait for one until `deadline`, on the event loop's clock.
 
         Meanwhile the load of the batch counts in `room()`. Raises QueueUnavailable: there was none, or give_up() has
@@ -242,7 +242,7 @@ class Publisher:
             self._load_without_connection -= load
         if self.connections.has_ended_waits:
             raise QueueUnavailable
-        return self._least_loaded()
+        return self._best_usable()
 
     def _count(self, outcomes: bytes) -> None:
         acked = outcomes.count(Outcome.ACKED)
