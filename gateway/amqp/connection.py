@@ -150,13 +150,13 @@ class PublishConnection:
         return successor
 
     def retire(self) -> None:
-        """Take no more batches, refuse those that wait, and give up the channel if nothing on it is unsettled.
-
-        Otherwise a later call gives it up.
-        """
+        """Take no more batches, refuse those that wait, and give up the channel once nothing on it is unsettled."""
         self._is_retiring = True
         self.refuse_waiting()
-        if not self.unconfirmed_messages:
+        self._end_retired()
+
+    def _end_retired(self) -> None:
+        if not self.unconfirmed_messages and not self.is_lost:
             self._on_channel_closed("the broker only nacks: a new channel may be served")
 
     async def close(self) -> None:
@@ -267,7 +267,7 @@ class PublishConnection:
         the wait was ended (refuse_waiting).
         """
         batch = _Batch(outgoing.ids, self._pack(outgoing), deadline, self._loop.create_future())
-        if self._socket_is_full():
+        if self._waiting or self._socket_is_full():
             self._waiting.append(batch)
             self._waiting_bytes += batch.size
         else:
@@ -308,8 +308,11 @@ class PublishConnection:
         return written_bytes >= SOCKET_BYTES
 
     def _write_waiting(self) -> None:
-        """Write the waiting batches, in order, while there is room on the socket."""
-        while self._waiting and not self._socket_is_full():
+        """Write the waiting batches, in order, while there is room on the socket.
+
+        Nothing is written where it would probably end as unknown: under an alarm, or behind an overdue batch.
+        """
+        while self._waiting and not (self.is_lost or self.is_blocked or self.is_overdue() or self._socket_is_full()):
             batch = self._waiting[0]
             if batch.ended.done() or batch.deadline < self._loop.time() + TOO_LATE_S:
                 self._refuse(batch)  # its caller was cancelled, or it would end as unknown
@@ -410,6 +413,7 @@ class PublishConnection:
             case Blocked(blocked):
                 log.warning("the broker %s this connection", "blocked" if blocked else "unblocked")
                 self._note_blocked(blocked)
+                self._write_waiting()
 
     def _note_blocked(self, blocked: bool) -> None:
         self._blocked_s, self._blocked_at, self.is_blocked = self.blocked_s, self._loop.time(), blocked
@@ -453,8 +457,10 @@ class PublishConnection:
                 batch.ended.set_result(None)
             elif not self.is_lost:
                 self._count_late(len(published.ids))
-        if self._waiting and not self.is_lost:
+        if self._waiting:
             self._write_waiting()
+        if self._is_retiring:
+            self._end_retired()
 
     def _oldest(self) -> _Batch | None:
         oldest = self._tracker.oldest()

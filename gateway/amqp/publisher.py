@@ -148,13 +148,13 @@ class Publisher:
         load, unconfirmed = self.load_of(outgoing), self._load()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
-        published_at = clock()
         while True:
+            published_at = clock()
             try:
                 outcomes = await connection.publish(outgoing, deadline)
                 break
             except QueueUnavailable:
-                if connection.is_usable():  # there was no room in time, or give_up() has ended the wait
+                if self.connections.may_use(connection):  # there was no room in time, or give_up() has ended the wait
                     raise
                 # For example, the connection was lost, retired or replaced while the batch waited for room on its
                 # socket. Nothing of the batch was written, so another connection can take it without a second copy.
@@ -201,7 +201,7 @@ class Publisher:
                 connection = await self._wait_for_usable(deadline - RETRY_MARGIN_S, again)
                 second = await connection.publish(again, deadline)
             except QueueUnavailable:
-                if connection is None or connection.is_usable():
+                if connection is None or self.connections.may_use(connection):
                     break
                 continue  # nothing of the second copy was written, and this connection takes no batches any more
             self.republished += len(unknown)

@@ -89,6 +89,10 @@ class PublishConnections:
             usable = [one for one in usable if not one.is_stalled(latest)] or usable
         return usable
 
+    def may_use(self, connection: PublishConnection) -> bool:
+        """Return True if this connection may be given another batch: it is usable, and was not replaced."""
+        return connection in self.open and connection.is_usable()
+
     def is_usable(self) -> bool:
         """Return True if a connection may be given a batch now."""
         return any(connection.is_usable() for connection in self.open)

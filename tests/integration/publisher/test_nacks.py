@@ -70,6 +70,8 @@ async def test_a_channel_is_given_up_only_when_nothing_is_unconfirmed_on_it(brok
         assert not connection.is_usable()
         broker.sessions[0].ack(1, channel=broker.published[0].channel)
         assert list(await batch) == [ACKED]
+        await eventually(lambda: publisher.connections.is_usable())
+        assert connection not in publisher.connections.open
 
 
 async def test_nacks_of_a_classic_queue_say_nothing(broker: ScriptedBroker) -> None:

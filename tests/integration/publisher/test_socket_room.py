@@ -252,3 +252,68 @@ async def test_a_waiting_batch_that_cannot_be_written_shifts_no_confirm(
             assert len(acked([await batch for batch in batches])) == BATCHES * len(BATCH)
         assert connection.is_lost
     assert ids_of(broker.published) == [name for n in NAMES for name in ids(len(BATCH), n)]
+
+
+async def test_under_an_alarm_nothing_that_waits_is_written_until_it_ends(broker: ScriptedBroker) -> None:
+    """It would be unknown. What waits until its deadline was certainly not queued."""
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batches = publish_all(publisher)
+        await settle_down(broker)
+        written = len(broker.published)
+        (connection,) = publisher.connections.open
+        broker.sessions[0].blocked()
+        await eventually(lambda: connection.is_blocked)
+        broker.sessions[0].ack(written, multiple=True)
+        await settle_down(broker)
+        assert len(broker.published) == written
+        late = publish(publisher, 1, "Z")
+        broker.mode = "ack"
+        broker.sessions[0].unblocked()
+        assert len(acked([await batch for batch in batches])) == BATCHES * len(BATCH)
+        with pytest.raises(QueueUnavailable):
+            await late
+        assert is_idle(publisher)
+
+
+async def test_nothing_that_waits_is_written_behind_an_overdue_batch(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        now = asyncio.get_running_loop().time()
+        overdue = asyncio.create_task(connection.publish(Outgoing(ids(300, "A"), [BATCH[0]] * 300), now + 0.3))
+        second = asyncio.create_task(connection.publish(Outgoing(ids(300, "B"), [BATCH[0]] * 300), now + 5))
+        waiting = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 5))
+        await broker.wait_published(600)
+        assert set(await overdue) == {UNKNOWN}
+        for tag in range(301, 601):
+            broker.sessions[0].ack(tag)
+        assert set(await second) == {ACKED}
+        with pytest.raises(QueueUnavailable):
+            await waiting
+        assert len(broker.published) == 600
+
+
+async def test_what_waited_on_a_connection_that_was_replaced_goes_to_another(broker: ScriptedBroker) -> None:
+    """Even if the old one has caught up by the time that its publisher runs."""
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        fill = Outgoing(ids(600, "F"), [BATCH[0]] * 600)
+        deadline = asyncio.get_running_loop().time() + 5
+        full = [asyncio.create_task(one.publish(fill, deadline)) for one in publisher.connections.open]
+        await broker.wait_published(1_200)
+        batch = publish(publisher, 1)
+        await settle_down(broker)
+        replaced = max(publisher.connections.open, key=lambda one: one.unconfirmed_messages)
+        publisher.connections.open = [one for one in publisher.connections.open if one is not replaced]
+        replaced.refuse_waiting()
+        assert replaced.is_usable()
+        for session in broker.sessions:
+            session.ack(600, multiple=True)
+        await broker.wait_published(1_201)
+        last = broker.published[-1]
+        broker.sessions[last.connection].ack(last.delivery_tag)
+        assert list(await batch) == [ACKED]
+        for each in full:
+            await each
+        await replaced.close()
