@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from pamqp import commands
 
+from gateway.amqp import connection as connection_module
 from gateway.amqp.connection import SOCKET_BYTES
 from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.publisher import Publisher
@@ -317,3 +318,26 @@ async def test_what_waited_on_a_connection_that_was_replaced_goes_to_another(bro
         for each in full:
             await each
         await replaced.close()
+
+
+async def test_a_waiting_batch_whose_time_is_nearly_over_is_not_written(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would end as unknown."""
+    monkeypatch.setattr(connection_module, "TOO_LATE_S", 2.0)
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        now = asyncio.get_running_loop().time()
+        first = asyncio.create_task(connection.publish(Outgoing(ids(600, "A"), [BATCH[0]] * 600), now + 9))
+        late = asyncio.create_task(connection.publish(Outgoing(ids(1, "B"), [b"b"]), now + 1.5))
+        behind = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 9))
+        await broker.wait_published(600)
+        broker.mode = "ack"
+        broker.sessions[0].ack(600, multiple=True)
+        assert list(await behind) == [ACKED]
+        assert late.done(), "it is refused before its deadline"
+        with pytest.raises(QueueUnavailable):
+            await late
+        await first
+    assert ids_of(broker.published)[600:] == ids(1, "C")
