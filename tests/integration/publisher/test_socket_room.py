@@ -341,3 +341,38 @@ async def test_a_waiting_batch_whose_time_is_nearly_over_is_not_written(
             await late
         await first
     assert ids_of(broker.published)[600:] == ids(1, "C")
+
+
+async def test_each_waiting_batch_has_its_own_deadline(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        now = asyncio.get_running_loop().time()
+        first = asyncio.create_task(connection.publish(Outgoing(ids(600, "A"), [BATCH[0]] * 600), now + 9))
+        early = asyncio.create_task(connection.publish(Outgoing(ids(1, "B"), [b"b"]), now + 0.5))
+        later = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 9))
+        with pytest.raises(QueueUnavailable):
+            await asyncio.wait_for(early, 5)
+        assert not later.done()
+        broker.mode = "ack"
+        broker.sessions[0].ack(600, multiple=True)
+        assert list(await later) == [ACKED]
+        await first
+
+
+async def test_the_limit_is_the_same_after_batches_have_waited_and_were_refused(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        session = broker.sessions[0]
+        for number in range(3):
+            before = sent(broker)
+            batches = publish_all(publisher)
+            await settle_down(broker)
+            assert SOCKET_BYTES * 0.8 < sent(broker) - before < SOCKET_BYTES + len(BATCH) * (1_000 + FRAMES)
+            if number == 1:
+                connection.refuse_waiting()
+            while not all(batch.done() for batch in batches):
+                session.ack(len(broker.published), multiple=True)
+                await asyncio.sleep(0.02)
+            await asyncio.gather(*batches, return_exceptions=True)
