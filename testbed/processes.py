@@ -267,14 +267,15 @@ class Server(Startable):
 
         Raises subprocess.TimeoutExpired if it is still running after STOP_TIMEOUT_S.
         """
-        if self._supervisor is None or self._supervisor.stdin is None:
+        supervisor = self._supervisor  # another thread may end it, too
+        if supervisor is None or supervisor.stdin is None:
             return
+        with suppress(BrokenPipeError, ValueError):  # ValueError: it is closed
+            supervisor.stdin.write(bytes([number]))
+            supervisor.stdin.flush()
+        supervisor.wait(STOP_TIMEOUT_S)
         with suppress(BrokenPipeError):
-            self._supervisor.stdin.write(bytes([number]))
-            self._supervisor.stdin.flush()
-        self._supervisor.wait(STOP_TIMEOUT_S)
-        with suppress(BrokenPipeError):
-            self._supervisor.stdin.close()
+            supervisor.stdin.close()
         self._supervisor = None
 
     def stop(self) -> None:

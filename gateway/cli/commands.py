@@ -1,6 +1,7 @@
 """The command line: serve, migrate, declare, status, and the administration of accounts, keys and lists."""
 
 import asyncio
+import os
 import re
 import sys
 from collections.abc import Awaitable, Callable
@@ -278,6 +279,8 @@ def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json:
     except BrokenPipeError:
         raise
     except OSError as error:
+        # Python 3.13 writes what is left once more at its end, and fails again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise AdminError(f"the command was carried out, but its result cannot be printed: {error}") from None
 
 

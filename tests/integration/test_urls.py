@@ -126,7 +126,7 @@ def test_a_database_url_is_refused_at_start_by_name_or_connects(
         """Return how the URL was answered. A URL that names another port or database is answered truthfully."""
         try:
             connection = await connect_to_primary(url, timeout=10)
-        except (ConnectionRefusedError, asyncpg.InvalidCatalogNameError, ConnectionError):
+        except (OSError, asyncpg.InvalidCatalogNameError):
             named = Database.of(url)
             is_other = {address.port for address in named.hosts} != {own.port} or named.name != name
             assert is_other or "verify-full" in url
@@ -255,7 +255,9 @@ async def test_administration_names_each_host_that_it_tried(servers: Servers) ->
         failed = await asyncio.to_thread(run_gateway, "account", "list", database_url=url)
     assert failed.returncode == 2
     for host in ("localhost", "127.0.0.1"):
-        assert f"{host}:{down.port}: ConnectionRefusedError" in failed.stderr
+        assert f"{host}:{down.port}: " in failed.stderr
+    # Where `localhost` also has an IPv6 address, asyncio joins the errors of both.
+    assert failed.stderr.count("ConnectionRefusedError") + failed.stderr.count("Multiple exceptions") == 2
 
 
 ANSWERS = [
