@@ -7,7 +7,7 @@ import pytest
 from pamqp import commands
 
 from gateway.amqp import connection as connection_module
-from gateway.amqp.connection import SOCKET_BYTES
+from gateway.amqp.connection import SOCKET_BYTES, PublishConnection
 from gateway.amqp.outgoing import Outgoing
 from gateway.amqp.publisher import Publisher
 from gateway.errors import QueueUnavailable
@@ -34,6 +34,12 @@ NAMES = [chr(ord("A") + n) for n in range(BATCHES)]
 
 def publish_all(publisher: Publisher) -> "list[asyncio.Task[bytes]]":
     return [publish(publisher, BATCH, name) for name in NAMES]
+
+
+def start_on(connection: PublishConnection, batch: str, messages: int, *, within_s: float) -> "asyncio.Task[bytes]":
+    """Publish messages of 1,000 bytes on this connection, in a task. 600 of them fill its socket."""
+    deadline = asyncio.get_running_loop().time() + within_s
+    return asyncio.create_task(connection.publish(Outgoing(ids(messages, batch), BATCH[:1] * messages), deadline))
 
 
 def acked(outcomes: list[bytes]) -> list[str]:
@@ -219,12 +225,9 @@ async def test_what_waits_behind_an_overdue_batch_goes_to_another_connection() -
         frozen.mode = "silent"
         async with connected(frozen.url, good.url, amqp_connections=2, confirm_timeout_s=6) as publisher:
             frozen_connection = next(one for one in publisher.connections.open if str(one.node.port) in frozen.url)
-            deadline = asyncio.get_running_loop().time() + 1
-            overdue = asyncio.create_task(
-                frozen_connection.publish(Outgoing(ids(600, "X"), [BATCH[0]] * 600), deadline)
-            )
+            overdue = start_on(frozen_connection, "X", 600, within_s=1)
             await frozen.wait_published(600)
-            waiting = asyncio.create_task(frozen_connection.publish(Outgoing(ids(1, "Y"), [b"y"]), deadline + 5))
+            waiting = start_on(frozen_connection, "Y", 1, within_s=6)
             assert set(await overdue) == {UNKNOWN}
             with pytest.raises(QueueUnavailable):
                 await waiting
@@ -281,10 +284,9 @@ async def test_nothing_that_waits_is_written_behind_an_overdue_batch(broker: Scr
     broker.mode = "silent"
     async with connected(broker.url) as publisher:
         (connection,) = publisher.connections.open
-        now = asyncio.get_running_loop().time()
-        overdue = asyncio.create_task(connection.publish(Outgoing(ids(300, "A"), [BATCH[0]] * 300), now + 0.3))
-        second = asyncio.create_task(connection.publish(Outgoing(ids(300, "B"), [BATCH[0]] * 300), now + 5))
-        waiting = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 5))
+        overdue = start_on(connection, "A", 300, within_s=0.3)
+        second = start_on(connection, "B", 300, within_s=5)
+        waiting = start_on(connection, "C", 1, within_s=5)
         await broker.wait_published(600)
         assert set(await overdue) == {UNKNOWN}
         for tag in range(301, 601):
@@ -299,9 +301,7 @@ async def test_what_waited_on_a_connection_that_was_replaced_goes_to_another(bro
     """Even if the old one has caught up by the time that its publisher runs."""
     broker.mode = "silent"
     async with connected(broker.url, amqp_connections=2) as publisher:
-        fill = Outgoing(ids(600, "F"), [BATCH[0]] * 600)
-        deadline = asyncio.get_running_loop().time() + 5
-        full = [asyncio.create_task(one.publish(fill, deadline)) for one in publisher.connections.open]
+        full = [start_on(one, "F", 600, within_s=5) for one in publisher.connections.open]
         await broker.wait_published(1_200)
         batch = publish(publisher, 1)
         await settle_down(broker)
@@ -328,10 +328,9 @@ async def test_a_waiting_batch_whose_time_is_nearly_over_is_not_written(
     broker.mode = "silent"
     async with connected(broker.url) as publisher:
         (connection,) = publisher.connections.open
-        now = asyncio.get_running_loop().time()
-        first = asyncio.create_task(connection.publish(Outgoing(ids(600, "A"), [BATCH[0]] * 600), now + 9))
-        late = asyncio.create_task(connection.publish(Outgoing(ids(1, "B"), [b"b"]), now + 1.5))
-        behind = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 9))
+        first = start_on(connection, "A", 600, within_s=9)
+        late = start_on(connection, "B", 1, within_s=1.5)
+        behind = start_on(connection, "C", 1, within_s=9)
         await broker.wait_published(600)
         broker.mode = "ack"
         broker.sessions[0].ack(600, multiple=True)
@@ -347,10 +346,9 @@ async def test_each_waiting_batch_has_its_own_deadline(broker: ScriptedBroker) -
     broker.mode = "silent"
     async with connected(broker.url) as publisher:
         (connection,) = publisher.connections.open
-        now = asyncio.get_running_loop().time()
-        first = asyncio.create_task(connection.publish(Outgoing(ids(600, "A"), [BATCH[0]] * 600), now + 9))
-        early = asyncio.create_task(connection.publish(Outgoing(ids(1, "B"), [b"b"]), now + 0.5))
-        later = asyncio.create_task(connection.publish(Outgoing(ids(1, "C"), [b"c"]), now + 9))
+        first = start_on(connection, "A", 600, within_s=9)
+        early = start_on(connection, "B", 1, within_s=0.5)
+        later = start_on(connection, "C", 1, within_s=9)
         with pytest.raises(QueueUnavailable):
             await asyncio.wait_for(early, 5)
         assert not later.done()
