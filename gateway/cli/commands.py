@@ -279,7 +279,7 @@ def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json:
     except BrokenPipeError:
         raise
     except OSError as error:
-        # Python 3.13 writes what is left once more at its end, and fails again.
+        # Some versions of Python, such as 3.11.2 and 3.13, write what is left once more at their end, and fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise AdminError(f"the command was carried out, but its result cannot be printed: {error}") from None
 
