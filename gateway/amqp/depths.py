@@ -73,9 +73,8 @@ class QueueDepths:
             self.all = [*(QueueDepth(OUTBOUND, name) for name in settings.queues()), QueueDepth(DEAD_LETTERS, dead)]
 
     async def watch_for_ever(self) -> None:
-        """Ask for all depths every ASK_EVERY_S, while a publish connection is usable."""
-        while self.all and not self._connections.is_closed:
-            await self._connections.wait_usable()
+        """Ask for all depths every ASK_EVERY_S, while a publish connection is usable; return at the end of a drain."""
+        while self.all and await self._connections.wait_usable():
             usable = [connection for connection in self._connections.open if connection.is_usable()]
             if usable:
                 await self._ask_until_lost(usable[0])

@@ -112,11 +112,12 @@ class PublishConnections:
         self.has_ended_waits = True
         self._changed.set()
 
-    async def wait_usable(self) -> None:
-        """Wait until a connection is usable, or the waits are ended."""
-        while not (self.is_usable() or self.has_ended_waits):
+    async def wait_usable(self) -> bool:
+        """Wait until a connection is usable. Return False once the waits are ended, even if one is usable by then."""
+        while not (self.has_ended_waits or self.is_usable()):
             self._changed.clear()
             await self._changed.wait()
+        return not self.has_ended_waits
 
     @property
     def all(self) -> list[PublishConnection]:

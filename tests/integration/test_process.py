@@ -179,6 +179,30 @@ async def test_what_cannot_be_served_before_the_drain_ends_is_answered_as_draini
         assert len(broker.published) == 2 * FULL
 
 
+class AliveGateway(GatewayProcess):
+    """A gateway that counts as started before it is ready."""
+
+    def _answers(self) -> bool:
+        answer = http_get(self.ops_port, "/livez")
+        return answer is not None and answer[0] == 200
+
+
+async def test_a_drain_ends_in_time_without_a_broker(settings: dict[str, str], caller: Caller) -> None:
+    """At its end the waits for a connection end. What waits for ever for one must not go round in circles then."""
+    without = settings | {"GATEWAY_DRAIN_TIMEOUT_S": "2", "GATEWAY_AMQP_URL": "amqp://127.0.0.1:1/"}
+    async with running(AliveGateway(without)) as process:
+        reader, writer = await asyncio.open_connection("127.0.0.1", process.port.number)
+        body = caller.body(100)
+        writer.write(head(caller, body, "Connection: close") + body[:20])
+        await asyncio.sleep(0.5)
+        os.kill(process.pid, signal.SIGTERM)
+        async with asyncio.timeout(0.5 + 2 + 2):
+            answer = RawAnswer(await reader.read(65_536))
+        assert (answer.status, answer.json()["code"]) == (503, "draining")
+        writer.close()
+        await eventually(lambda: not process.is_running, timeout=5)
+
+
 FULL = 1_000  # messages in the confirm window
 
 

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse
 
 from gateway.amqp import depths
 from gateway.amqp.connection import PublishConnection
+from gateway.amqp.publisher import Publisher
 from gateway.runtime import open_runtime
 from testbed import Servers
 from tests.support.eventually import eventually
@@ -267,3 +268,22 @@ async def delete_names(channel: AbstractChannel, *names: str) -> None:
 
 def _is_passive(frame: Any) -> bool:
     return isinstance(frame, commands.Queue.Declare) and bool(frame.passive)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("end", ["give_up", "close"])
+async def test_nobody_asks_any_more_once_the_waits_for_a_connection_have_ended(
+    make_settings: MakeSettings, end: str
+) -> None:
+    """At the end of a drain without a broker. It must not hold up the event loop by asking itself for ever."""
+    settings = make_settings(amqp_url="amqp://127.0.0.1:1/")
+    publisher = Publisher(settings)
+    publisher.start()
+    watching = asyncio.create_task(depths.QueueDepths(settings, publisher.connections).watch_for_ever())
+    await asyncio.sleep(0.1)
+    assert not watching.done()
+    if end == "give_up":
+        publisher.give_up()
+        await asyncio.wait_for(watching, 5)
+    await publisher.close()
+    await asyncio.wait_for(watching, 5)
