@@ -27,7 +27,7 @@ import os
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
@@ -74,7 +74,8 @@ EVICTION_SHARE = 8  # a search through all connections selects an eighth of the 
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
 
-JSON_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"}
+SERVER = "sms-gateway"
+JSON_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: SERVER}
 
 # A handler that takes a slot leaves it here. It is given back when the answer is written, or cannot be written.
 SLOT = web.RequestKey("slot", Slot)
@@ -575,6 +576,12 @@ class _Connection(RequestHandler):
         ):
             await self._linger()
         return response, is_lost
+
+    def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> Coroutine[Any, Any, tuple[web.StreamResponse, bool]]:
+        resp.headers.setdefault(hdrs.SERVER, SERVER)  # aiohttp's own header names its version, and Python's
+        return super().finish_response(request, resp, start_time)
 
     async def _linger(self) -> None:
         """Discard what arrives before the close (LINGER_S)."""

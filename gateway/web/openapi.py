@@ -49,7 +49,7 @@ _POLICY = (
 
 async def show(_request: web.Request) -> web.Response:
     """Answer with the document."""
-    return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: "sms-gateway"})
+    return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json"})
 
 
 def add_page(app: web.Application, expect_handler: ExpectHandler | None = None) -> None:
