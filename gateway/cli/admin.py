@@ -34,18 +34,25 @@ CREATE_KEY = """
     RETURNING id, account_id, name, prefix, expires_at
 """
 # The successor has the name and the lifetime of the key that it replaces, even if an earlier rotation has changed the
-# end of that key.
+# end of that key. A key with a successor is not replaced again: the first successor, perhaps lost, would stay valid
+# without a sign of it.
 ROTATE_KEY = """
     WITH successor AS (SELECT nextval(pg_get_serial_sequence('api_keys', 'id')) AS id), old AS (
         UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval), replaced_by = successor.id
         FROM successor
-        WHERE api_keys.id = $1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
+        WHERE api_keys.id = $1 AND replaced_by IS NULL AND revoked_at IS NULL
+            AND (expires_at IS NULL OR expires_at > now())
         RETURNING account_id, name, lifetime, expires_at AS ends_at, replaced_by
     )
     INSERT INTO api_keys (id, account_id, sha256, prefix, name, lifetime, expires_at)
     OVERRIDING SYSTEM VALUE
     SELECT replaced_by, account_id, $2, $3, name, lifetime, now() + lifetime FROM old
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
+"""
+FIND_SUCCESSOR = """
+    SELECT successor.id, successor.prefix, successor.last_used_on
+    FROM api_keys AS old JOIN api_keys AS successor ON successor.id = old.replaced_by
+    WHERE old.id = $1 AND old.revoked_at IS NULL AND (old.expires_at IS NULL OR old.expires_at > now())
 """
 # A revoked key replaces no other: its predecessors get its own successor, or none.
 REVOKE_KEY = """
@@ -168,11 +175,26 @@ class Admin:
         return row | {"key": key}
 
     async def rotate_key(self, key_id: int, overlap: timedelta) -> Row:
-        """Create a key like this one, and let this one expire after `overlap`, or earlier if it would anyway."""
+        """Create a key like this one, and let this one expire after `overlap`, or earlier if it would anyway.
+
+        Raises AdminError, with what to do, if this key has a successor.
+        """
         key = _new_key()
-        missing = f"there is no usable key {key_id}: it does not exist, is revoked or has expired"
-        row = await self._one(ROTATE_KEY, key_id, hash_key(key), key[:KEY_PREFIX_SHOWN], overlap, missing=missing)
-        return row | {"key": key}
+        row = await self._connection.fetchrow(ROTATE_KEY, key_id, hash_key(key), key[:KEY_PREFIX_SHOWN], overlap)
+        if row is None:
+            raise AdminError(await self._why_not_rotated(key_id))
+        return dict(row) | {"key": key}
+
+    async def _why_not_rotated(self, key_id: int) -> str:
+        successor = await self._connection.fetchrow(FIND_SUCCESSOR, key_id)
+        if successor is None:
+            return f"there is no usable key {key_id}: it does not exist, is revoked or has expired"
+        new_id, prefix, day = successor
+        used = f"last used on {day}" if day else "not used yet"
+        return (
+            f"key {key_id} is replaced already, by key {new_id} ({prefix}…, {used}). To replace that one, rotate key "
+            f"{new_id}. If it was lost, run `python -m gateway key revoke {new_id}`, then rotate key {key_id} again"
+        )
 
     async def list_expiring_keys(self, within: timedelta) -> list[Row]:
         """Return the usable keys of all accounts that expire within this time and have no successor, sorted by end."""

@@ -203,7 +203,10 @@ def key_rotate(
     ] = DAY,
     as_json: AsJson = False,
 ) -> None:
-    """Create a key with the same account, name and lifetime, and let the old one expire after the overlap."""
+    """Create a key with the same account, name and lifetime, and let the old one expire after the overlap.
+
+    A key that has been replaced already is refused.
+    """
     _administer(lambda admin: admin.rotate_key(key_id, overlap), as_json=as_json)
 
 

@@ -6,10 +6,11 @@ from datetime import timedelta
 import asyncpg
 import pytest
 
-from gateway.cli.admin import Admin, AdminError
+from gateway.cli.admin import Admin, AdminError, open_admin
 from gateway.errors import DatabaseUnavailable
 from gateway.ingest import key_watch
 from gateway.ingest.key_watch import KeyWatch
+from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
@@ -72,15 +73,50 @@ async def test_a_rotation_does_not_prolong_a_key(gateway: GatewayUnderTest, admi
     assert endless["old_expires_at"] is not None
 
 
+async def test_a_replaced_key_is_rotated_again_only_once_its_successor_is_revoked(
+    gateway: GatewayUnderTest, admin: Admin
+) -> None:
+    """An operator lost the new key. If it stayed valid beside a second one, nobody would know of it."""
+    old = await admin.create_key(gateway.caller.account_id)
+    lost = await admin.rotate_key(old["id"], DAY)
+    with pytest.raises(AdminError) as refused:
+        await admin.rotate_key(old["id"], DAY)
+    assert str(refused.value) == (
+        f"key {old['id']} is replaced already, by key {lost['id']} ({lost['prefix']}…, not used yet). To replace that "
+        f"one, rotate key {lost['id']}. If it was lost, run `python -m gateway key revoke {lost['id']}`, then rotate "
+        f"key {old['id']} again"
+    )
+    await admin._connection.execute("UPDATE api_keys SET last_used_on = '2026-11-26' WHERE id = $1", lost["id"])
+    with pytest.raises(AdminError, match=r"trk_\w{4}…, last used on 2026-11-26\)"):
+        await admin.rotate_key(old["id"], DAY)
+    assert len(await admin.list_keys(gateway.caller.account_id)) == 3, "with that of the fixture"
+    await admin.revoke_key(lost["id"])
+    second = await admin.rotate_key(old["id"], DAY)
+    assert second["old_expires_at"] == lost["old_expires_at"], "the overlap is that of the first rotation"
+    assert await post_with(gateway, lost["key"]) == (401, "invalid_api_key")
+    assert await post_with(gateway, old["key"]) == await post_with(gateway, second["key"]) == (200, "")
+
+
+async def test_of_two_rotations_at_the_same_time_one_is_refused(gateway: GatewayUnderTest, servers: Servers) -> None:
+    async with open_admin(servers.database_url) as one, open_admin(servers.database_url) as other:
+        rotations = [admin.rotate_key(gateway.caller.key_id, DAY) for admin in (one, other)]
+        refused = [
+            one for one in await asyncio.gather(*rotations, return_exceptions=True) if isinstance(one, AdminError)
+        ]
+        assert len(refused) == 1
+        assert "is replaced already" in str(refused[0])
+        assert len(await one.list_keys(gateway.caller.account_id)) == 2
+
+
 @pytest.mark.parametrize("lifetime", [None, 90 * DAY])
-async def test_a_rotation_that_is_repeated_gives_the_same_lifetime(
+async def test_each_successor_has_the_same_lifetime(
     gateway: GatewayUnderTest, admin: Admin, lifetime: timedelta | None
 ) -> None:
-    """An operator who lost the new key rotates the old one again: its end is that of the overlap by then."""
     old = await admin.create_key(gateway.caller.account_id, lifetime=lifetime)
-    first, second = [await admin.rotate_key(old["id"], DAY) for _ in range(2)]
-    assert first["old_expires_at"] == second["old_expires_at"]
-    third = await admin.rotate_key(second["id"], DAY)
+    first = await admin.rotate_key(old["id"], DAY)
+    second = await admin.rotate_key(first["id"], DAY)
+    await admin.revoke_key(second["id"])
+    third = await admin.rotate_key(first["id"], DAY)  # its end is that of the overlap by now
     ends = [row["expires_at"] for row in (first, second, third)]
     if lifetime is None:
         assert ends == [None, None, None]
