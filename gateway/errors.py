@@ -242,7 +242,7 @@ class OutcomeUnknown(GatewayError):
     """No message is known to be queued, but some may be."""
 
     status, code = 504, "outcome_unknown"
-    sentence = "The queue did not confirm in time: these messages may or may not be queued"
+    sentence = "The queue did not confirm these messages: they may or may not be queued"
     message_id = ""  # of the message, if the request is a single send
 
 
@@ -281,9 +281,7 @@ QUEUE_REJECTED = Refusal(
     "The queue refused this message; it is not queued. Send it again in a new batch, with a new Idempotency-Key",
 )
 TOO_LARGE = Refusal("queue_rejected", "This message is larger than the queue accepts; it is not queued. Shorten it")
-OUTCOME_UNKNOWN = Refusal(
-    "outcome_unknown", "The queue did not confirm this message in time: it may or may not be queued"
-)
+OUTCOME_UNKNOWN = Refusal("outcome_unknown", "The queue did not confirm this message: it may or may not be queued")
 
 
 def drop_tracebacks(error: BaseException | None) -> None:

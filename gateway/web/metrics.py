@@ -174,7 +174,8 @@ def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
     yield _counter(
         "gateway_published",
         "AMQP messages by the broker's response within the deadline: acked, nacked, returned (unroutable), unknown (no "
-        "response; the message may be queued), too_large (not sent). An envelope counts once.",
+        "response, or a nack of a queue whose type is classic or not verified; the message may be queued), too_large "
+        "(not sent). An envelope counts once.",
         ("outcome",),
         {
             (outcome.name.lower(),): publisher.outcomes[outcome]

@@ -50,6 +50,25 @@ async def test_a_request_with_nothing_confirmed_and_something_unknown_is_unknown
         assert "Retry-After" not in headers
 
 
+async def test_a_nack_of_a_queue_that_is_not_quorum_is_unknown_and_the_sentence_claims_no_timeout(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    async with ScriptedBroker() as broker:
+        broker.mode = "silent"
+        broker.on_publish = lambda session, published: (
+            session.nack(published.delivery_tag) if published.delivery_tag != 2 else session.ack(2)
+        )
+        gateway = await start_gateway(
+            make_settings(amqp_url=broker.url, amqp_connections=1, amqp_queue_type="classic", confirm_timeout_s=60)
+        )
+        _, answer = await gateway.send([gateway.message()])
+        assert answer["error"] == "The queue did not confirm these messages: they may or may not be queued"
+        _, answer = await gateway.send([gateway.message()] * 2)
+        (row,) = answer["errors"]
+        assert (row["code"], row["may_be_queued"]) == ("outcome_unknown", True)
+        assert row["error"] == "The queue did not confirm this message: it may or may not be queued"
+
+
 async def test_when_everything_is_refused_nothing_was_queued(
     start_gateway: StartGateway, make_settings: MakeSettings
 ) -> None:
