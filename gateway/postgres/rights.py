@@ -1,10 +1,11 @@
 """The rights of the database role of `serve`, and the check that names the missing ones."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 # Exactly the rights to serve, for a separate database role. This role can neither create a key nor read its prefix.
+# Rights with columns name each column, so that the check finds a role that has only some of them.
 SERVICE_RIGHTS = {
     "accounts": "SELECT (id, status)",
     "api_keys": (
@@ -12,9 +13,13 @@ SERVICE_RIGHTS = {
         "UPDATE (last_used_on)"
     ),
     "sending_lists": "SELECT (id, account_id, number, status)",
-    "idempotency_keys": "SELECT, INSERT, UPDATE (holder, held_until, answer, not_found), DELETE",
+    "idempotency_keys": (
+        "SELECT (account_id, key, body_sha256, first_id, holder, held_until, answer, not_found, created_at), "
+        "INSERT (account_id, key, body_sha256, first_id, holder, held_until, not_found), "
+        "UPDATE (holder, held_until, answer, not_found), DELETE"
+    ),
     "SEQUENCE message_id_leases": "USAGE",  # nextval; setval would need UPDATE
-    "schema_migrations": "SELECT",  # for `status`
+    "schema_migrations": "SELECT (version)",  # for `status`
 }
 # Without USAGE on a schema, PostgreSQL says that its tables do not exist. Only schemas in the search path count: others
 # may belong to another gateway.
@@ -29,8 +34,6 @@ FIND_HIDDEN_SCHEMA = """
                  coalesce(replace(part[1], '""', '"'), lower(part[2])) AS name
         )
 """
-# A right to a whole table counts as present if the role has it for any column: an operator may grant it for the columns
-# in use alone.
 # UPDATE on a sequence includes nextval: a role with pg_write_all_data has it.
 FIND_MISSING = """
     SELECT target, action, column_name
@@ -38,10 +41,23 @@ FIND_MISSING = """
     WHERE NOT CASE
         WHEN target LIKE 'SEQUENCE %' THEN has_sequence_privilege(substr(target, 10), action || ', UPDATE')
         WHEN column_name <> '' THEN has_column_privilege(target, column_name, action)
-        WHEN action = 'DELETE' THEN has_table_privilege(target, action)
-        ELSE has_any_column_privilege(target, action)
+        ELSE has_table_privilege(target, action)
     END
 """
+# Where row-level security is active for the role, rows are seen or changed only by a permissive policy for it. Without
+# one there is no error: every key is unknown. What the condition of a policy hides is not checked.
+FIND_WITHOUT_POLICY = """
+    SELECT target, string_agg(action, ', ' ORDER BY place) AS actions
+    FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS wanted (target, action, place)
+    WHERE row_security_active(target) AND NOT EXISTS (
+        SELECT FROM pg_policy
+        WHERE polrelid = target::regclass AND polpermissive
+            AND CASE polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE'
+                ELSE action END = action
+            AND EXISTS (SELECT FROM unnest(polroles) AS holder WHERE holder = 0 OR pg_has_role(holder, 'USAGE'))
+    )
+    GROUP BY target ORDER BY min(place)
+"""  # 0 is PUBLIC
 FIND_SELF = """
     SELECT quote_ident(current_user) AS role,
            pg_has_role(relowner, 'MEMBER') OR pg_has_role(nspowner, 'MEMBER') AS is_owner
@@ -78,21 +94,43 @@ class MissingRights(Exception):
 
 
 async def check_rights(connection: Any, rights: Iterable[Right]) -> None:
-    """Raise MissingRights unless the role of this connection has these rights.
+    """Raise MissingRights unless the role of this connection has these rights, and may use them on rows.
 
     Raises UndefinedTableError or UndefinedColumnError if the database is not migrated.
     """
+    without_policy = []
     schema = await connection.fetchval(FIND_HIDDEN_SCHEMA)
     if schema is not None:
         missing = [f"USAGE ON SCHEMA {schema}"]
     else:
-        missing = _join(await connection.fetch(FIND_MISSING, *map(list, zip(*rights, strict=True))))
-    if missing:
+        missing = _join(await connection.fetch(FIND_MISSING, *_arrays(rights)))
+        on_tables = dict.fromkeys((right.target, right.action) for right in rights if " " not in right.target)
+        without_policy = await connection.fetch(FIND_WITHOUT_POLICY, *_arrays(on_tables))
+    if missing or without_policy:
         role, is_owner = await connection.fetchrow(FIND_SELF)
-        command = f"python -m gateway migrate --grant-to {role}"
-        if is_owner:  # `--grant-to` refuses an owner: rights would not limit it
-            command = "; ".join(f"GRANT {right} TO {role}" for right in missing)
-        raise MissingRights(f"the role {role} lacks {', '.join(missing)}: as the owner of the tables, run `{command}`")
+        problems = [_lacks(role, missing, is_owner=is_owner)] if missing else []
+        problems += [_has_no_policy(role, without_policy)] if without_policy else []
+        raise MissingRights("; ".join(problems))
+
+
+def _arrays(rows: Iterable[tuple[str, ...]]) -> list[list[str]]:
+    """Return one array for each column."""
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def _lacks(role: str, missing: Sequence[str], *, is_owner: bool) -> str:
+    command = f"python -m gateway migrate --grant-to {role}"
+    if is_owner:  # `--grant-to` refuses an owner: rights would not limit it
+        command = "; ".join(f"GRANT {right} TO {role}" for right in missing)
+    return f"the role {role} lacks {', '.join(missing)}: as the owner of the tables, run `{command}`"
+
+
+def _has_no_policy(role: str, without_policy: Sequence[tuple[str, str]]) -> str:
+    named = ", ".join(f"{table} ({actions})" for table, actions in without_policy)
+    command = "; ".join(f"CREATE POLICY sms_gateway ON {table} TO {role} USING (true)" for table, _ in without_policy)
+    return (
+        f"row-level security has no policy for the role {role} on {named}: as the owner of the tables, run `{command}`"
+    )
 
 
 def _join(missing: Iterable[tuple[str, str, str]]) -> list[str]:

@@ -114,6 +114,129 @@ async def test_the_role_has_no_right_that_no_statement_needs_and_a_missing_one_i
 
 
 @pytest.mark.parametrize(
+    ("right", "column", "missing"),
+    [
+        (
+            "SELECT",
+            "key",
+            "SELECT (account_id, body_sha256, first_id, holder, held_until, answer, not_found, created_at)",
+        ),
+        ("INSERT", "key", "INSERT (account_id, body_sha256, first_id, holder, held_until, not_found)"),
+        ("UPDATE", "answer", "UPDATE (holder, held_until, not_found)"),
+    ],
+)
+async def test_a_right_to_one_column_is_no_right_to_the_others(
+    owner: asyncpg.Connection, role: Role, right: str, column: str, missing: str
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute(f'REVOKE {right} ON idempotency_keys FROM "{role.name}"')
+        await owner.execute(f'GRANT {right} ({column}) ON idempotency_keys TO "{role.name}"')
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        with pytest.raises(MissingRights, match=re.escape(f"lacks {missing} ON idempotency_keys: as the owner")):
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
+    finally:
+        await transaction.rollback()
+
+
+ENABLE = "ALTER TABLE {} ENABLE ROW LEVEL SECURITY"
+POLICY = "CREATE POLICY theirs ON accounts {} USING (true)"
+SEES_NO_ACCOUNT = 'row-level security has no policy for the role "{}" on accounts (SELECT)'
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([ENABLE.format("accounts")], SEES_NO_ACCOUNT),
+        ([ENABLE.format("accounts"), POLICY.format("TO postgres")], SEES_NO_ACCOUNT),
+        ([ENABLE.format("accounts"), POLICY.format("FOR UPDATE")], SEES_NO_ACCOUNT),
+        ([ENABLE.format("accounts"), POLICY.format("AS RESTRICTIVE")], SEES_NO_ACCOUNT),
+        (
+            [
+                ENABLE.format("accounts"),
+                ENABLE.format("idempotency_keys"),
+                "CREATE POLICY read ON idempotency_keys FOR SELECT USING (true)",
+                "CREATE POLICY write ON idempotency_keys FOR INSERT WITH CHECK (true)",
+            ],
+            f"{SEES_NO_ACCOUNT}, idempotency_keys (UPDATE, DELETE)",
+        ),
+        (
+            [
+                "ALTER TABLE accounts OWNER TO {}",
+                ENABLE.format("accounts"),
+                "ALTER TABLE accounts FORCE ROW LEVEL SECURITY",
+            ],
+            SEES_NO_ACCOUNT,
+        ),
+    ],
+)
+async def test_row_level_security_without_a_policy_is_named_with_the_command_that_helps(
+    owner: asyncpg.Connection, role: Role, given: list[str], says: str
+) -> None:
+    """Every key would be refused: its account is not seen."""
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("INSERT INTO accounts (name) VALUES ('seen')")
+        for statement in given:
+            await owner.execute(statement.replace("{}", f'"{role.name}"'))
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        assert not await owner.fetchval("SELECT count(id) FROM accounts")
+        with pytest.raises(MissingRights) as hidden:
+            await check_rights(owner, RIGHTS_OF_REQUESTS)
+        assert str(hidden.value).startswith(f"{says.format(role.name)}: as the owner of the tables, run `CREATE POLICY")
+        (command,) = re.findall(r"run `(.*)`$", str(hidden.value))
+        await owner.execute(f"RESET ROLE; {command}")
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        await check_rights(owner, RIGHTS_OF_REQUESTS)
+        assert await owner.fetchval("SELECT count(id) FROM accounts")
+    finally:
+        await transaction.rollback()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["ALTER ROLE {} BYPASSRLS"],
+        [POLICY.format("TO {}")],
+        [POLICY.format("FOR SELECT TO PUBLIC")],
+        ["CREATE ROLE people", "GRANT people TO {}", POLICY.format("TO people")],
+    ],
+)
+async def test_row_level_security_that_lets_the_role_through_is_no_problem(
+    owner: asyncpg.Connection, role: Role, given: list[str]
+) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute("INSERT INTO accounts (name) VALUES ('seen')")
+        for statement in [ENABLE.format("accounts"), *given]:
+            await owner.execute(statement.replace("{}", f'"{role.name}"'))
+        await owner.execute(f'SET LOCAL ROLE "{role.name}"')
+        assert await owner.fetchval("SELECT count(id) FROM accounts")
+        await check_rights(owner, ALL_RIGHTS)
+    finally:
+        await transaction.rollback()
+
+
+async def test_missing_rights_and_row_level_security_are_named_together(owner: asyncpg.Connection, role: Role) -> None:
+    transaction = owner.transaction()
+    await transaction.start()
+    try:
+        await owner.execute(ENABLE.format("api_keys"))
+        await owner.execute(f'REVOKE DELETE ON idempotency_keys FROM "{role.name}"; SET LOCAL ROLE "{role.name}"')
+        with pytest.raises(MissingRights) as both:
+            await check_rights(owner, ALL_RIGHTS)
+        assert "lacks DELETE ON idempotency_keys: as" in str(both.value)
+        assert f'; row-level security has no policy for the role "{role.name}" on api_keys (SELECT, UPDATE)' in str(
+            both.value
+        )
+    finally:
+        await transaction.rollback()
+
+
+@pytest.mark.parametrize(
     "sql",
     [
         "INSERT INTO accounts (name) VALUES ('mine')",
@@ -161,7 +284,7 @@ async def test_the_gateway_serves_as_the_role_with_idempotency_keys(
 async def test_a_process_without_a_right_is_not_ready_and_names_it_as_status_does(
     servers: Servers, role: Role, owner: asyncpg.Connection, make_settings: MakeSettings, start_gateway: StartGateway
 ) -> None:
-    for right in ("SELECT (id, number) ON sending_lists", "INSERT ON idempotency_keys"):
+    for right in ("SELECT (id, number) ON sending_lists", "DELETE ON idempotency_keys"):
         await owner.execute(f'REVOKE {right} FROM "{role.name}"')
     settings = make_settings(database_url=role.url)
     gateway = await start_gateway(settings, wait_until_ready=False)
@@ -169,7 +292,7 @@ async def test_a_process_without_a_right_is_not_ready_and_names_it_as_status_doe
     await eventually(gateway.runtime.publisher.connections.is_usable)
     command = f'python -m gateway migrate --grant-to "{role.name}"'
     problem = (
-        f'the role "{role.name}" lacks SELECT (id, number) ON sending_lists, INSERT ON idempotency_keys: as the owner '
+        f'the role "{role.name}" lacks SELECT (id, number) ON sending_lists, DELETE ON idempotency_keys: as the owner '
         f"of the tables, run `{command}`"
     )
     host = settings.database().hosts[0]
@@ -178,7 +301,7 @@ async def test_a_process_without_a_right_is_not_ready_and_names_it_as_status_doe
         assert (await response.json())["reasons"] == [f"the database refuses a right: {host}: {problem}"]
     found = await status.collect(settings, [URL(gateway.ops_url)], [])
     assert f"schema: {problem}" in found.problems
-    assert any(one.startswith(f"gateway {gateway.ops_url}") and "INSERT" in one for one in found.problems)
+    assert any(one.startswith(f"gateway {gateway.ops_url}") and "DELETE" in one for one in found.problems)
     completed = run_gateway(*shlex.split(command)[3:], database_url=servers.database_url)
     assert completed.returncode == 0, completed.stderr
     await gateway.wait_until_ready()
