@@ -26,9 +26,28 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
     return ""
 
 
+def describe_topology(settings: Settings) -> list[str]:
+    """Return a line about each exchange and queue that ensure_topology declares."""
+    exchange, kind = settings.amqp_exchange, settings.amqp_queue_type
+    dead, dead_letters = dead_letter_queue(settings), _dead_letter_exchange(settings)
+    behind = f", with dead letters to {dead_letters}" if dead else ""
+    lines = [f"exchange {exchange} ({aio_pika.ExchangeType.DIRECT.value})"]
+    lines += [f"queue {name} ({kind}), bound to {exchange}{behind}" for name in settings.queues()]
+    if dead:
+        lines += [
+            f"exchange {dead_letters} ({aio_pika.ExchangeType.FANOUT.value})",
+            f"queue {dead} ({kind}), bound to {dead_letters}",
+        ]
+    return lines
+
+
 def dead_letter_queue(settings: Settings) -> str | None:
     """Return the name of the queue of dead letters. None: streams keep all messages and dead-letter none."""
     return None if settings.amqp_queue_type == "stream" else f"{settings.amqp_queue}.dead"
+
+
+def _dead_letter_exchange(settings: Settings) -> str:
+    return f"{settings.amqp_exchange}.dlx"
 
 
 async def verify_topology(connection: AbstractConnection, settings: Settings) -> str:
@@ -57,7 +76,7 @@ async def _exchange(channel: AbstractChannel, settings: Settings, *, passive: bo
 async def _queues(channel: AbstractChannel, settings: Settings, *, passive: bool = False) -> list[AbstractQueue]:
     arguments: dict[str, Any] = {"x-queue-type": settings.amqp_queue_type}
     if settings.amqp_queue_type != "stream":
-        arguments["x-dead-letter-exchange"] = f"{settings.amqp_exchange}.dlx"
+        arguments["x-dead-letter-exchange"] = _dead_letter_exchange(settings)
     if settings.queue_shards > 1 and settings.amqp_queue_type != "classic":
         arguments["x-queue-leader-locator"] = "balanced"  # spread the leaders, which do the work, over the nodes
     return [
@@ -84,7 +103,7 @@ async def check_may_publish(channel: AbstractChannel, settings: Settings) -> Non
 
 async def _declare_dead_letters(channel: AbstractChannel, settings: Settings, name: str) -> None:
     exchange = await channel.declare_exchange(
-        f"{settings.amqp_exchange}.dlx", aio_pika.ExchangeType.FANOUT, durable=True
+        _dead_letter_exchange(settings), aio_pika.ExchangeType.FANOUT, durable=True
     )
     queue = await channel.declare_queue(name, durable=True, arguments={"x-queue-type": settings.amqp_queue_type})
     await queue.bind(exchange)

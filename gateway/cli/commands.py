@@ -18,6 +18,8 @@ from yarl import URL
 
 from gateway import __version__, config, tls
 from gateway.amqp.connection import declare_topology
+from gateway.amqp.topology import describe_topology
+from gateway.amqp.transport import address
 from gateway.cli import migrations, status
 from gateway.cli.admin import Admin, AdminError, Row, open_admin
 from gateway.postgres.queries import EXPIRES_SOON_DAYS
@@ -100,7 +102,7 @@ def migrate(
 
 @app.command()
 def declare() -> None:
-    """Declare exchange and queues at the broker, for gateways with GATEWAY_AMQP_TOPOLOGY=check."""
+    """Declare exchanges and queues at the broker, and name them, for gateways with GATEWAY_AMQP_TOPOLOGY=check."""
     log.configure("CRITICAL")  # the error says it all; the libraries would log it as well
     settings = msgspec.structs.replace(config.load(), amqp_topology="declare")
     tls.check(settings)
@@ -108,7 +110,9 @@ def declare() -> None:
         asyncio.run(declare_topology(settings))
     except OSError as error:
         raise AdminError(f"cannot declare at the broker: {error}") from None
-    typer.echo(f"declared {settings.amqp_exchange} and its queues {', '.join(settings.queues())}")
+    typer.echo(f"These exist now at the broker at {address(URL(settings.amqp_nodes()[0]))}:")
+    for line in describe_topology(settings):
+        typer.echo(f"  {line}")
 
 
 @app.command("status")

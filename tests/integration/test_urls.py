@@ -351,6 +351,15 @@ async def test_missing_queues_are_named_once_with_the_command_that_makes_them(
     names = {"GATEWAY_AMQP_EXCHANGE": settings.amqp_exchange, "GATEWAY_AMQP_QUEUE": settings.amqp_queue}
     declared = await asyncio.to_thread(run_gateway, "declare", environment=process_environment(servers, **names))
     assert declared.returncode == 0, declared.stderr
+    exchange, name = settings.amqp_exchange, settings.amqp_queue
+    broker = urlsplit(servers.amqp_url)
+    assert declared.stdout.splitlines() == [
+        f"These exist now at the broker at {broker.hostname}:{broker.port}:",
+        f"  exchange {exchange} (direct)",
+        f"  queue {name} (quorum), bound to {exchange}, with dead letters to {exchange}.dlx",
+        f"  exchange {exchange}.dlx (fanout)",
+        f"  queue {name}.dead (quorum), bound to {exchange}.dlx",
+    ]
     await gateway.wait_until_ready()
     async with OutboundQueue(servers.amqp_url, settings.amqp_queue) as queue:
         await queue.delete()

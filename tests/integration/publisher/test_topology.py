@@ -7,6 +7,7 @@ import pytest
 from pamqp import commands
 from pamqp.base import Frame
 
+from gateway.amqp.topology import describe_topology
 from gateway.errors import QueueUnavailable
 from tests.support.eventually import eventually
 from tests.support.publishing import (
@@ -16,6 +17,7 @@ from tests.support.publishing import (
     close_channel,
     connected,
     publish,
+    settings_for,
     started,
     usable_connections,
 )
@@ -61,6 +63,28 @@ async def test_a_stream_has_no_dead_letters(broker: ScriptedBroker) -> None:
         ("queue", "q", {"x-queue-type": "stream"}),
         ("bind", "q", "ex", "q"),
     ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"amqp_queue_type": "classic", "queue_shards": 2}, {"queue_shards": 3}, {"amqp_queue_type": "stream"}],
+    ids=str,
+)
+async def test_everything_that_is_declared_is_named(broker: ScriptedBroker, changes: dict[str, Any]) -> None:
+    async with connected(broker.url, amqp_exchange="ex", amqp_queue="q", **changes):
+        pass
+    lines = describe_topology(settings_for(broker.url, amqp_exchange="ex", amqp_queue="q", **changes))
+    exchanges = [frame for frame in broker.topology if isinstance(frame, commands.Exchange.Declare)]
+    bound_to = {frame.queue: frame.exchange for frame in broker.topology if isinstance(frame, commands.Queue.Bind)}
+    made = [f"exchange {frame.exchange} ({frame.exchange_type})" for frame in exchanges]
+    for queue in (frame for frame in broker.topology if isinstance(frame, commands.Queue.Declare)):
+        arguments: dict[str, Any] = dict(queue.arguments or {})
+        dead_letters = arguments.get("x-dead-letter-exchange")
+        made.append(
+            f"queue {queue.queue} ({arguments['x-queue-type']}), bound to {bound_to[queue.queue]}"
+            + (f", with dead letters to {dead_letters}" if dead_letters else "")
+        )
+    assert sorted(lines) == sorted(made)
 
 
 async def test_where_topology_is_only_checked_what_exists_is_verified_and_nothing_made(broker: ScriptedBroker) -> None:
