@@ -246,8 +246,10 @@ class PublishConnections:
         if now < self._warned_of_returns_at + RESTORE_EVERY_S:
             return
         self._warned_of_returns_at, connection.has_returned = now, False
-        log.warning("the broker at %s could not route a message: no queue is bound", address(connection.node))
-        if self._settings.amqp_topology == "declare":
+        is_checked = self._settings.amqp_topology == "check"
+        advice = ". Run `python -m gateway declare`" if is_checked else ""
+        log.warning("the broker at %s could not route a message: no queue is bound%s", address(connection.node), advice)
+        if not is_checked:
             self._start(asyncio.create_task(self._declare(connection), name="amqp-declaring"))
 
     async def _declare(self, connection: PublishConnection) -> None:

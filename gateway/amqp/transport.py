@@ -195,8 +195,8 @@ def reason(error: BaseException, close_reply: str = "") -> str:
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
             f"{error}. It exists with other arguments than the gateway's. Set GATEWAY_AMQP_QUEUE_TYPE to its type, or "
-            "GATEWAY_AMQP_QUEUE and GATEWAY_AMQP_EXCHANGE to new names. Set limits by a policy. A deleted queue loses "
-            "its messages"
+            "GATEWAY_AMQP_QUEUE and GATEWAY_AMQP_EXCHANGE to new names, and run `python -m gateway declare`. Set "
+            "limits by a policy. A deleted queue loses its messages"
         )
     if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
         return f"{error}. Run `python -m gateway declare`, or set GATEWAY_AMQP_TOPOLOGY=declare"

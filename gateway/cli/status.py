@@ -290,7 +290,10 @@ async def _check_queue(connection: "AbstractConnection", queue: Queue) -> Queue:
         found = (await channel.declare_queue(queue.name, passive=True)).declaration_result
         queue.messages, queue.consumers = found.message_count, found.consumer_count
     except aiormq.exceptions.ChannelNotFoundEntity:
-        queue.problem = "does not exist. A gateway declares it when it connects, unless GATEWAY_AMQP_TOPOLOGY=check"
+        queue.problem = (
+            "does not exist. `python -m gateway declare` makes it. So does a gateway that connects, unless "
+            "GATEWAY_AMQP_TOPOLOGY=check"
+        )
         if queue.kind == DEAD_LETTERS:
             queue.problem += ". RabbitMQ drops what consumers reject"
     except aiormq.exceptions.ChannelAccessRefused as error:  # RabbitMQ 4.2.6 and later ask for a right to the queue

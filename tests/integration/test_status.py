@@ -127,7 +127,7 @@ async def test_a_missing_queue_of_dead_letters_is_a_problem(gateway: GatewayUnde
         await channel.queue_delete(f"{queue.name}.dead")
     code, (problem,) = await problems_of_queues(gateway)
     assert code == 1
-    assert problem.startswith(f"queue {queue.name}.dead: does not exist")
+    assert problem.startswith(f"queue {queue.name}.dead: does not exist. `python -m gateway declare` makes it")
     assert problem.endswith("RabbitMQ drops what consumers reject")
 
 
@@ -169,9 +169,21 @@ async def test_a_missing_exchange_is_a_problem_and_is_not_made(gateway: GatewayU
         code, output = await run_status(gateway, "--json")
         problems = msgspec.json.decode(output)["problems"]
         assert code == 1
-        assert any(f"no exchange '{settings.amqp_exchange}'" in problem for problem in problems), problems
+        (problem,) = [problem for problem in problems if f"no exchange '{settings.amqp_exchange}'" in problem]
+        assert "Run `python -m gateway declare`" in problem
         with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
             await channel.get_exchange(settings.amqp_exchange)
+
+
+async def test_a_queue_of_another_type_is_a_problem_that_names_the_command(
+    gateway: GatewayUnderTest, make_settings: MakeSettings
+) -> None:
+    names = {name: getattr(gateway.runtime.settings, name) for name in ("amqp_exchange", "amqp_queue")}
+    for topology in ("declare", "check"):
+        settings = make_settings(**names, amqp_queue_type="classic", amqp_topology=topology)
+        (problem,) = [node.problem for node in (await status.collect(settings, [], [])).nodes]
+        assert "inequivalent arg 'x-queue-type'" in problem
+        assert "to new names, and run `python -m gateway declare`" in problem
 
 
 async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
@@ -239,7 +251,8 @@ async def test_a_missing_queue_is_a_problem_and_is_not_made(gateway: GatewayUnde
     missing = f"{queue.name}.missing"
     code, output = await run_status(gateway, "--json", GATEWAY_AMQP_QUEUE=missing)
     assert code == 1
-    assert any(line.startswith(f"queue {missing}: does not exist") for line in msgspec.json.decode(output)["problems"])
+    says = f"queue {missing}: does not exist. `python -m gateway declare` makes it"
+    assert any(line.startswith(says) for line in msgspec.json.decode(output)["problems"])
     connection = await aio_pika.connect(gateway.runtime.settings.amqp_url)
     async with connection, connection.channel() as channel:
         with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):

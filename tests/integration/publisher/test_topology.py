@@ -163,6 +163,7 @@ async def test_unroutable_messages_are_warned_of_and_the_topology_declared_again
             await asyncio.sleep(0.06)
         assert caplog.text.count("could not route a message") == 1, "at most once in some seconds"
         assert len(broker.topology) == asked * (2 if topology == "declare" else 1)
+        assert ("no queue is bound. Run `python -m gateway declare`" in caplog.text) == (topology == "check")
 
 
 async def test_a_missing_queue_is_logged_and_tried_again(
