@@ -20,7 +20,8 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
     async with connection.channel() as channel:
         exchange = await _exchange(channel, settings)
         if dead := dead_letter_queue(settings):
-            await _declare_dead_letters(channel, settings, dead)
+            dead_letters, queue = await _dead_letters(channel, settings, dead)
+            await queue.bind(dead_letters)
         for queue in await _queues(channel, settings):
             await queue.bind(exchange, routing_key=queue.name)
     return ""
@@ -50,8 +51,11 @@ def _dead_letter_exchange(settings: Settings) -> str:
     return f"{settings.amqp_exchange}.dlx"
 
 
-async def verify_topology(connection: AbstractConnection, settings: Settings) -> str:
+async def verify_topology(connection: AbstractConnection, settings: Settings, *, dead: str | None = None) -> str:
     """Verify that exchange and queues exist, and their type, durability and arguments. Return as ensure_topology does.
+
+    `dead` is a queue of dead letters, to be verified with its exchange. A gateway that only checks needs no right to
+    them.
 
     A passive declaration looks only at the existence. An active one of what exists, with the same arguments, changes
     nothing; with others it is refused, and ChannelPreconditionFailed raised. It needs the right to configure.
@@ -59,10 +63,14 @@ async def verify_topology(connection: AbstractConnection, settings: Settings) ->
     async with connection.channel() as channel:
         await _exchange(channel, settings, passive=True)
         await _queues(channel, settings, passive=True)
+        if dead:
+            await _dead_letters(channel, settings, dead, passive=True)
     try:
         async with connection.channel() as channel:
             await _queues(channel, settings)
             await _exchange(channel, settings)
+            if dead:
+                await _dead_letters(channel, settings, dead)
     except aiormq.exceptions.ChannelAccessRefused as error:
         return str(error)
     return ""
@@ -101,9 +109,12 @@ async def check_may_publish(channel: AbstractChannel, settings: Settings) -> Non
             raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
 
 
-async def _declare_dead_letters(channel: AbstractChannel, settings: Settings, name: str) -> None:
-    exchange = await channel.declare_exchange(
-        _dead_letter_exchange(settings), aio_pika.ExchangeType.FANOUT, durable=True
+async def _dead_letters(
+    channel: AbstractChannel, settings: Settings, name: str, *, passive: bool = False
+) -> tuple[AbstractExchange, AbstractQueue]:
+    kind = aio_pika.ExchangeType.FANOUT
+    arguments: dict[str, Any] = {"x-queue-type": settings.amqp_queue_type}
+    return (
+        await channel.declare_exchange(_dead_letter_exchange(settings), kind, durable=True, passive=passive),
+        await channel.declare_queue(name, durable=True, passive=passive, arguments=arguments),
     )
-    queue = await channel.declare_queue(name, durable=True, arguments={"x-queue-type": settings.amqp_queue_type})
-    await queue.bind(exchange)

@@ -257,7 +257,8 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
                 queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
                 await check_may_publish(await connection.channel(), settings)
                 if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
-                    refused = await verify_topology(connection, settings)
+                    dead = _dead_letters_to_verify(settings, queues)
+                    refused = await verify_topology(connection, settings, dead=dead)
                     if refused and settings.amqp_topology == "declare":
                         state.problem = f"{refused}. {MAY_NOT_DECLARE}"
             await _time_confirm(connection, state)
@@ -268,6 +269,13 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
             raise
         state.problem = socket.close_reply or "the connection was lost"
     return state, queues
+
+
+def _dead_letters_to_verify(settings: Settings, queues: Sequence[Queue]) -> str | None:
+    """Return the queue of dead letters if a gateway declares it, and no problem of it is known."""
+    if settings.amqp_topology == "check":
+        return None
+    return next((queue.name for queue in queues if queue.kind == DEAD_LETTERS and not queue.problem), None)
 
 
 @asynccontextmanager

@@ -186,6 +186,28 @@ async def test_a_queue_of_another_type_is_a_problem_that_names_the_command(
         assert "to new names, and run `python -m gateway declare`" in problem
 
 
+@pytest.mark.parametrize("is_missing", [True, False])
+async def test_dead_letters_that_a_gateway_would_have_to_declare_are_verified_too(
+    gateway: GatewayUnderTest, is_missing: bool
+) -> None:
+    """With GATEWAY_AMQP_TOPOLOGY=declare a gateway could not connect, or would make the exchange only then."""
+    settings = gateway.runtime.settings
+    async with await aio_pika.connect(settings.amqp_url) as connection:
+        channel = await connection.channel()
+        if is_missing:
+            await channel.exchange_delete(f"{settings.amqp_exchange}.dlx")
+        else:
+            await channel.queue_delete(f"{settings.amqp_queue}.dead")
+            await channel.declare_queue(f"{settings.amqp_queue}.dead", durable=True)  # classic
+    (problem,) = (await status.collect(settings, [], [])).problems
+    assert problem.startswith("broker ")
+    assert (f"no exchange '{settings.amqp_exchange}.dlx'" in problem) == is_missing
+    assert (f"inequivalent arg 'x-queue-type' for queue '{settings.amqp_queue}.dead'" in problem) != is_missing
+    assert "un `python -m gateway declare`" in problem
+    checks = msgspec.structs.replace(settings, amqp_topology="check")  # it needs no right to them
+    assert (await status.collect(checks, [], [])).ok
+
+
 async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnderTest, servers: Servers) -> None:
     nowhere = Port()
     broker, database = urlsplit(servers.amqp_url), urlsplit(servers.database_url)
