@@ -290,8 +290,8 @@ with ExitStack() as stack:
 @pytest.mark.parametrize(
     ("how", "names"),
     [
-        *[(how, ["Postgres", "RabbitMQ"]) for how in ("SIGKILL", "SIGTERM", "paused")],
-        *[(how, ["Postgres"]) for how in ("SIGINT", "_exit", "raise")],
+        *[(how, ["Postgres", "RabbitMQ"]) for how in ("SIGKILL", "paused")],
+        *[(how, ["Postgres"]) for how in ("SIGTERM", "SIGINT", "_exit", "raise")],
     ],
 )
 def test_servers_end_with_the_process_that_started_them(how: str, names: list[str]) -> None:
