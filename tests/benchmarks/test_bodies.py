@@ -1,5 +1,7 @@
 """The CPU of large bodies: ratios, the bar, and one run with real servers."""
 
+import pytest
+
 from benchmarks.questions import bodies
 from benchmarks.questions.bodies import Options, Reading
 from benchmarks.report import terminal
@@ -24,6 +26,7 @@ def test_another_list_number_of_fifteen_characters_fits() -> None:
     assert len(SHAPES["good messages as metadata"]().replace(LIST_NUMBER, other)) <= MAX_BODY_BYTES
 
 
+@pytest.mark.usefixtures("named_servers")
 def test_the_gateway_answers_shape_and_clean_body() -> None:
     measured = bodies.measure(Options(like="fraction as m", bodies=1), lambda _: None)
     answers = {reading.shape: reading.status for reading in measured.readings}

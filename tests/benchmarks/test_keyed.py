@@ -1,5 +1,7 @@
 """The rate of keyed requests: its bar, void runs, and one run with real servers."""
 
+import pytest
+
 from benchmarks.drivers import generator
 from benchmarks.questions import keyed
 from benchmarks.questions.keyed import Keyed, Options, Reading
@@ -23,6 +25,7 @@ def test_each_request_has_a_key_of_its_own() -> None:
     assert first != second
 
 
+@pytest.mark.usefixtures("named_servers")
 def test_keyed_requests_are_accepted_while_commits_are_slow() -> None:
     measured = keyed.measure(Options(connections=(8,), rounds=1, seconds=0.5), lambda _: None)
     (reading,) = measured.readings

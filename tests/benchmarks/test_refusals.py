@@ -1,5 +1,7 @@
 """The cost of refusals: bars, void runs, and one run with real servers."""
 
+import pytest
+
 from benchmarks.questions import refusals
 from benchmarks.questions.refusals import ACCEPTED, NO_SLOT, SHARE, Options, Reading, Refusals
 from benchmarks.report import machine, terminal
@@ -21,6 +23,7 @@ def test_a_void_run_is_reported_and_enters_no_bar() -> None:
     terminal.show(shown)
 
 
+@pytest.mark.usefixtures("named_servers")
 def test_the_gateway_refuses_what_the_situation_says() -> None:
     measured = refusals.measure(Options(batches=(1,), rounds=1, seconds=0.5), lambda _: None)
     assert [(reading.situation, reading.void) for reading in measured.readings] == [

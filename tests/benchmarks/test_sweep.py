@@ -1,5 +1,7 @@
 """The sweep's series, bars and refusals."""
 
+import pytest
+
 from benchmarks.drivers.systems import BASELINE, GATEWAY
 from benchmarks.questions import sweep
 from benchmarks.questions.sweep import Options, Point, Reading, Sweep
@@ -29,6 +31,7 @@ def test_void_runs_and_the_baseline_enter_no_bar() -> None:
     assert (flat.verdict, refused.verdict) == ("met", "met")
 
 
+@pytest.mark.usefixtures("named_servers")
 def test_each_run_stands_between_two_with_the_fewest_connections() -> None:
     options = Options(series={1_000: (4,), 100: (16, 2)}, backlogs=(0,), rounds=1, seconds=0.5, warm_up_s=0.2)
     measured = sweep.measure(options, lambda _: None).readings
