@@ -25,6 +25,7 @@ from gateway.cli.admin import Admin, AdminError, Row, open_admin
 from gateway.postgres.queries import EXPIRES_SOON_DAYS
 from gateway.server import process as server
 from gateway.telemetry import log
+from gateway.web.shared_port import Share
 
 DAY = timedelta(days=1)
 MOST_DAYS = 3_650
@@ -79,9 +80,9 @@ def serve(
 
 
 @app.command(hidden=True)
-def work(ops_socket: str) -> None:
+def work(ops_socket: str, share: str) -> None:
     """Run one worker of `serve --workers`."""
-    server.run_worker(config.load(), ops_socket)
+    server.run_worker(config.load(), server.AsWorker(ops_socket, msgspec.json.decode(share, type=Share)))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import uvloop
 
@@ -23,6 +24,7 @@ from gateway.web.answers import refuse_unhandled
 from gateway.web.api import make_app
 from gateway.web.connections import BoundedRunner
 from gateway.web.ops import make_ops_app, make_ops_runner
+from gateway.web.shared_port import Share
 from gateway.web.sockets import Limits
 
 logger = logging.getLogger(__name__)
@@ -47,12 +49,19 @@ def run(settings: Settings, *, workers: int = 1) -> None:
         uvloop.run(supervise(settings, workers))
 
 
-def run_worker(settings: Settings, ops_socket: str) -> None:
-    """Serve as one of several workers: on the shared API port, with operations on a unix socket of its own."""
-    log.configure(settings.log_level, settings.log_format, process=Path(ops_socket).name)
+class AsWorker(NamedTuple):
+    """The sockets of one of several workers: a unix socket for operations, and its share of the API's port."""
+
+    ops_socket: str
+    share: Share
+
+
+def run_worker(settings: Settings, worker: AsWorker) -> None:
+    """Serve as one of several workers."""
+    log.configure(settings.log_level, settings.log_format, process=Path(worker.ops_socket).name)
     tls.check(settings)
     tracing.check(settings)
-    _run(serve(settings, ops_socket=ops_socket))
+    _run(serve(settings, worker))
 
 
 def _run(serving: Coroutine[None, None, None]) -> None:
@@ -63,8 +72,8 @@ def _run(serving: Coroutine[None, None, None]) -> None:
     uvloop.run(serving)
 
 
-async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
-    """Start, serve until SIGTERM or SIGINT, and shut down. With `ops_socket`, run as one of several workers.
+async def serve(settings: Settings, worker: AsWorker | None = None) -> None:
+    """Start, serve until SIGTERM or SIGINT, and shut down.
 
     Order of the shutdown:
 
@@ -80,14 +89,14 @@ async def serve(settings: Settings, *, ops_socket: str | None = None) -> None:
     stop = handle_signals(
         on_hangup=partial(_renew_certificate, context, settings) if context else None,
         # A terminal sends SIGINT to the workers too: their supervisor counts, and kills them.
-        on_second_interrupt=end_at_once if ops_socket is None else None,
+        on_second_interrupt=end_at_once if worker is None else None,
     )
-    if ops_socket is not None:
+    if worker is not None:
         _stop_with_supervisor(stop.requested)
     async with open_runtime(settings) as runtime:
         ops, callers = make_runners(runtime)
         try:
-            await _start(settings, ops, callers, context, ops_socket)
+            await _start(settings, ops, callers, context, worker)
             await stop.requested.wait()
             logger.info("draining, %s requests in flight", runtime.admission.requests)
             runtime.draining = True
@@ -131,25 +140,25 @@ async def _start(
     ops: BoundedRunner,
     callers: BoundedRunner,
     context: ssl.SSLContext | None,
-    ops_socket: str | None,
+    worker: AsWorker | None,
 ) -> None:
     """Listen for operations and for callers. Raises ConfigurationError when an address cannot be used."""
-    ops_address = ops_socket or str(await ops.listen(settings.ops_host, settings.ops_port, listener="OPS"))
+    tls_options: dict[str, Any] = {"context": context, "handshake_timeout_s": settings.header_timeout_s}
+    ops_address = (
+        worker.ops_socket if worker else str(await ops.listen(settings.ops_host, settings.ops_port, listener="OPS"))
+    )
     if settings.api_socket:
         api_address = settings.api_socket
         await listen_on_own_socket(callers, settings.api_socket)
     else:
-        port = await callers.listen(
-            settings.api_host,
-            settings.api_port,
-            shared=ops_socket is not None,
-            context=context,
-            handshake_timeout_s=settings.header_timeout_s,
-        )
+        if worker:
+            port = await callers.listen_in_turn(settings.api_host, worker.share, **tls_options)
+        else:
+            port = await callers.listen(settings.api_host, settings.api_port, **tls_options)
         api_address = f"{port} (TLS)" if context else str(port)
-    if ops_socket is not None:
+    if worker:
         # Last: its presence tells the supervisor that the worker has started.
-        await ops.listen_on_unix_socket(ops_socket)
+        await ops.listen_on_unix_socket(worker.ops_socket)
     logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
     logger.info("settings in force", extra={log.FIELDS: {"settings": settings.masked()}})
 

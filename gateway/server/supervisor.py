@@ -1,6 +1,6 @@
-"""`serve --workers N`: one process per core, each with its own listening socket on the same port, and a supervisor.
+"""`serve --workers N`: one process per core, on the same port, and a supervisor.
 
-The kernel spreads connections over the workers (SO_REUSEPORT). The supervisor starts the workers, restarts a dead one,
+The workers accept connections in turn (web/shared_port.py). The supervisor starts the workers, restarts a dead one,
 drains all of them on SIGTERM, and answers the probes: `/livez` for itself, `/readyz` with 200 only if every worker is
 ready. If a worker refuses to start, as it does with unusable settings, the supervisor ends all of them and itself. A
 worker whose supervisor has died drains itself. In Kubernetes, one process per pod is simpler; workers are for a machine
@@ -9,14 +9,11 @@ with several cores.
 
 import asyncio
 import logging
-import os
 import random
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +25,7 @@ from gateway.config import ConfigurationError, Settings
 from gateway.server.signals import Stop, end_at_once, handle_signals
 from gateway.web import metrics, openapi, ops
 from gateway.web.answers import answer_every_request
-from gateway.web.sockets import cannot_listen
+from gateway.web.shared_port import SharedPort, open_shared_port
 
 log = logging.getLogger(__name__)
 
@@ -40,24 +37,26 @@ DRAIN_MARGIN_S = 5.0  # beyond a worker's own drain budget, before it is killed
 class Worker:
     """One worker process, restarted whenever it dies until it is told to stop."""
 
-    def __init__(self, number: int, settings: Settings, directory: Path) -> None:
+    def __init__(self, number: int, settings: Settings, directory: Path, port: SharedPort) -> None:
         self.number = number
+        self._port = port
         self.ops_socket = directory / f"worker-{number}"
         self._process: asyncio.subprocess.Process | None = None
         self.starts = 0
         self.cannot_start = False
         self._drain_budget_s = settings.drain_delay_s + settings.drain_timeout_s + DRAIN_MARGIN_S
 
-    async def run(self, environment: dict[str, str], stop: Stop) -> None:
+    async def run(self, stop: Stop) -> None:
         """Keep a process running until a stop is requested, drain it, and return.
 
         Request the stop of all workers if the first process ends with an error before it has listened.
         """
         while not stop.requested.is_set():
+            share = self._port.share(self.number)
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket)),
-                    env=environment,
+                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket), msgspec.json.encode(share)),
+                    pass_fds=share.descriptors(),
                     stdin=asyncio.subprocess.PIPE,  # its end of file tells the worker that the supervisor is gone
                 )
             except OSError as error:  # no memory, process or descriptor is free: try again later
@@ -67,6 +66,7 @@ class Worker:
                 self._process = process
                 self.starts += 1
                 await self._watch(process, stop)
+                self._port.mark_absent(self.number)
                 if self.starts == 1 and (process.returncode or 0) > 0 and not self.ops_socket.exists():
                     self.cannot_start = True
                     stop.requested.set()
@@ -131,39 +131,24 @@ async def supervise(settings: Settings, count: int) -> None:
         on_hangup=partial(_signal_all, workers, signal.SIGHUP) if settings.api_tls_cert_file else None,
         on_second_interrupt=partial(_end_all_at_once, workers),
     )
-    with (
-        tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory,
-        _held_port(settings.api_host, settings.api_port) as port,
-    ):
-        workers += [Worker(number, settings, Path(directory)) for number in range(count)]
-        runner = ops.make_ops_runner(make_probes_app(workers), settings)
-        try:
-            await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
-            environment = os.environ | {"GATEWAY_API_PORT": str(port)}
-            await asyncio.gather(*(worker.run(environment, stop) for worker in workers))
-        finally:
-            await runner.cleanup()
+    async with open_shared_port(settings.api_host, settings.api_port, count) as port:
+        with tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory:
+            workers += [Worker(number, settings, Path(directory), port) for number in range(count)]
+            runner = ops.make_ops_runner(make_probes_app(workers), settings)
+            try:
+                await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
+                await asyncio.gather(_leave_port(port, stop), *(worker.run(stop) for worker in workers))
+            finally:
+                await runner.cleanup()
     log.info("stopped")
     if failed := next((worker for worker in workers if worker.cannot_start), None):
         raise ConfigurationError(f"worker {failed.number} cannot start; its message is above")
 
 
-@contextmanager
-def _held_port(host: str, port: int) -> Iterator[int]:
-    """Bind a socket to the API's port without listening on it, and yield the port.
-
-    No other program can then take the port between the death of a worker and its restart. Raises ConfigurationError.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if host == "::":
-            holder.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # as bind_all() of web/sockets.py
-        try:
-            holder.bind((host, port))
-        except (OSError, UnicodeError) as error:
-            raise cannot_listen(host, port, "API", error) from None
-        yield holder.getsockname()[1]
+async def _leave_port(port: SharedPort, stop: Stop) -> None:
+    """Leave the port to the workers once they drain: it is closed when the last of them stops listening."""
+    await stop.requested.wait()
+    port.close_sockets()
 
 
 def _signal_all(workers: list[Worker], number: signal.Signals) -> None:

@@ -51,6 +51,7 @@ from gateway.errors import (
 )
 from gateway.ingest.admission import Slot
 from gateway.repeat_log import RepeatLog
+from gateway.web.shared_port import Share, SharedListener, open_shared
 from gateway.web.sockets import Limits, ListenerName, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class BoundedRunner(web.AppRunner):
         self._on_refused = on_refused
         self._drain_timeout_s = drain_timeout_s
         self._on_drain_ends = on_drain_ends
-        self._listening: list[asyncio.Server] = []
+        self._listening: list[asyncio.Server | SharedListener] = []
         self._socket_paths: list[str] = []
 
     async def listen(
@@ -183,7 +184,6 @@ class BoundedRunner(web.AppRunner):
         port: int,
         *,
         listener: ListenerName = "API",
-        shared: bool = False,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
     ) -> int:
@@ -193,13 +193,20 @@ class BoundedRunner(web.AppRunner):
             host,
             port,
             listener=listener,
-            shared=shared,
             context=context,
             handshake_timeout_s=handshake_timeout_s,
         )
         self._listening.append(opened)
         bound_port: int = opened.sockets[0].getsockname()[1]
         return bound_port
+
+    async def listen_in_turn(
+        self, host: str, share: Share, *, context: ssl.SSLContext | None, handshake_timeout_s: float
+    ) -> int:
+        """Accept connections in turn with other processes, on the port of `host` that they share. Return the port."""
+        opened = open_shared(await self._set_up(), host, share, context, handshake_timeout_s)
+        self._listening.append(opened)
+        return opened.port
 
     async def listen_on_unix_socket(self, path: str) -> None:
         """Accept connections on a unix socket. Raises OSError."""

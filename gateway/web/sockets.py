@@ -56,20 +56,18 @@ async def open_tcp(
     port: int,
     *,
     listener: ListenerName,
-    shared: bool,
     context: ssl.SSLContext | None,
     handshake_timeout_s: float,
 ) -> asyncio.Server:
     """Accept connections on a TCP port, with TLS if there is a context.
 
-    `shared` lets other processes listen on the same port: the kernel spreads connections over them. A connection
-    counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its own.
-    Raises ConfigurationError when host and port cannot be used: its text names the settings of the `listener`.
+    A connection counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its
+    own. Raises ConfigurationError when host and port cannot be used: its text names the settings of the `listener`.
     """
-    where: dict[str, Any] = {"host": host, "port": port, "reuse_port": shared or None}
+    where: dict[str, Any] = {"host": host, "port": port}
     try:
         if host == "::":  # given the host, asyncio would leave out the addresses of IPv4
-            where = {"sock": bind_all(port, shared=shared)}
+            where = {"sock": _bind_all(port)}
         return await asyncio.get_running_loop().create_server(
             factory,
             ssl=context,
@@ -94,14 +92,43 @@ def cannot_listen(host: str, port: int, listener: ListenerName, error: OSError |
     )
 
 
-def bind_all(port: int, *, shared: bool) -> socket.socket:
+async def bind_shared(host: str, port: int) -> list[socket.socket]:
+    """Return a socket for each address of the host, bound to the port and not listening yet.
+
+    A second process can bind the same port in this way, so that a new supervisor need not wait for the workers of a
+    dead one. Raises ConfigurationError.
+    """
+    bound: list[socket.socket] = []
+    try:
+        if host == "::":
+            return [_bind_all(port, shared=True)]
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, _, _, _, address in dict.fromkeys(found):
+            if bound:  # the system may have chosen the port
+                address = (address[0], bound[0].getsockname()[1], *address[2:])
+            bound.append(_bind(family, address, shared=True))
+    except (OSError, UnicodeError) as error:
+        for each in bound:
+            each.close()
+        raise cannot_listen(host, port, "API", error) from None
+    return bound
+
+
+def _bind_all(port: int, *, shared: bool = False) -> socket.socket:
     """Return a socket that is bound to a port of all addresses, of IPv6 and IPv4. Raises OSError."""
-    bound = socket.socket(socket.AF_INET6)
+    return _bind(socket.AF_INET6, ("::", port), shared=shared, only_ipv6=False)
+
+
+def _bind(family: int, address: Any, *, shared: bool, only_ipv6: bool = True) -> socket.socket:
+    bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, shared)
-        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        bound.bind(("::", port))
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
+        bound.bind(address)
     except OSError:
         bound.close()
         raise

@@ -270,7 +270,6 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
 ) -> None:
     async with running(GatewayProcess(settings, workers=3)) as process:
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-            client = Client(process.url, session, caller)
 
             async def probe(path: str) -> tuple[int, Any]:
                 async with session.get(process.ops_url + path) as response:
@@ -280,10 +279,13 @@ async def test_several_workers_serve_die_return_and_drain_as_one(
             supervisor, workers = process.pid, process.workers
             assert len(workers) == 3
             counted = 0
-            for _ in range(60):
-                status, answer, _ = await client.post(caller.body(10))
-                assert status == 200
-                counted += answer["queued_count"]
+            async with AsyncExitStack() as stack:
+                for _ in range(3):  # connections, one to each worker
+                    held = await stack.enter_async_context(aiohttp.ClientSession())
+                    for _ in range(20):
+                        status, answer, _ = await Client(process.url, held, caller).post(caller.body(10))
+                        assert status == 200
+                        counted += answer["queued_count"]
 
             victim = workers.pop()
             os.kill(victim, signal.SIGKILL)

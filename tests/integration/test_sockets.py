@@ -8,15 +8,13 @@ from pathlib import Path
 import pytest
 
 from gateway.config import ConfigurationError
-from gateway.web.sockets import BACKLOG, open_tcp, open_unix
+from gateway.web.sockets import BACKLOG, bind_shared, open_tcp, open_unix
 
 AT_ONCE = BACKLOG // 2  # connections; asyncio's default backlog is 100
 
 
-async def listen(port: int = 0, *, shared: bool = False) -> asyncio.Server:
-    return await open_tcp(
-        asyncio.Protocol, "127.0.0.1", port, listener="API", shared=shared, context=None, handshake_timeout_s=1.0
-    )
+async def listen(port: int = 0) -> asyncio.Server:
+    return await open_tcp(asyncio.Protocol, "127.0.0.1", port, listener="API", context=None, handshake_timeout_s=1.0)
 
 
 def port_of(server: asyncio.Server) -> int:
@@ -39,14 +37,33 @@ async def test_callers_that_come_at_once_are_connected_before_the_process_accept
             calling.connect(server.sockets[0].getsockname())
 
 
-async def test_only_processes_that_all_ask_for_it_share_a_port() -> None:
-    """Otherwise a second gateway on the same port would take half of the connections of the first."""
-    alone, shared = await listen(), await listen(shared=True)
-    try:
-        (await listen(port_of(shared), shared=True)).close()
-        for port, is_shared in ((port_of(alone), True), (port_of(shared), False)):
-            with pytest.raises(ConfigurationError, match=f"127.0.0.1 port {port}: .*already in use"):
-                await listen(port, shared=is_shared)
-    finally:
-        alone.close()
-        shared.close()
+async def test_only_supervisors_share_a_port() -> None:
+    """A new one can start while the workers of a dead one drain; a single process would take half of its callers."""
+    alone = await listen()
+    with ExitStack() as stack:
+        stack.callback(alone.close)
+        (shared,) = map(stack.enter_context, await bind_shared("127.0.0.1", 0))
+        shared.listen()
+        (second,) = map(stack.enter_context, await bind_shared("127.0.0.1", shared.getsockname()[1]))
+        second.listen()
+        taken, in_use = port_of(alone), "127.0.0.1 port {}: .*already in use"
+        with pytest.raises(ConfigurationError, match=in_use.format(taken)):
+            await bind_shared("127.0.0.1", taken)
+        taken = shared.getsockname()[1]
+        with pytest.raises(ConfigurationError, match=in_use.format(taken)):
+            await listen(taken)
+
+
+async def test_all_addresses_of_a_host_share_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a port that the system chooses. `localhost` often has an address of each family."""
+    loop = asyncio.get_running_loop()
+
+    async def resolve(_host: str, port: int, **_options: object) -> list[tuple[object, ...]]:
+        found = [(socket.AF_INET, (address, port)) for address in ("127.0.0.1", "127.0.0.2", "127.0.0.1")]
+        return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+
+    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    with ExitStack() as stack:
+        names = [stack.enter_context(each).getsockname() for each in await bind_shared("localhost", 0)]
+    assert [address for address, _ in names] == ["127.0.0.1", "127.0.0.2"]
+    assert len({port for _, port in names}) == 1

@@ -35,10 +35,13 @@ async def test_workers_are_summed_by_the_query_and_a_death_shows_in_one_series(
     async with (
         running(GatewayProcess(settings, workers=2)) as process,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+        aiohttp.ClientSession() as first,
+        aiohttp.ClientSession() as second,
     ):
-        client = Client(process.url, session, caller)
-        for _ in range(40):  # the kernel spreads connections: one worker alone gets them all once in 2**39
-            assert (await client.post(caller.body(3)))[0] == 200
+        clients = [Client(process.url, each, caller) for each in (first, second)]
+        for _ in range(20):  # over two connections, one to each worker
+            for client in clients:
+                assert (await client.post(caller.body(3)))[0] == 200
         found = await scrape(session, process.ops_url)
         queued = found["gateway_messages_total:queued"]
         assert set(queued) == {"0", "1"}

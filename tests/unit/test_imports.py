@@ -138,7 +138,7 @@ def test_tests_import_nothing_from_scripts_and_only_their_own_import_benchmarks(
 
 
 def test_only_the_configuration_reads_the_environment() -> None:
-    """Two start child processes (the migration tool, the workers), and hand the environment on to them.
+    """One starts a child process, the migration tool, and hands the environment on to it.
 
     One looks for the OTEL_* variable that the SDK, which reads them itself, refuses.
     """
@@ -149,7 +149,7 @@ def test_only_the_configuration_reads_the_environment() -> None:
         if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "getenvb"))
         or (isinstance(node, ast.ImportFrom) and node.module == "os")
     }
-    assert readers == {"config", "cli.migrations", "server.supervisor", "telemetry.tracing"}
+    assert readers == {"config", "cli.migrations", "telemetry.tracing"}
 
 
 @pytest.mark.parametrize("module", pure())
