@@ -292,17 +292,12 @@ class _Accepted(socket.socket):
 
     def __init__(self, accepted: socket.socket, on_closed: Callable[[], None]) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
-        self._on_closed: Callable[[], None] | None = on_closed
+        self._on_closed = on_closed
 
     def detach(self) -> int:
-        self._report()
+        self._on_closed()
         return super().detach()
 
     def close(self) -> None:
-        self._report()
+        self._on_closed()
         super().close()
-
-    def _report(self) -> None:
-        on_closed, self._on_closed = self._on_closed, None
-        if on_closed is not None:
-            on_closed()
