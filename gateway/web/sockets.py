@@ -1,6 +1,7 @@
 """Listening sockets, and the limits of their connections."""
 
 import asyncio
+import errno
 import logging
 import os
 import resource
@@ -108,7 +109,14 @@ async def bind_shared(host: str, port: int) -> list[socket.socket]:
         for family, _, _, _, address in dict.fromkeys(found):
             if bound:  # the system may have chosen the port
                 address = (address[0], bound[0].getsockname()[1], *address[2:])
-            bound.append(_bind(family, address, shared=True))
+            try:
+                bound.append(_bind(family, address, shared=True))
+            except OSError as error:
+                # A family that this system lacks is left out, as asyncio does.
+                if error.errno != errno.EAFNOSUPPORT:
+                    raise
+        if not bound:
+            raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
     except (OSError, UnicodeError) as error:
         for each in bound:
             each.close()

@@ -54,16 +54,32 @@ async def test_only_supervisors_share_a_port() -> None:
             await listen(taken)
 
 
-async def test_all_addresses_of_a_host_share_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a port that the system chooses. `localhost` often has an address of each family."""
-    loop = asyncio.get_running_loop()
+Addresses = list[tuple[int, str]]
+
+
+@pytest.fixture
+async def resolved(monkeypatch: pytest.MonkeyPatch) -> Addresses:
+    """Return the list of families and addresses that every name has."""
+    found: Addresses = []
 
     async def resolve(_host: str, port: int, **_options: object) -> list[tuple[object, ...]]:
-        found = [(socket.AF_INET, (address, port)) for address in ("127.0.0.1", "127.0.0.2", "127.0.0.1")]
-        return [(family, socket.SOCK_STREAM, 6, "", address) for family, address in found]
+        return [(family, socket.SOCK_STREAM, 6, "", (address, port)) for family, address in found]
 
-    monkeypatch.setattr(loop, "getaddrinfo", resolve)
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    return found
+
+
+async def test_all_addresses_of_a_host_share_a_port(resolved: Addresses) -> None:
+    """Also a port that the system chooses. `localhost` often has an address of each family."""
+    resolved += [(socket.AF_INET, address) for address in ("127.0.0.1", "127.0.0.2", "127.0.0.1")]
+    resolved.append((socket.AF_IPX, "::1"))  # Linux has dropped this family
     with ExitStack() as stack:
         names = [stack.enter_context(each).getsockname() for each in await bind_shared("localhost", 0)]
     assert [address for address, _ in names] == ["127.0.0.1", "127.0.0.2"]
     assert len({port for _, port in names}) == 1
+
+
+async def test_a_host_without_an_address_of_this_systems_families_cannot_be_used(resolved: Addresses) -> None:
+    resolved.append((socket.AF_IPX, "::1"))
+    with pytest.raises(ConfigurationError, match="cannot listen on localhost port 0: Address family not supported"):
+        await bind_shared("localhost", 0)
