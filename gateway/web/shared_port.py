@@ -175,7 +175,7 @@ class SharedListener:
     def _on_connection(self, queue: socket.socket) -> None:
         if awaited := self._go_on_waiting():
             self._leave_queue()
-            self._loop.add_reader(self._waker, self._on_accepted_elsewhere)
+            self._loop.add_reader(self._waker, self._on_change)
             self._timer = self._loop.call_later(WAIT_S * awaited, self._end_wait)
         else:
             self._accept(queue)
@@ -183,7 +183,7 @@ class SharedListener:
     def _go_on_waiting(self) -> int:
         return self._waits.go_on(self._loop.time(), self._open, self._board.read())
 
-    def _on_accepted_elsewhere(self) -> None:
+    def _on_change(self) -> None:
         os.eventfd_read(self._waker)
         awaited = self._go_on_waiting()
         if self._timer is not None:
@@ -234,6 +234,8 @@ class SharedListener:
     def _on_closed(self) -> None:
         self._open -= 1
         self._publish()
+        if self._is_accepting:
+            os.eventfd_write(self._waker, 1)  # its own turn may have come
 
 
 class _Waits:

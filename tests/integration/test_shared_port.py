@@ -216,6 +216,21 @@ def test_the_time_for_waits_is_a_share_of_all_time_for_each_worker(monkeypatch: 
     assert waits.go_on(later + WAIT_S, 9, (9, 8, 0)) == 2, "a new process"
 
 
+async def test_a_worker_that_waits_has_its_turn_when_its_own_connections_are_closed() -> None:
+    async with bench(2) as it:
+        worker = it.start(0)
+        it.call(1)
+        await eventually(lambda: it.open() == [1, ABSENT])
+        it.board.write(1, 0)
+        it.call(1)
+        await asyncio.sleep(0.05)
+        assert it.open() == [1, 0]
+        worker.transports[0].close()
+        await eventually(
+            lambda: it.open() == [1, 0] and [each.is_closing() for each in worker.transports] == [False], timeout=5
+        )
+
+
 def count_calls(monkeypatch: pytest.MonkeyPatch, name: str) -> list[str]:
     """Return a list that grows with each call of a listener's method."""
     calls: list[str] = []
