@@ -278,8 +278,9 @@ async def test_without_descriptors_the_queue_is_left_alone_for_a_while(
 
 
 @both_loops
-def test_a_failed_handshake_counts_until_it_ends(run: Callable[[Any], None], tmp_path: Path) -> None:
-    issued = Authority(tmp_path).issue("127.0.0.1")
+def test_handshakes_count_and_those_that_fail_until_they_end(run: Callable[[Any], None], tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    issued = authority.issue("127.0.0.1")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(issued.cert, issued.key)
 
@@ -294,6 +295,12 @@ def test_a_failed_handshake_counts_until_it_ends(run: Callable[[Any], None], tmp
             gone.close()
             await eventually(lambda: it.open() == [0], timeout=5)
             assert worker.transports == []
+            _, writer = await asyncio.open_connection(*it.address, ssl=authority.client_context())
+            await eventually(lambda: len(worker.transports) == 1)
+            assert worker.transports[0].get_extra_info("cipher") is not None
+            assert it.open() == [1]
+            writer.close()
+            await eventually(lambda: it.open() == [0], timeout=5)
 
     run(scenario())
 
