@@ -3,11 +3,11 @@
 The supervisor binds the port, and its workers inherit the sockets. A connection is in the kernel's queue until a worker
 accepts it, so one that still waits there is not lost with a worker.
 
-Shared memory has the number of open connections of each worker. A worker with more than another first lets that one
-accept. It waits until its turn has come, or until nobody has accepted for WAIT_S or longer. The time for such waits is
-bounded for each of the others. So one that is busy, stopped or hung does not hold up callers, and neither do callers
-with a new connection for each request, whose numbers change all the time. Nothing is polled while no connection
-arrives.
+Shared memory has the number of open connections of each worker. A worker with more than another leaves a connection to
+that one, and looks at the queue again after STEP_S. If it still finds one there after STEPS_A_WAIT, it accepts it, and
+passes over the worker that did not, until that one's number changes. So a worker that is stopped or hung holds up one
+caller for a moment. Callers with a new connection for each request change the numbers all the time: for them, steps are
+bounded.
 """
 
 import asyncio
@@ -27,11 +27,10 @@ from gateway.web.sockets import BACKLOG, ProtocolFactory, bind_shared, cannot_li
 
 log = logging.getLogger(__name__)
 
-WAIT_S = 0.02  # for each worker with fewer connections; longer than most turns of a busy event loop
-# The time for waits for one other worker: 2 % of all time, saved up to a second. A wait in vain takes 0.1 s of it.
-WAITS_SHARE = 0.02
-WAITS_S = 1.0
-VAIN_S = 0.1
+STEP_S = 0.002
+STEPS_A_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
+STEPS_A_SECOND = 10.0  # 2 % of all time
+MOST_STEPS = 100.0  # saved up
 RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
 
 ABSENT = 2**32 - 1  # the number of connections of a worker that accepts none: nobody waits for it
@@ -43,20 +42,19 @@ class Share(msgspec.Struct):
 
     number: int
     board: int
-    wakers: list[int]  # an eventfd for each worker
     sockets: list[int]
 
     def descriptors(self) -> list[int]:
         """Return all descriptors."""
-        return [self.board, *self.wakers, *self.sockets]
+        return [self.board, *self.sockets]
 
 
 class Board:
     """The number of open connections of each worker, in memory that all share. A worker writes only its own."""
 
-    def __init__(self, descriptor: int, workers: int) -> None:
-        self._all = struct.Struct(f"{workers}I")
-        self._memory = mmap.mmap(descriptor, self._all.size)
+    def __init__(self, descriptor: int) -> None:
+        self._memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        self._all = struct.Struct(f"{len(self._memory) // COUNT.size}I")
 
     def read(self) -> tuple[int, ...]:
         """Return the numbers of all workers."""
@@ -76,15 +74,13 @@ class SharedPort:
         self._board_descriptor = os.memfd_create("connections")
         stack.callback(os.close, self._board_descriptor)
         os.truncate(self._board_descriptor, COUNT.size * workers)
-        self._board = Board(self._board_descriptor, workers)
-        self._wakers = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(workers)]
-        for number, waker in enumerate(self._wakers):
-            stack.callback(os.close, waker)
+        self._board = Board(self._board_descriptor)
+        for number in range(workers):
             self.mark_absent(number)
 
     def share(self, number: int) -> Share:
         """Return what a worker inherits."""
-        return Share(number, self._board_descriptor, self._wakers, [each.fileno() for each in self._sockets])
+        return Share(number, self._board_descriptor, [each.fileno() for each in self._sockets])
 
     def mark_absent(self, number: int) -> None:
         """Let no worker wait for this one: its process has ended."""
@@ -114,18 +110,16 @@ class SharedListener:
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._number = share.number
-        self._board = Board(share.board, len(share.wakers))
+        self._board = Board(share.board)
         os.close(share.board)
-        self._wakers = share.wakers
-        self._waker = share.wakers[share.number]
         self._sockets = [socket.socket(fileno=descriptor) for descriptor in share.sockets]
         self._factory = factory
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s if context else None
         self._open = 0  # connections, including those in a TLS handshake
         self._is_accepting = False
-        self._timer: asyncio.TimerHandle | None = None  # of a wait, or of a pause after an error
-        self._waits = _Waits(len(share.wakers))
+        self._turns = _Turns()
+        self._timer: asyncio.TimerHandle | None = None  # of a step, or of a pause after an error
         self._handovers: set[asyncio.Task[None]] = set()
         self._errors = RepeatLog(log, logging.ERROR)
 
@@ -147,8 +141,6 @@ class SharedListener:
         self._pause()
         for each in self._sockets:
             each.close()
-        for waker in self._wakers:
-            os.close(waker)
 
     def _begin(self) -> None:
         self._is_accepting = True
@@ -156,8 +148,9 @@ class SharedListener:
         self._read_queue()
 
     def _pause(self) -> None:
-        self._stop_waiting()
         self._leave_queue()
+        if self._timer is not None:
+            self._timer.cancel()
         self._is_accepting = False
         self._publish()
 
@@ -173,57 +166,27 @@ class SharedListener:
             self._loop.remove_reader(each)
 
     def _on_connection(self, queue: socket.socket) -> None:
-        if awaited := self._go_on_waiting():
+        if self._turns.is_of_another(self._loop.time(), self._open, self._board.read()):
             self._leave_queue()
-            self._loop.add_reader(self._waker, self._on_change)
-            self._timer = self._loop.call_later(WAIT_S * awaited, self._end_wait)
+            self._timer = self._loop.call_later(STEP_S, self._read_queue)
         else:
             self._accept(queue)
 
-    def _go_on_waiting(self) -> int:
-        return self._waits.go_on(self._loop.time(), self._open, self._board.read())
-
-    def _on_change(self) -> None:
-        os.eventfd_read(self._waker)
-        awaited = self._go_on_waiting()
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self._loop.call_later(WAIT_S * awaited, self._end_wait)
-
-    def _end_wait(self) -> None:
-        """Accept one connection, if one is left: nobody else has accepted any, or no time for waits is left."""
-        self._waits.charge(self._board.read())
-        self._stop_waiting()
-        self._read_queue()
-        any(self._accept(each) for each in self._sockets)
-
-    def _stop_waiting(self) -> None:
-        self._waits.end(self._loop.time())
-        self._loop.remove_reader(self._waker)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _accept(self, queue: socket.socket) -> bool:
-        """Accept one connection. Return False if there is none any more, or none can be accepted."""
+    def _accept(self, queue: socket.socket) -> None:
         try:
             accepted, _ = queue.accept()
         except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # another worker was first
-            return False
+            return
         except OSError as error:
             self._errors.note(f"no connection can be accepted: {error.strerror}")
             self._pause()
             self._timer = self._loop.call_later(RETRY_S, self._begin)
-            return False
+            return
         self._open += 1
         self._publish()
-        for waker in self._wakers:
-            if waker != self._waker:
-                os.eventfd_write(waker, 1)
         handover = self._loop.create_task(self._hand_over(_Accepted(accepted, self._on_closed)))
         self._handovers.add(handover)
         handover.add_done_callback(self._handovers.discard)
-        return True
 
     async def _hand_over(self, accepted: socket.socket) -> None:
         with suppress(OSError):  # a failed handshake: the event loop closes the connection
@@ -234,47 +197,33 @@ class SharedListener:
     def _on_closed(self) -> None:
         self._open -= 1
         self._publish()
-        if self._is_accepting:
-            os.eventfd_write(self._waker, 1)  # its own turn may have come
 
 
-class _Waits:
-    """The time that a worker may wait for each of the others. Times are those of the event loop."""
+class _Turns:
+    """Decides whether a worker leaves a connection to another one for a step. Times are those of the event loop."""
 
-    def __init__(self, workers: int) -> None:
-        self._left_s = [WAITS_S] * workers
+    def __init__(self) -> None:
+        self._awaited: dict[int, int] = {}  # worker → its number of connections
+        self._steps = 0  # since that has changed
+        self._passed_over: dict[int, int] = {}  # those that did not accept in time, with their number
+        self._steps_left = MOST_STEPS
         self._at = 0.0
-        self._awaited: set[int] = set()
 
-    def go_on(self, now: float, own: int, connections: tuple[int, ...]) -> int:
-        """Begin a wait for the workers with fewer connections, or go on with it. Return for how many time is left."""
-        self._pass(now)
-        # A new process has the whole time again.
-        self._left_s = [
-            WAITS_S if each == ABSENT else left for each, left in zip(connections, self._left_s, strict=True)
-        ]
-        self._awaited = {
-            number
-            for number, (each, left) in enumerate(zip(connections, self._left_s, strict=True))
-            # A wait that begins can take its whole time.
-            if each < own and left >= (0 if number in self._awaited else WAIT_S)
-        }
-        return len(self._awaited)
-
-    def charge(self, connections: tuple[int, ...]) -> None:
-        """Take the price of a wait in vain from the time of the awaited worker with the fewest connections."""
-        if self._awaited:
-            self._left_s[min(self._awaited, key=connections.__getitem__)] -= VAIN_S
-
-    def end(self, now: float) -> None:
-        """End the wait, if there is one."""
-        self._pass(now)
-        self._awaited = set()
-
-    def _pass(self, now: float) -> None:
-        passed, self._at = now - self._at, now
-        for number, left in enumerate(self._left_s):
-            self._left_s[number] = min(WAITS_S, left + (WAITS_SHARE - (number in self._awaited)) * passed)
+    def is_of_another(self, now: float, own: int, connections: tuple[int, ...]) -> bool:
+        """Return True if another worker has fewer connections, and a step is left to wait for it."""
+        self._steps_left = min(MOST_STEPS, self._steps_left + STEPS_A_SECOND * (now - self._at))
+        self._at = now
+        fewer = {worker: each for worker, each in enumerate(connections) if each < own}
+        if fewer.items() <= self._passed_over.items() or self._steps_left < 1:
+            return False
+        if fewer != self._awaited:
+            self._awaited, self._steps = fewer, 0
+        if self._steps == STEPS_A_WAIT:
+            self._passed_over = fewer
+            return False
+        self._steps += 1
+        self._steps_left -= 1
+        return True
 
 
 def open_shared(

@@ -21,37 +21,33 @@ from gateway.web import shared_port
 from gateway.web.connections import BoundedRunner
 from gateway.web.shared_port import (
     ABSENT,
-    VAIN_S,
-    WAIT_S,
-    WAITS_S,
-    WAITS_SHARE,
+    MOST_STEPS,
+    STEP_S,
+    STEPS_A_SECOND,
+    STEPS_A_WAIT,
     Board,
     Share,
     SharedListener,
     SharedPort,
-    _Waits,
+    _Turns,
     open_shared_port,
 )
 from gateway.web.sockets import Limits
 from tests.support.authority import Authority
 from tests.support.eventually import eventually
 
-NEVER_S = 3600.0
-
 
 @pytest.fixture(autouse=True)
 def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every wait end by what the other workers do."""
-    monkeypatch.setattr(shared_port, "WAIT_S", NEVER_S)
-    monkeypatch.setattr(shared_port, "WAITS_S", inf)
+    monkeypatch.setattr(shared_port, "STEPS_A_WAIT", -1)
+    monkeypatch.setattr(shared_port, "MOST_STEPS", inf)
 
 
 def inherited(port: SharedPort, number: int) -> Share:
     """Return a share with descriptors of its own, as a process would have them."""
     share = port.share(number)
-    return Share(
-        number, os.dup(share.board), [os.dup(each) for each in share.wakers], [os.dup(each) for each in share.sockets]
-    )
+    return Share(number, os.dup(share.board), [os.dup(each) for each in share.sockets])
 
 
 def address_of(port: SharedPort) -> tuple[str, int]:
@@ -88,10 +84,10 @@ class Worker:
 class Bench:
     """A port with its workers, and callers."""
 
-    def __init__(self, port: SharedPort, number: int, stack: ExitStack) -> None:
+    def __init__(self, port: SharedPort, stack: ExitStack) -> None:
         self.port = port
         self.stack = stack
-        self.board = Board(port.share(0).board, number)
+        self.board = Board(port.share(0).board)
         self.workers: list[Worker] = []
         self.address = address_of(port)
 
@@ -113,7 +109,7 @@ class Bench:
 async def bench(workers: int) -> AsyncIterator[Bench]:
     async with open_shared_port("127.0.0.1", 0, workers) as port:
         with ExitStack() as stack:
-            yield Bench(port, workers, stack)
+            yield Bench(port, stack)
 
 
 LOOPS: list[Callable[[Awaitable[None]], None]] = [asyncio.run, uvloop.run]  # type: ignore[list-item]
@@ -163,57 +159,41 @@ async def test_nobody_waits_for_a_worker_that_does_not_accept() -> None:
         await eventually(lambda: it.open() == [16, ABSENT, ABSENT])
 
 
-async def test_few_waits_are_for_a_worker_that_does_not_accept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_worker_that_does_not_accept_is_passed_over_until_its_number_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(shared_port, "WAITS_SHARE", 0.0)
-    waits = count_calls(monkeypatch, "_end_wait")
-    async with bench(2) as it:
+    steps = count_calls(monkeypatch, "_leave_queue")
+    async with bench(3) as it:
         it.start(0)
         it.board.write(1, 0)  # it is stopped
+        it.call(1)
+        await eventually(lambda: it.open()[0] == 1)
+        assert len(steps) == 0, "nobody has fewer connections"
         it.call(20)
-        await eventually(lambda: it.open() == [20, 0])
-        assert 1 <= len(waits) <= WAITS_S / VAIN_S
-
-
-async def test_the_time_for_waits_is_used_up_although_another_worker_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Callers with a new connection for each request would otherwise let a worker wait for ever."""
-    monkeypatch.setattr(shared_port, "WAIT_S", 0.01)
-    monkeypatch.setattr(shared_port, "WAITS_S", 0.05)
-    monkeypatch.setattr(shared_port, "WAITS_SHARE", 0.0)
-    async with bench(2) as it:
-        worker = it.start(0)
-        it.board.write(1, 0)
+        await eventually(lambda: it.open()[0] == 21)
+        assert len(steps) == STEPS_A_WAIT
+        it.board.write(1, 1)
         it.call(2)
-        async with asyncio.timeout(10):
-            while it.open()[0] < 2:
-                os.eventfd_write(worker.listener._waker, 1)
-                await asyncio.sleep(0)
+        await eventually(lambda: it.open()[0] == 23)
+        assert len(steps) == 2 * STEPS_A_WAIT
+        it.board.write(2, 9)  # one more begins, and does not accept either
+        it.call(2)
+        await eventually(lambda: it.open()[0] == 25)
+        assert len(steps) == 3 * STEPS_A_WAIT
 
 
-def test_the_time_for_waits_is_a_share_of_all_time_for_each_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_a_share_of_all_time_although_the_numbers_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Callers with a new connection for each request would otherwise let a worker wait for ever."""
     monkeypatch.undo()
-    waits = _Waits(3)
-    now = began = 1_000.0
-    spent = 0.0
-    for _ in range(10_000):
-        if waits.go_on(now, 2, (2, 1, 2)):
-            now += WAIT_S
-            spent += WAIT_S
-            waits.end(now)
+    turns = _Turns()
+    began, steps, now = 1_000.0, 0, 1_000.0
+    for number in range(100_000):
+        if turns.is_of_another(now, 2, (2, number % 2)):
+            steps += 1
+            now += STEP_S
         now += 0.001
-    assert spent == pytest.approx(WAITS_S + WAITS_SHARE * (now - began), abs=2 * WAIT_S)
-    assert waits.go_on(now, 2, (2, 1, 1)) == 1, "nobody has waited for the last worker"
-    assert waits.go_on(now + WAITS_S / 2, 2, (2, 1, 1)) == 1
-    assert waits.go_on(now + WAITS_S * 1.1, 2, (2, 2, 1)) == 0
-    waits.end(now + WAITS_S * 1.1)
-    later = now + WAITS_S / WAITS_SHARE
-    assert waits.go_on(later, 2, (2, 2, 2)) == 0
-    assert waits.go_on(later, 9, (9, 8, 7)) == 2
-    for _ in range(int(WAITS_S / VAIN_S)):
-        waits.charge((9, 8, 7))  # the last one should have accepted
-    assert waits.go_on(later + WAIT_S, 9, (9, 8, 7)) == 1
-    assert waits.go_on(later + WAIT_S, 9, (9, 8, ABSENT)) == 1
-    assert waits.go_on(later + WAIT_S, 9, (9, 8, 0)) == 2, "a new process"
+    assert steps == pytest.approx(MOST_STEPS + STEPS_A_SECOND * (now - began), abs=2)
 
 
 async def test_a_worker_that_waits_has_its_turn_when_its_own_connections_are_closed() -> None:
@@ -313,7 +293,7 @@ async def test_a_full_worker_leaves_the_connection_to_one_that_has_room() -> Non
         for number, runner in enumerate(runners):
             stack.push_async_callback(runner.cleanup)
             await runner.listen_in_turn("127.0.0.1", inherited(port, number), context=None, handshake_timeout_s=1.0)
-        board = Board(port.share(0).board, 2)
+        board = Board(port.share(0).board)
         address = address_of(port)
         opened = [await asyncio.open_connection(*address) for _ in range(6)]
         await eventually(lambda: list(board.read()) == [3, 3])
