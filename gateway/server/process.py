@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import uvloop
 
 from gateway import __version__, config, tls
@@ -54,6 +55,11 @@ class AsWorker(NamedTuple):
 
     ops_socket: str
     share: Share
+
+    @classmethod
+    def of(cls, ops_socket: str, share: str) -> "AsWorker":
+        """Return the sockets that the supervisor passes on the command line; `share` is a Share in JSON."""
+        return cls(ops_socket, msgspec.json.decode(share, type=Share))
 
 
 def run_worker(settings: Settings, worker: AsWorker) -> None:
