@@ -19,9 +19,9 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
         return await verify_topology(connection, settings)
     async with connection.channel() as channel:
         exchange = await _exchange(channel, settings)
-        if dead := dead_letter_queue(settings):
-            dead_letters, queue = await _dead_letters(channel, settings, dead)
-            await queue.bind(dead_letters)
+        if dead_letter_queue(settings):
+            dead_exchange, dead_queue = await _dead_letters(channel, settings)
+            await dead_queue.bind(dead_exchange)
         for queue in await _queues(channel, settings):
             await queue.bind(exchange, routing_key=queue.name)
     return ""
@@ -30,14 +30,14 @@ async def ensure_topology(connection: AbstractConnection, settings: Settings) ->
 def describe_topology(settings: Settings) -> list[str]:
     """Return a line about each exchange and queue that ensure_topology declares."""
     exchange, kind = settings.amqp_exchange, settings.amqp_queue_type
-    dead, dead_letters = dead_letter_queue(settings), _dead_letter_exchange(settings)
-    behind = f", with dead letters to {dead_letters}" if dead else ""
+    dead_queue, dead_exchange = dead_letter_queue(settings), _dead_letter_exchange(settings)
+    suffix = f", with dead letters to {dead_exchange}" if dead_queue else ""
     lines = [f"exchange {exchange} ({aio_pika.ExchangeType.DIRECT.value})"]
-    lines += [f"queue {name} ({kind}), bound to {exchange}{behind}" for name in settings.queues()]
-    if dead:
+    lines += [f"queue {name} ({kind}), bound to {exchange}{suffix}" for name in settings.queues()]
+    if dead_queue:
         lines += [
-            f"exchange {dead_letters} ({aio_pika.ExchangeType.FANOUT.value})",
-            f"queue {dead} ({kind}), bound to {dead_letters}",
+            f"exchange {dead_exchange} ({aio_pika.ExchangeType.FANOUT.value})",
+            f"queue {dead_queue} ({kind}), bound to {dead_exchange}",
         ]
     return lines
 
@@ -51,11 +51,13 @@ def _dead_letter_exchange(settings: Settings) -> str:
     return f"{settings.amqp_exchange}.dlx"
 
 
-async def verify_topology(connection: AbstractConnection, settings: Settings, *, dead: str | None = None) -> str:
-    """Verify that exchange and queues exist, and their type, durability and arguments. Return as ensure_topology does.
+async def verify_topology(
+    connection: AbstractConnection, settings: Settings, *, with_dead_letters: bool = False
+) -> str:
+    """Verify that exchange and queues exist, and their type, durability and arguments.
 
-    `dead` is a queue of dead letters, to be verified with its exchange. A gateway that only checks needs no right to
-    them.
+    Returns the broker's words if it refuses the right to configure; "" if all is verified. The dead letters are left
+    out as a rule: a gateway with GATEWAY_AMQP_TOPOLOGY=check does not use them, and needs no right to them.
 
     A passive declaration looks only at the existence. An active one of what exists, with the same arguments, changes
     nothing; with others it is refused, and ChannelPreconditionFailed raised. It needs the right to configure.
@@ -63,14 +65,14 @@ async def verify_topology(connection: AbstractConnection, settings: Settings, *,
     async with connection.channel() as channel:
         await _exchange(channel, settings, passive=True)
         await _queues(channel, settings, passive=True)
-        if dead:
-            await _dead_letters(channel, settings, dead, passive=True)
+        if with_dead_letters:
+            await _dead_letters(channel, settings, passive=True)
     try:
         async with connection.channel() as channel:
             await _queues(channel, settings)
             await _exchange(channel, settings)
-            if dead:
-                await _dead_letters(channel, settings, dead)
+            if with_dead_letters:
+                await _dead_letters(channel, settings)
     except aiormq.exceptions.ChannelAccessRefused as error:
         return str(error)
     return ""
@@ -110,11 +112,11 @@ async def check_may_publish(channel: AbstractChannel, settings: Settings) -> Non
 
 
 async def _dead_letters(
-    channel: AbstractChannel, settings: Settings, name: str, *, passive: bool = False
+    channel: AbstractChannel, settings: Settings, *, passive: bool = False
 ) -> tuple[AbstractExchange, AbstractQueue]:
     kind = aio_pika.ExchangeType.FANOUT
     arguments: dict[str, Any] = {"x-queue-type": settings.amqp_queue_type}
     return (
         await channel.declare_exchange(_dead_letter_exchange(settings), kind, durable=True, passive=passive),
-        await channel.declare_queue(name, durable=True, passive=passive, arguments=arguments),
+        await channel.declare_queue(dead_letter_queue(settings), durable=True, passive=passive, arguments=arguments),
     )

@@ -34,8 +34,7 @@ CREATE_KEY = """
     RETURNING id, account_id, name, prefix, expires_at
 """
 # The successor has the name and the lifetime of the key that it replaces, even if an earlier rotation has changed the
-# end of that key. A key with a successor is not replaced again: the first successor, perhaps lost, would stay valid
-# without a sign of it.
+# end of that key. A key with a successor is not replaced again: a successor that was lost would stay valid unnoticed.
 ROTATE_KEY = """
     WITH successor AS (SELECT nextval(pg_get_serial_sequence('api_keys', 'id')) AS id), old AS (
         UPDATE api_keys SET expires_at = least(expires_at, now() + $4::interval), replaced_by = successor.id
@@ -50,7 +49,8 @@ ROTATE_KEY = """
     RETURNING id, account_id, name, prefix, expires_at, $1 AS replaces, (SELECT ends_at FROM old) AS old_expires_at
 """
 FIND_SUCCESSOR = """
-    SELECT successor.id, successor.prefix, successor.last_used_on
+    SELECT successor.id, successor.prefix, successor.last_used_on,
+           coalesce(successor.expires_at <= now(), false) AS has_expired
     FROM api_keys AS old JOIN api_keys AS successor ON successor.id = old.replaced_by
     WHERE old.id = $1 AND old.revoked_at IS NULL AND (old.expires_at IS NULL OR old.expires_at > now())
 """
@@ -177,7 +177,7 @@ class Admin:
     async def rotate_key(self, key_id: int, overlap: timedelta) -> Row:
         """Create a key like this one, and let this one expire after `overlap`, or earlier if it would anyway.
 
-        Raises AdminError, with what to do, if this key has a successor.
+        Raises AdminError if this key is not usable or has a successor. The text says what to do.
         """
         key = _new_key()
         row = await self._connection.fetchrow(ROTATE_KEY, key_id, hash_key(key), key[:KEY_PREFIX_SHOWN], overlap)
@@ -189,11 +189,14 @@ class Admin:
         successor = await self._connection.fetchrow(FIND_SUCCESSOR, key_id)
         if successor is None:
             return f"there is no usable key {key_id}: it does not exist, is revoked or has expired"
-        new_id, prefix, day = successor
+        new_id, prefix, day, has_expired = successor
         used = f"last used on {day}" if day else "not used yet"
+        again = f"run `python -m gateway key revoke {new_id}`, then rotate key {key_id} again"
+        if has_expired:
+            return f"key {key_id} is replaced already, by key {new_id} ({prefix}…, {used}), which has expired: {again}"
         return (
             f"key {key_id} is replaced already, by key {new_id} ({prefix}…, {used}). To replace that one, rotate key "
-            f"{new_id}. If it was lost, run `python -m gateway key revoke {new_id}`, then rotate key {key_id} again"
+            f"{new_id}. If it was lost, {again}"
         )
 
     async def list_expiring_keys(self, within: timedelta) -> list[Row]:

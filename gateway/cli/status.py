@@ -257,8 +257,8 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
                 queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
                 await check_may_publish(await connection.channel(), settings)
                 if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
-                    dead = _dead_letters_to_verify(settings, queues)
-                    refused = await verify_topology(connection, settings, dead=dead)
+                    with_dead_letters = _may_verify_dead_letters(settings, queues)
+                    refused = await verify_topology(connection, settings, with_dead_letters=with_dead_letters)
                     if refused and settings.amqp_topology == "declare":
                         state.problem = f"{refused}. {MAY_NOT_DECLARE}"
             await _time_confirm(connection, state)
@@ -271,11 +271,10 @@ async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]
     return state, queues
 
 
-def _dead_letters_to_verify(settings: Settings, queues: Sequence[Queue]) -> str | None:
-    """Return the queue of dead letters if a gateway declares it, and no problem of it is known."""
-    if settings.amqp_topology == "check":
-        return None
-    return next((queue.name for queue in queues if queue.kind == DEAD_LETTERS and not queue.problem), None)
+def _may_verify_dead_letters(settings: Settings, queues: Sequence[Queue]) -> bool:
+    """Return True if gateways declare the dead letters, and no problem of their queue is known."""
+    is_known_good = any(queue.kind == DEAD_LETTERS and not queue.problem for queue in queues)
+    return settings.amqp_topology == "declare" and is_known_good
 
 
 @asynccontextmanager

@@ -45,19 +45,20 @@ FIND_MISSING = """
     END
 """
 # Where row-level security is active for the role, rows are seen or changed only by a permissive policy for it. Without
-# one there is no error: every key is unknown. What the condition of a policy hides is not checked.
+# one, a SELECT returns no row: every key is unknown. What the condition of a policy hides is not checked. 0 is PUBLIC.
 FIND_WITHOUT_POLICY = """
     SELECT target, string_agg(action, ', ' ORDER BY place) AS actions
     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS wanted (target, action, place)
     WHERE row_security_active(target) AND NOT EXISTS (
         SELECT FROM pg_policy
         WHERE polrelid = target::regclass AND polpermissive
-            AND CASE polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE' WHEN 'd' THEN 'DELETE'
-                ELSE action END = action
+            AND polcmd IN (
+                '*', CASE action WHEN 'SELECT' THEN 'r' WHEN 'INSERT' THEN 'a' WHEN 'UPDATE' THEN 'w' ELSE 'd' END
+            )
             AND EXISTS (SELECT FROM unnest(polroles) AS holder WHERE holder = 0 OR pg_has_role(holder, 'USAGE'))
     )
     GROUP BY target ORDER BY min(place)
-"""  # 0 is PUBLIC
+"""
 FIND_SELF = """
     SELECT quote_ident(current_user) AS role,
            pg_has_role(relowner, 'MEMBER') OR pg_has_role(nspowner, 'MEMBER') AS is_owner
@@ -93,7 +94,7 @@ class MissingRights(Exception):
     """The database role lacks rights. The text names them, and says what to run."""
 
 
-async def check_rights(connection: Any, rights: Iterable[Right]) -> None:
+async def check_rights(connection: Any, rights: Sequence[Right]) -> None:
     """Raise MissingRights unless the role of this connection has these rights, and may use them on rows.
 
     Raises UndefinedTableError or UndefinedColumnError if the database is not migrated.
@@ -127,10 +128,21 @@ def _lacks(role: str, missing: Sequence[str], *, is_owner: bool) -> str:
 
 def _has_no_policy(role: str, without_policy: Sequence[tuple[str, str]]) -> str:
     named = ", ".join(f"{table} ({actions})" for table, actions in without_policy)
-    command = "; ".join(f"CREATE POLICY sms_gateway ON {table} TO {role} USING (true)" for table, _ in without_policy)
+    # One for each action: policies are joined by OR, so one for all would open what a policy of the operator hides.
+    command = "; ".join(
+        f"CREATE POLICY {_policy_name(role, action)} ON {table} FOR {action} TO {role} "
+        f"{'WITH CHECK' if action == 'INSERT' else 'USING'} (true)"
+        for table, actions in without_policy
+        for action in actions.split(", ")
+    )
     return (
         f"row-level security has no policy for the role {role} on {named}: as the owner of the tables, run `{command}`"
     )
+
+
+def _policy_name(role: str, action: str) -> str:
+    """Return an SQL name for a policy, from the role's SQL name."""
+    return f'{role[:-1]}_{action.lower()}"' if role.endswith('"') else f"{role}_{action.lower()}"
 
 
 def _join(missing: Iterable[tuple[str, str, str]]) -> list[str]:

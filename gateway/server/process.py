@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import uvloop
@@ -25,7 +25,7 @@ from gateway.web.answers import refuse_unhandled
 from gateway.web.api import make_app
 from gateway.web.connections import BoundedRunner
 from gateway.web.ops import make_ops_app, make_ops_runner
-from gateway.web.shared_port import Share
+from gateway.web.shared_port import InheritedPort
 from gateway.web.sockets import Limits
 
 logger = logging.getLogger(__name__)
@@ -50,21 +50,21 @@ def run(settings: Settings, *, workers: int = 1) -> None:
         uvloop.run(supervise(settings, workers))
 
 
-class AsWorker(NamedTuple):
-    """The sockets of one of several workers: a unix socket for operations, and its share of the API's port."""
+class WorkerSockets(NamedTuple):
+    """The sockets of one of several workers: a unix socket for operations, and the API's port."""
 
-    ops_socket: str
-    share: Share
+    operations: str
+    port: InheritedPort
 
     @classmethod
-    def of(cls, ops_socket: str, share: str) -> "AsWorker":
-        """Return the sockets that the supervisor passes on the command line; `share` is a Share in JSON."""
-        return cls(ops_socket, msgspec.json.decode(share, type=Share))
+    def parse(cls, ops_socket: str, port: str) -> "WorkerSockets":
+        """Return the sockets that the supervisor names on the command line; `port` is an InheritedPort in JSON."""
+        return cls(ops_socket, msgspec.json.decode(port, type=InheritedPort))
 
 
-def run_worker(settings: Settings, worker: AsWorker) -> None:
+def run_worker(settings: Settings, worker: WorkerSockets) -> None:
     """Serve as one of several workers."""
-    log.configure(settings.log_level, settings.log_format, process=Path(worker.ops_socket).name)
+    log.configure(settings.log_level, settings.log_format, process=Path(worker.operations).name)
     tls.check(settings)
     tracing.check(settings)
     _run(serve(settings, worker))
@@ -78,7 +78,7 @@ def _run(serving: Coroutine[None, None, None]) -> None:
     uvloop.run(serving)
 
 
-async def serve(settings: Settings, worker: AsWorker | None = None) -> None:
+async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None:
     """Start, serve until SIGTERM or SIGINT, and shut down.
 
     Order of the shutdown:
@@ -146,25 +146,28 @@ async def _start(
     ops: BoundedRunner,
     callers: BoundedRunner,
     context: ssl.SSLContext | None,
-    worker: AsWorker | None,
+    worker: WorkerSockets | None,
 ) -> None:
     """Listen for operations and for callers. Raises ConfigurationError when an address cannot be used."""
-    tls_options: dict[str, Any] = {"context": context, "handshake_timeout_s": settings.header_timeout_s}
-    ops_address = (
-        worker.ops_socket if worker else str(await ops.listen(settings.ops_host, settings.ops_port, listener="OPS"))
-    )
+    if worker:
+        ops_address = worker.operations
+    else:
+        ops_address = str(await ops.listen(settings.ops_host, settings.ops_port, listener="OPS"))
     if settings.api_socket:
         api_address = settings.api_socket
         await listen_on_own_socket(callers, settings.api_socket)
     else:
-        if worker:
-            port = await callers.listen_in_turn(settings.api_host, worker.share, **tls_options)
-        else:
-            port = await callers.listen(settings.api_host, settings.api_port, **tls_options)
+        port = await callers.listen(
+            settings.api_host,
+            settings.api_port,
+            inherited=worker.port if worker else None,
+            context=context,
+            handshake_timeout_s=settings.header_timeout_s,
+        )
         api_address = f"{port} (TLS)" if context else str(port)
     if worker:
         # Last: its presence tells the supervisor that the worker has started.
-        await ops.listen_on_unix_socket(worker.ops_socket)
+        await ops.listen_on_unix_socket(worker.operations)
     logger.info("version %s serves the API on %s, operations on %s", __version__, api_address, ops_address)
     logger.info("settings in force", extra={log.FIELDS: {"settings": settings.masked()}})
 

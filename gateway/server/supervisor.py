@@ -1,8 +1,8 @@
-"""`serve --workers N`: one process per core, on the same port, and a supervisor.
+"""`serve --workers N`: N worker processes on one port, and their supervisor.
 
-The workers accept connections in turn (web/shared_port.py). The supervisor starts the workers, restarts a dead one,
-drains all of them on SIGTERM, and answers the probes: `/livez` for itself, `/readyz` with 200 only if every worker is
-ready. If a worker refuses to start, as it does with unusable settings, the supervisor ends all of them and itself. A
+A connection goes to the worker with the fewest (web/shared_port.py). The supervisor starts the workers, restarts a dead
+one, drains all of them on SIGTERM, and answers the probes: `/livez` for itself, `/readyz` with 200 only if every worker
+is ready. If a worker refuses to start, as it does with unusable settings, the supervisor ends all of them and itself. A
 worker whose supervisor has died drains itself. In Kubernetes, one process per pod is simpler; workers are for a machine
 with several cores.
 """
@@ -52,11 +52,11 @@ class Worker:
         Request the stop of all workers if the first process ends with an error before it has listened.
         """
         while not stop.requested.is_set():
-            share = self._port.share(self.number)
+            inherited = self._port.inherited_by(self.number)
             try:
                 process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket), msgspec.json.encode(share)),
-                    pass_fds=share.descriptors(),
+                    *(sys.executable, "-m", "gateway", "work", str(self.ops_socket), msgspec.json.encode(inherited)),
+                    pass_fds=inherited.descriptors(),
                     stdin=asyncio.subprocess.PIPE,  # its end of file tells the worker that the supervisor is gone
                 )
             except OSError as error:  # no memory, process or descriptor is free: try again later
@@ -137,7 +137,9 @@ async def supervise(settings: Settings, count: int) -> None:
             runner = ops.make_ops_runner(make_probes_app(workers), settings)
             try:
                 await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
-                await asyncio.gather(_leave_port(port, stop), *(worker.run(stop) for worker in workers))
+                await asyncio.gather(
+                    _close_port_on_stop(port, stop, settings), *(worker.run(stop) for worker in workers)
+                )
             finally:
                 await runner.cleanup()
     log.info("stopped")
@@ -145,10 +147,13 @@ async def supervise(settings: Settings, count: int) -> None:
         raise ConfigurationError(f"worker {failed.number} cannot start; its message is above")
 
 
-async def _leave_port(port: SharedPort, stop: Stop) -> None:
-    """Leave the port to the workers once they drain: it is closed when the last of them stops listening."""
+async def _close_port_on_stop(port: SharedPort, stop: Stop, settings: Settings) -> None:
+    """Close the port when the workers stop listening: a worker that hangs would keep it open, and callers waiting."""
     await stop.requested.wait()
-    port.close_sockets()
+    with suppress(TimeoutError):
+        async with asyncio.timeout(settings.drain_delay_s):
+            await stop.interrupted.wait()
+    port.close()
 
 
 def _signal_all(workers: list[Worker], number: signal.Signals) -> None:

@@ -51,7 +51,7 @@ from gateway.errors import (
 )
 from gateway.ingest.admission import Slot
 from gateway.repeat_log import RepeatLog
-from gateway.web.shared_port import Share, SharedListener, open_shared
+from gateway.web.shared_port import InheritedPort, SharedListener, listen_on_inherited
 from gateway.web.sockets import Limits, ListenerName, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
@@ -184,12 +184,21 @@ class BoundedRunner(web.AppRunner):
         port: int,
         *,
         listener: ListenerName = "API",
+        inherited: InheritedPort | None = None,
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
     ) -> int:
-        """Accept connections as `open_tcp` does. Return the port, which the system chooses if `port` is 0."""
+        """Accept connections as `open_tcp` does, or on a port of this host that other processes share.
+
+        Return the port, which the system chooses if `port` is 0.
+        """
+        factory = await self._set_up()
+        if inherited is not None:
+            shared = listen_on_inherited(factory, host, inherited, context, handshake_timeout_s)
+            self._listening.append(shared)
+            return shared.port
         opened = await open_tcp(
-            await self._set_up(),
+            factory,
             host,
             port,
             listener=listener,
@@ -199,14 +208,6 @@ class BoundedRunner(web.AppRunner):
         self._listening.append(opened)
         bound_port: int = opened.sockets[0].getsockname()[1]
         return bound_port
-
-    async def listen_in_turn(
-        self, host: str, share: Share, *, context: ssl.SSLContext | None, handshake_timeout_s: float
-    ) -> int:
-        """Accept connections in turn with other processes, on the port of `host` that they share. Return the port."""
-        opened = open_shared(await self._set_up(), host, share, context, handshake_timeout_s)
-        self._listening.append(opened)
-        return opened.port
 
     async def listen_on_unix_socket(self, path: str) -> None:
         """Accept connections on a unix socket. Raises OSError."""

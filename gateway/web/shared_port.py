@@ -1,22 +1,21 @@
-"""The API's port of `serve --workers`: one queue of connections, which the workers accept evenly.
+"""The API's port of `serve --workers`: one queue of connections, which go to the worker with the fewest.
 
-The supervisor binds the port, and its workers inherit the sockets. A connection is in the kernel's queue until a worker
-accepts it, so one that still waits there is not lost with a worker.
+The supervisor binds the port, and its workers inherit the sockets. A connection stays in the kernel's queue until a
+worker accepts it, so a dying worker loses none that still waits.
 
-Shared memory has the number of open connections of each worker. A worker with more than another leaves a connection to
-that one, and looks at the queue again after STEP_S. If it still finds one there after STEPS_A_WAIT, it accepts it, and
-passes over the worker that did not, until that one's number changes. So a worker that is stopped or hung holds up one
-caller for a moment. Callers with a new connection for each request change the numbers all the time: for them, steps are
-bounded.
+Shared memory has each worker's count of open connections. A worker defers to those with fewer: it stops watching the
+queue for STEP_S. After MAX_STEPS_PER_WAIT steps it accepts, and ignores those workers until their counts change. So a
+hung worker delays few connections. A bound on all steps limits the delay where the counts change all the time, as with
+a new connection for each request.
 """
 
 import asyncio
+import errno
 import logging
 import mmap
 import os
 import socket
 import ssl
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 
@@ -28,67 +27,71 @@ from gateway.web.sockets import BACKLOG, ProtocolFactory, bind_shared, cannot_li
 log = logging.getLogger(__name__)
 
 STEP_S = 0.002
-STEPS_A_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
-STEPS_A_SECOND = 10.0  # 2 % of all time
-MOST_STEPS = 100.0  # saved up
-RETRY_S = 1.0  # after an accept that failed for want of descriptors or memory
+MAX_STEPS_PER_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
+STEPS_PER_SECOND = 10.0  # 2 % of all time
+MAX_SAVED_STEPS = 100.0
 
-ABSENT = 2**32 - 1  # the number of connections of a worker that accepts none: nobody waits for it
-COUNT = struct.Struct("I")  # native, so that it is written in one piece
+ABSENT = 2**32 - 1  # the count of a worker that does not accept: no worker defers to it
+COUNT_BYTES = 4
+LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # of descriptors, or of memory
+RETRY_S = 1.0  # after one of them
 
 
-class Share(msgspec.Struct):
-    """A worker's share of the port, which it inherits: its number, and descriptors."""
+class InheritedPort(msgspec.Struct):
+    """The port as a worker inherits it: the number of the worker, from 0 on, and descriptors."""
 
-    number: int
-    board: int
+    worker: int
+    counts: int
     sockets: list[int]
 
     def descriptors(self) -> list[int]:
         """Return all descriptors."""
-        return [self.board, *self.sockets]
+        return [self.counts, *self.sockets]
 
 
-class Board:
-    """The number of open connections of each worker, in memory that all share. A worker writes only its own."""
+class ConnectionCounts:
+    """Each worker's count of open connections, in shared memory.
+
+    Each worker writes its own count. The supervisor writes ABSENT once a worker has ended.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self._memory = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-        self._all = struct.Struct(f"{len(self._memory) // COUNT.size}I")
+        # One item is written by one store: others never read a part of it.
+        self._counts = memoryview(mmap.mmap(descriptor, os.fstat(descriptor).st_size)).cast("I")
 
     def read(self) -> tuple[int, ...]:
-        """Return the numbers of all workers."""
-        return self._all.unpack_from(self._memory)
+        """Return the counts of all workers."""
+        return tuple(self._counts)
 
-    def write(self, number: int, connections: int) -> None:
-        """Set the number of a worker."""
-        COUNT.pack_into(self._memory, COUNT.size * number, connections)
+    def write(self, worker: int, count: int) -> None:
+        """Set the count of a worker."""
+        self._counts[worker] = count
 
 
 class SharedPort:
     """The supervisor's side: the sockets, which it binds and does not serve."""
 
-    def __init__(self, sockets: list[socket.socket], workers: int, stack: ExitStack) -> None:
-        """Close everything with the `stack`."""
+    def __init__(self, sockets: list[socket.socket], counts_descriptor: int, workers: int) -> None:
         self._sockets = sockets
-        self._board_descriptor = os.memfd_create("connections")
-        stack.callback(os.close, self._board_descriptor)
-        os.truncate(self._board_descriptor, COUNT.size * workers)
-        self._board = Board(self._board_descriptor)
-        for number in range(workers):
-            self.mark_absent(number)
+        self._counts_descriptor = counts_descriptor
+        os.truncate(counts_descriptor, COUNT_BYTES * workers)
+        self._counts = ConnectionCounts(counts_descriptor)
+        for worker in range(workers):
+            self.mark_absent(worker)
 
-    def share(self, number: int) -> Share:
+    def inherited_by(self, worker: int) -> InheritedPort:
         """Return what a worker inherits."""
-        return Share(number, self._board_descriptor, [each.fileno() for each in self._sockets])
+        return InheritedPort(worker, self._counts_descriptor, [each.fileno() for each in self._sockets])
 
-    def mark_absent(self, number: int) -> None:
-        """Let no worker wait for this one: its process has ended."""
-        self._board.write(number, ABSENT)
+    def mark_absent(self, worker: int) -> None:
+        """Let no worker defer to this one: its process has ended."""
+        self._counts.write(worker, ABSENT)
 
-    def close_sockets(self) -> None:
-        """Leave the sockets to the workers. With the last worker that closes them, callers are refused."""
+    def close(self) -> None:
+        """End the queue for all processes, also for a worker that hangs. Callers are refused from then on."""
         for each in self._sockets:
+            with suppress(OSError):  # no worker listens yet
+                each.shutdown(socket.SHUT_RDWR)
             each.close()
 
 
@@ -99,29 +102,35 @@ async def open_shared_port(host: str, port: int, workers: int) -> AsyncIterator[
         sockets = await bind_shared(host, port)
         for each in sockets:
             stack.enter_context(each)
-        yield SharedPort(sockets, workers, stack)
+        counts = os.memfd_create("connections")
+        stack.callback(os.close, counts)
+        yield SharedPort(sockets, counts, workers)
 
 
 class SharedListener:
-    """A worker's side: it accepts connections in turn with the others."""
+    """A worker's side: it accepts connections, and defers to workers with fewer."""
 
     def __init__(
-        self, factory: ProtocolFactory, share: Share, context: ssl.SSLContext | None, handshake_timeout_s: float
+        self,
+        factory: ProtocolFactory,
+        port: InheritedPort,
+        context: ssl.SSLContext | None,
+        handshake_timeout_s: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._number = share.number
-        self._board = Board(share.board)
-        os.close(share.board)
-        self._sockets = [socket.socket(fileno=descriptor) for descriptor in share.sockets]
+        self._worker = port.worker
+        self._counts = ConnectionCounts(port.counts)
+        os.close(port.counts)
+        self._sockets = [socket.socket(fileno=descriptor) for descriptor in port.sockets]
         self._factory = factory
         self._context = context
         self._handshake_timeout_s = handshake_timeout_s if context else None
-        self._open = 0  # connections, including those in a TLS handshake
+        self._open_connections = 0  # including those in a TLS handshake
         self._is_accepting = False
-        self._turns = _Turns()
+        self._deferral = _Deferral()
         self._timer: asyncio.TimerHandle | None = None  # of a step, or of a pause after an error
         self._handovers: set[asyncio.Task[None]] = set()
-        self._errors = RepeatLog(log, logging.ERROR)
+        self._failures = RepeatLog(log, logging.ERROR)
 
     @property
     def port(self) -> int:
@@ -144,93 +153,104 @@ class SharedListener:
 
     def _begin(self) -> None:
         self._is_accepting = True
-        self._publish()
-        self._read_queue()
+        self._publish_count()
+        self._watch()
 
     def _pause(self) -> None:
-        self._leave_queue()
+        self._stop_watching()
         if self._timer is not None:
             self._timer.cancel()
         self._is_accepting = False
-        self._publish()
+        self._publish_count()
 
-    def _publish(self) -> None:
-        self._board.write(self._number, self._open if self._is_accepting else ABSENT)
+    def _publish_count(self) -> None:
+        self._counts.write(self._worker, self._open_connections if self._is_accepting else ABSENT)
 
-    def _read_queue(self) -> None:
+    def _watch(self) -> None:
         for each in self._sockets:
             self._loop.add_reader(each, self._on_connection, each)
 
-    def _leave_queue(self) -> None:
+    def _stop_watching(self) -> None:
         for each in self._sockets:
             self._loop.remove_reader(each)
 
     def _on_connection(self, queue: socket.socket) -> None:
-        if self._turns.is_of_another(self._loop.time(), self._open, self._board.read()):
-            self._leave_queue()
-            self._timer = self._loop.call_later(STEP_S, self._read_queue)
+        if self._deferral.should_defer(self._loop.time(), self._open_connections, self._counts.read()):
+            self._stop_watching()
+            self._timer = self._loop.call_later(STEP_S, self._watch)
         else:
             self._accept(queue)
 
     def _accept(self, queue: socket.socket) -> None:
         try:
             accepted, _ = queue.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):  # another worker was first
-            return
         except OSError as error:
-            self._errors.note(f"no connection can be accepted: {error.strerror}")
-            self._pause()
-            self._timer = self._loop.call_later(RETRY_S, self._begin)
+            if error.errno in LACKS:
+                self._failures.note(f"no connection can be accepted: {error.strerror}")
+                self._pause()
+                self._timer = self._loop.call_later(RETRY_S, self._begin)
+            elif error.errno == errno.EINVAL:  # the supervisor has ended the queue
+                self._pause()
+            # Otherwise another worker was first, or this one connection has failed.
             return
-        self._open += 1
-        self._publish()
+        self._failures.end()
+        self._open_connections += 1
+        self._publish_count()
         handover = self._loop.create_task(self._hand_over(_Accepted(accepted, self._on_closed)))
         self._handovers.add(handover)
         handover.add_done_callback(self._handovers.discard)
 
     async def _hand_over(self, accepted: socket.socket) -> None:
-        with suppress(OSError):  # a failed handshake: the event loop closes the connection
+        try:
             await self._loop.connect_accepted_socket(
                 self._factory, accepted, ssl=self._context, ssl_handshake_timeout=self._handshake_timeout_s
             )
+        except BaseException as error:
+            accepted.close()
+            if not isinstance(error, OSError):  # otherwise a failed handshake
+                raise
 
     def _on_closed(self) -> None:
-        self._open -= 1
-        self._publish()
+        self._open_connections -= 1
+        self._publish_count()
 
 
-class _Turns:
-    """Decides whether a worker leaves a connection to another one for a step. Times are those of the event loop."""
+class _Deferral:
+    """Decides whether a worker defers to others for a step. Times are those of the event loop."""
 
     def __init__(self) -> None:
-        self._awaited: dict[int, int] = {}  # worker → its number of connections
-        self._steps = 0  # since that has changed
-        self._passed_over: dict[int, int] = {}  # those that did not accept in time, with their number
-        self._steps_left = MOST_STEPS
-        self._at = 0.0
+        self._awaited: dict[int, int] = {}  # worker → count, of the workers that this one defers to
+        self._steps = 0  # since `_awaited` has changed
+        self._ignored: dict[int, int] = {}  # worker → count, of those that did not accept within a wait
+        self._saved_steps = MAX_SAVED_STEPS
+        self._saved_at = 0.0
 
-    def is_of_another(self, now: float, own: int, connections: tuple[int, ...]) -> bool:
-        """Return True if another worker has fewer connections, and a step is left to wait for it."""
-        self._steps_left = min(MOST_STEPS, self._steps_left + STEPS_A_SECOND * (now - self._at))
-        self._at = now
-        fewer = {worker: each for worker, each in enumerate(connections) if each < own}
-        if fewer.items() <= self._passed_over.items() or self._steps_left < 1:
+    def should_defer(self, now: float, own: int, counts: tuple[int, ...]) -> bool:
+        """Return True if another worker has fewer connections, and a step is left to wait for it. Take the step."""
+        self._saved_steps = min(MAX_SAVED_STEPS, self._saved_steps + STEPS_PER_SECOND * (now - self._saved_at))
+        self._saved_at = now
+        fewer = {worker: count for worker, count in enumerate(counts) if count < own}
+        if fewer.items() <= self._ignored.items() or self._saved_steps < 1:
             return False
         if fewer != self._awaited:
             self._awaited, self._steps = fewer, 0
-        if self._steps == STEPS_A_WAIT:
-            self._passed_over = fewer
+        if self._steps == MAX_STEPS_PER_WAIT:
+            self._ignored = fewer
             return False
         self._steps += 1
-        self._steps_left -= 1
+        self._saved_steps -= 1
         return True
 
 
-def open_shared(
-    factory: ProtocolFactory, host: str, share: Share, context: ssl.SSLContext | None, handshake_timeout_s: float
+def listen_on_inherited(
+    factory: ProtocolFactory,
+    host: str,
+    port: InheritedPort,
+    context: ssl.SSLContext | None,
+    handshake_timeout_s: float,
 ) -> SharedListener:
     """Return a worker's listener. Raises ConfigurationError when another program listens on the port."""
-    listener = SharedListener(factory, share, context, handshake_timeout_s)
+    listener = SharedListener(factory, port, context, handshake_timeout_s)
     try:
         listener.listen()
     except OSError as error:
@@ -239,16 +259,24 @@ def open_shared(
 
 
 class _Accepted(socket.socket):
-    """An accepted connection, which reports its end. uvloop's transport detaches its socket, asyncio's closes it."""
+    """An accepted connection, which reports its end once.
+
+    uvloop's transport detaches its socket, asyncio's closes it, and a failed handshake may do both.
+    """
 
     def __init__(self, accepted: socket.socket, on_closed: Callable[[], None]) -> None:
         super().__init__(accepted.family, accepted.type, accepted.proto, accepted.detach())
-        self._on_closed = on_closed
+        self._on_closed: Callable[[], None] | None = on_closed
 
     def detach(self) -> int:
-        self._on_closed()
+        self._report()
         return super().detach()
 
     def close(self) -> None:
-        self._on_closed()
+        self._report()
         super().close()
+
+    def _report(self) -> None:
+        on_closed, self._on_closed = self._on_closed, None
+        if on_closed is not None:
+            on_closed()

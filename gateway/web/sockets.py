@@ -106,13 +106,13 @@ async def bind_shared(host: str, port: int) -> list[socket.socket]:
         found = await asyncio.get_running_loop().getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
+        # An address of a family that this system lacks is left out, as asyncio does.
         for family, _, _, _, address in dict.fromkeys(found):
             if bound:  # the system may have chosen the port
                 address = (address[0], bound[0].getsockname()[1], *address[2:])
             try:
                 bound.append(_bind(family, address, shared=True))
             except OSError as error:
-                # A family that this system lacks is left out, as asyncio does.
                 if error.errno != errno.EAFNOSUPPORT:
                     raise
         if not bound:

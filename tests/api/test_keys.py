@@ -97,12 +97,24 @@ async def test_a_replaced_key_is_rotated_again_only_once_its_successor_is_revoke
     assert await post_with(gateway, old["key"]) == await post_with(gateway, second["key"]) == (200, "")
 
 
+async def test_a_key_whose_successor_has_expired_is_rotated_once_that_is_revoked(
+    gateway: GatewayUnderTest, admin: Admin
+) -> None:
+    """The overlap may be longer than the successor's lifetime."""
+    old = await admin.create_key(gateway.caller.account_id, lifetime=timedelta(hours=1))
+    new = await admin.rotate_key(old["id"], DAY)
+    await admin._connection.execute("UPDATE api_keys SET expires_at = now() WHERE id = $1", new["id"])
+    with pytest.raises(AdminError, match=rf"which has expired: run `python -m gateway key revoke {new['id']}`, then"):
+        await admin.rotate_key(old["id"], DAY)
+    await admin.revoke_key(new["id"])
+    assert await post_with(gateway, (await admin.rotate_key(old["id"], DAY))["key"]) == (200, "")
+
+
 async def test_of_two_rotations_at_the_same_time_one_is_refused(gateway: GatewayUnderTest, servers: Servers) -> None:
     async with open_admin(servers.database_url) as one, open_admin(servers.database_url) as other:
         rotations = [admin.rotate_key(gateway.caller.key_id, DAY) for admin in (one, other)]
-        refused = [
-            one for one in await asyncio.gather(*rotations, return_exceptions=True) if isinstance(one, AdminError)
-        ]
+        outcomes = await asyncio.gather(*rotations, return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, AdminError)]
         assert len(refused) == 1
         assert "is replaced already" in str(refused[0])
         assert len(await one.list_keys(gateway.caller.account_id)) == 2

@@ -191,6 +191,8 @@ async def test_row_level_security_without_a_policy_is_named_with_the_command_tha
         await owner.execute(f'SET LOCAL ROLE "{role.name}"')
         await check_rights(owner, RIGHTS_OF_REQUESTS)
         assert await owner.fetchval("SELECT count(id) FROM accounts")
+        policies = await owner.fetch("SELECT polcmd FROM pg_policy WHERE polname LIKE $1", f"{role.name}%")
+        assert b"*" not in {polcmd for (polcmd,) in policies}, "it would open what the operator's own policies hide"
     finally:
         await transaction.rollback()
 

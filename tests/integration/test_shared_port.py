@@ -1,4 +1,4 @@
-"""The port that workers share, with several listeners in one process: whose turn it is, and who is waited for."""
+"""The port that workers share, with several listeners in one process: which of them accepts, and who defers."""
 
 import asyncio
 import errno
@@ -21,15 +21,15 @@ from gateway.web import shared_port
 from gateway.web.connections import BoundedRunner
 from gateway.web.shared_port import (
     ABSENT,
-    MOST_STEPS,
+    MAX_SAVED_STEPS,
+    MAX_STEPS_PER_WAIT,
     STEP_S,
-    STEPS_A_SECOND,
-    STEPS_A_WAIT,
-    Board,
-    Share,
+    STEPS_PER_SECOND,
+    ConnectionCounts,
+    InheritedPort,
     SharedListener,
     SharedPort,
-    _Turns,
+    _Deferral,
     open_shared_port,
 )
 from gateway.web.sockets import Limits
@@ -40,18 +40,18 @@ from tests.support.eventually import eventually
 @pytest.fixture(autouse=True)
 def wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every wait end by what the other workers do."""
-    monkeypatch.setattr(shared_port, "STEPS_A_WAIT", -1)
-    monkeypatch.setattr(shared_port, "MOST_STEPS", inf)
+    monkeypatch.setattr(shared_port, "MAX_STEPS_PER_WAIT", -1)
+    monkeypatch.setattr(shared_port, "MAX_SAVED_STEPS", inf)
 
 
-def inherited(port: SharedPort, number: int) -> Share:
-    """Return a share with descriptors of its own, as a process would have them."""
-    share = port.share(number)
-    return Share(number, os.dup(share.board), [os.dup(each) for each in share.sockets])
+def inherited(port: SharedPort, number: int) -> InheritedPort:
+    """Return what a worker inherits, with descriptors of its own, as a process would have them."""
+    found = port.inherited_by(number)
+    return InheritedPort(number, os.dup(found.counts), [os.dup(each) for each in found.sockets])
 
 
 def address_of(port: SharedPort) -> tuple[str, int]:
-    with socket.socket(fileno=os.dup(port.share(0).sockets[0])) as shared:
+    with socket.socket(fileno=os.dup(port.inherited_by(0).sockets[0])) as shared:
         address: tuple[str, int] = shared.getsockname()
         return address
 
@@ -87,7 +87,7 @@ class Bench:
     def __init__(self, port: SharedPort, stack: ExitStack) -> None:
         self.port = port
         self.stack = stack
-        self.board = Board(port.share(0).board)
+        self.counts = ConnectionCounts(port.inherited_by(0).counts)
         self.workers: list[Worker] = []
         self.address = address_of(port)
 
@@ -102,7 +102,7 @@ class Bench:
 
     def open(self) -> list[int]:
         """Return the numbers of open connections, as the workers tell them."""
-        return list(self.board.read())
+        return list(self.counts.read())
 
 
 @asynccontextmanager
@@ -153,7 +153,7 @@ async def test_nobody_waits_for_a_worker_that_does_not_accept() -> None:
         await eventually(lambda: it.open() == [15, ABSENT, ABSENT])
         await eventually(lambda: len(it.workers[1].transports) == 4)
         assert it.open() == [15, ABSENT, ABSENT]
-        it.board.write(1, 0)  # its process begins anew, and dies without a word
+        it.counts.write(1, 0)  # its process begins anew, and dies without a word
         it.port.mark_absent(1)
         it.call(1)
         await eventually(lambda: it.open() == [16, ABSENT, ABSENT])
@@ -163,37 +163,37 @@ async def test_a_worker_that_does_not_accept_is_passed_over_until_its_number_cha
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.undo()
-    steps = count_calls(monkeypatch, "_leave_queue")
+    steps = count_calls(monkeypatch, "_stop_watching")
     async with bench(3) as it:
         it.start(0)
-        it.board.write(1, 0)  # it is stopped
+        it.counts.write(1, 0)  # it is stopped
         it.call(1)
         await eventually(lambda: it.open()[0] == 1)
         assert len(steps) == 0, "nobody has fewer connections"
         it.call(20)
         await eventually(lambda: it.open()[0] == 21)
-        assert len(steps) == STEPS_A_WAIT
-        it.board.write(1, 1)
+        assert len(steps) == MAX_STEPS_PER_WAIT
+        it.counts.write(1, 1)
         it.call(2)
         await eventually(lambda: it.open()[0] == 23)
-        assert len(steps) == 2 * STEPS_A_WAIT
-        it.board.write(2, 9)  # one more begins, and does not accept either
+        assert len(steps) == 2 * MAX_STEPS_PER_WAIT
+        it.counts.write(2, 9)  # one more begins, and does not accept either
         it.call(2)
         await eventually(lambda: it.open()[0] == 25)
-        assert len(steps) == 3 * STEPS_A_WAIT
+        assert len(steps) == 3 * MAX_STEPS_PER_WAIT
 
 
 def test_steps_are_a_share_of_all_time_although_the_numbers_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Callers with a new connection for each request would otherwise let a worker wait for ever."""
     monkeypatch.undo()
-    turns = _Turns()
+    deferral = _Deferral()
     began, steps, now = 1_000.0, 0, 1_000.0
     for number in range(100_000):
-        if turns.is_of_another(now, 2, (2, number % 2)):
+        if deferral.should_defer(now, 2, (2, number % 2)):
             steps += 1
             now += STEP_S
         now += 0.001
-    assert steps == pytest.approx(MOST_STEPS + STEPS_A_SECOND * (now - began), abs=2)
+    assert steps == pytest.approx(MAX_SAVED_STEPS + STEPS_PER_SECOND * (now - began), abs=2)
 
 
 async def test_a_worker_that_waits_has_its_turn_when_its_own_connections_are_closed() -> None:
@@ -201,7 +201,7 @@ async def test_a_worker_that_waits_has_its_turn_when_its_own_connections_are_clo
         worker = it.start(0)
         it.call(1)
         await eventually(lambda: it.open() == [1, ABSENT])
-        it.board.write(1, 0)
+        it.counts.write(1, 0)
         it.call(1)
         await asyncio.sleep(0.05)
         assert it.open() == [1, 0]
@@ -292,16 +292,16 @@ async def test_a_full_worker_leaves_the_connection_to_one_that_has_room() -> Non
         ]
         for number, runner in enumerate(runners):
             stack.push_async_callback(runner.cleanup)
-            await runner.listen_in_turn("127.0.0.1", inherited(port, number), context=None, handshake_timeout_s=1.0)
-        board = Board(port.share(0).board)
+            await runner.listen("127.0.0.1", 0, inherited=inherited(port, number))
+        counts = ConnectionCounts(port.inherited_by(0).counts)
         address = address_of(port)
         opened = [await asyncio.open_connection(*address) for _ in range(6)]
-        await eventually(lambda: list(board.read()) == [3, 3])
+        await eventually(lambda: list(counts.read()) == [3, 3])
         await asyncio.sleep(0.05)
         assert not any(reader.at_eof() for reader, _ in opened), "a connection was closed while there was room"
         opened.append(await asyncio.open_connection(*address))  # beyond all bounds: one makes room, as ever
         await eventually(lambda: sum(reader.at_eof() for reader, _ in opened) == 1)
-        await eventually(lambda: list(board.read()) == [3, 3])
+        await eventually(lambda: list(counts.read()) == [3, 3])
         for _, writer in opened:
             writer.close()
 
@@ -310,13 +310,42 @@ def refuse(error: GatewayError, _cause: BaseException | None) -> web.Response:
     return web.json_response({"error": str(error)}, status=error.status)
 
 
-async def test_a_queue_that_no_worker_serves_any_more_refuses_callers() -> None:
+async def test_a_closed_port_refuses_callers_although_a_worker_still_listens() -> None:
+    """A worker that hangs would keep the queue open, and callers waiting in it."""
     async with bench(2) as it:
         it.start(0)
         it.start(1)
-        it.workers[0].stop()
-        it.port.close_sockets()
-        it.call(1)
-        it.workers[1].stop()
+        it.port.close()
         with pytest.raises(ConnectionRefusedError):
             it.call(1)
+        await eventually(lambda: it.open() == [ABSENT, ABSENT])
+
+
+class FailingQueue(socket.socket):
+    """A listening socket whose next connection has failed."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        raise OSError(errno.EPROTO, os.strerror(errno.EPROTO))
+
+
+async def test_an_error_of_one_connection_stops_no_worker() -> None:
+    async with bench(1) as it:
+        worker = it.start(0)
+        with FailingQueue() as failing:
+            worker.listener._accept(failing)
+        assert it.open() == [0], "it still accepts"
+        it.call(1)
+        await eventually(lambda: it.open() == [1])
+
+
+async def test_a_connection_that_cannot_be_handed_over_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(1) as it:
+        worker = it.start(0)
+
+        def fail() -> asyncio.Protocol:
+            raise RuntimeError("no protocol")
+
+        monkeypatch.setattr(worker.listener, "_factory", fail)
+        worker.listener._loop.set_exception_handler(lambda *_: None)
+        it.call(2)
+        await eventually(lambda: not worker.listener._handovers and it.open() == [0])

@@ -50,6 +50,13 @@ class OutboundQueue:
         """Consume everything in the queue; return the decoded bodies in order."""
         return [msgspec.json.decode(message.body) for message in await self.take_all()]
 
+    async def put(self, messages: int) -> None:
+        """Publish empty messages into the empty queue, and wait until its depth shows them."""
+        for _ in range(messages):
+            await self._channel.default_exchange.publish(aio_pika.Message(b""), self.name)
+        while await self.depth() < messages:  # noqa: ASYNC110 - only asking tells
+            await asyncio.sleep(0.01)
+
     async def depth(self) -> int:
         """Return the number of messages in the queue now."""
         channel = await self._connection.channel()
