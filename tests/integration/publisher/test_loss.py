@@ -14,6 +14,7 @@ from pamqp.base import Frame
 from gateway.amqp import connection as connection_module
 from gateway.amqp import publisher as publisher_module
 from gateway.amqp.confirms import Outcome
+from gateway.amqp.window import UNLIMITED
 from gateway.config import Settings
 from tests.support.eventually import eventually
 from tests.support.publishing import (
@@ -242,3 +243,20 @@ async def test_returned_then_lost_is_returned_and_not_tried_again(broker: Script
             session.close_channel(406, "PRECONDITION_FAILED")
         assert list(await batch) == [RETURNED]
         assert len(broker.published) == 1
+
+
+async def test_what_waits_for_a_connection_takes_room(broker: ScriptedBroker) -> None:
+    """All of it is published as soon as one is open."""
+    broker.mode = "silent"
+    async with connected(broker.url) as publisher:
+        batch = publish(publisher, 6)
+        await broker.wait_published(6)
+        await broker.stop_listening()
+        broker.sessions[0].drop()
+        await eventually(lambda: is_idle(publisher))
+        assert publisher.room() == publisher.window.messages - 6
+        await broker.start_listening()
+        broker.mode = "ack"
+        assert list(await batch) == [ACKED] * 6
+        assert publisher.republished == 6
+        assert publisher.room() == UNLIMITED
