@@ -260,3 +260,23 @@ async def test_what_waits_for_a_connection_takes_room(broker: ScriptedBroker) ->
         assert list(await batch) == [ACKED] * 6
         assert publisher.republished == 6
         assert publisher.room() == UNLIMITED
+
+
+async def test_nothing_is_published_again_once_the_waits_have_ended(broker: ScriptedBroker) -> None:
+    """Even if a connection is usable by then: the process is about to end."""
+    broker.mode = "silent"
+    async with connected(broker.url, amqp_connections=2) as publisher:
+        batch = publish(publisher, 1)
+        await broker.wait_published(1)
+        lost = broker.published[0].connection
+        broker.sessions[1 - lost].blocked()
+        await eventually(lambda: any(one.is_blocked for one in publisher.connections.open))
+        (other,) = [one for one in publisher.connections.open if one.is_blocked]
+        await broker.stop_listening()
+        broker.sessions[lost].drop()
+        await eventually(lambda: publisher.room() < UNLIMITED and is_idle(publisher))
+        other._note_blocked(False)
+        assert other.is_usable()
+        publisher.give_up()
+        assert list(await batch) == [UNKNOWN]
+        assert len(broker.published) == 1
