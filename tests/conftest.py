@@ -1,5 +1,6 @@
 """Real servers once a session; for each test an exchange, a queue and an account of its own, so that none meet."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
@@ -23,8 +24,13 @@ from tests.support.secrecy import PASSWORD, watch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Read all logs of the run, and fail it if one shows a secret."""
+    """Read all logs of the run, and fail it if one shows a secret. Let child processes handle SIGINT.
+
+    A script's shell starts a background job, such as `scripts/test &`, with SIGINT ignored, and children inherit that.
+    """
     config.pluginmanager.register(watch)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -55,14 +55,6 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(made)
 
 
-@pytest.fixture
-def _ctrl_c_works() -> Iterator[None]:
-    """Let child processes handle SIGINT. A shell starts background jobs, such as this run, with SIGINT ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def store(server: Server, word: str) -> None:
     """Keep a word in a server: in a table, or as a user of the broker."""
     if isinstance(server, Postgres):
@@ -286,7 +278,6 @@ with ExitStack() as stack:
 """
 
 
-@pytest.mark.usefixtures("_ctrl_c_works")
 @pytest.mark.parametrize(
     ("how", "names"),
     [
@@ -347,7 +338,6 @@ def services(*arguments: str) -> "Iterator[tuple[subprocess.Popen[str], list[str
             command.kill()
 
 
-@pytest.mark.usefixtures("_ctrl_c_works")
 def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
     with services() as (command, lines):
         assert lines[0].startswith("export GATEWAY_DATABASE_URL='postgres://postgres@127.0.0.1:")
@@ -359,7 +349,6 @@ def test_the_command_prints_the_settings_and_ends_at_ctrl_c() -> None:
         assert [child for child in children if child.is_running()] == []
 
 
-@pytest.mark.usefixtures("_ctrl_c_works")
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("after_s", [0.0, 0.3, 1.0])
 def test_a_start_that_is_interrupted_leaves_nothing(folder: Path, end: signal.Signals, after_s: float) -> None:
@@ -411,7 +400,6 @@ async def visit(lines: list[str]) -> tuple[int, int]:
     return int(rows), int(messages or 0)
 
 
-@pytest.mark.usefixtures("_ctrl_c_works")
 def test_the_command_keeps_data_and_urls_in_a_folder(folder: Path) -> None:
     """Over an orderly end, a SIGTERM and a SIGKILL. Only one run at a time may have the folder."""
     urls = set()
