@@ -135,12 +135,13 @@ async def supervise(settings: Settings, count: int) -> None:
         with tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory:
             workers += [Worker(number, settings, Path(directory), port) for number in range(count)]
             runner = ops.make_ops_runner(make_probes_app(workers), settings)
+            closing = asyncio.create_task(_close_port_on_stop(port, stop, settings))
             try:
                 await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
-                await asyncio.gather(
-                    _close_port_on_stop(port, stop, settings), *(worker.run(stop) for worker in workers)
-                )
+                await asyncio.gather(*(worker.run(stop) for worker in workers))
             finally:
+                closing.cancel()
+                port.close()  # callers in the queue would wait for nobody
                 await runner.cleanup()
     log.info("stopped")
     if failed := next((worker for worker in workers if worker.cannot_start), None):

@@ -136,6 +136,18 @@ async def callers_are_refused_once_the_workers_drain(process: GatewayProcess) ->
     await eventually(lambda: not process.is_running)
 
 
+async def test_a_drain_without_a_worker_has_no_delay(servers: Servers) -> None:
+    """A caller in the queue would wait for nobody. Also when a worker cannot start: `serve` ends at once."""
+    settings = process_environment(servers, GATEWAY_DRAIN_DELAY_S="60")
+    async with running(GatewayProcess(settings, workers=2)) as process:
+        for worker in process.workers:
+            os.kill(worker, signal.SIGKILL)
+        async with connect(process.url) as waiting:
+            os.kill(process.pid, signal.SIGTERM)
+            assert await waiting.is_closed()
+        await eventually(lambda: not process.is_running)
+
+
 def is_refused(process: GatewayProcess) -> bool:
     with socket.socket() as caller:
         return caller.connect_ex(("127.0.0.1", process.port.number)) == errno.ECONNREFUSED
