@@ -387,6 +387,24 @@ async def test_ctrl_c_during_the_imports_ends_the_process_without_a_traceback(
     assert (tmp_path / "log").read_text() == ""
 
 
+class WithoutStandardStreams(GatewayProcess):
+    """A gateway whose standard input and output are closed."""
+
+    def _command(self) -> list[str]:
+        return ["sh", "-c", 'exec "$@" <&- >&-', "sh", *super()._command()]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_serve_needs_no_standard_streams(settings: dict[str, str], workers: int) -> None:
+    """The event loop's own descriptors would get their numbers, and uvloop aborts when it closes one of these."""
+    async with running(WithoutStandardStreams(settings, workers=workers)) as process:
+        os.kill(process.pid, signal.SIGTERM)
+        await eventually(lambda: not process.is_running)
+        log = process.log.read_text()
+        assert '"stopped"' in log
+        assert "Assertion" not in log
+
+
 async def test_sighup_during_the_start_is_ignored(settings: dict[str, str], tmp_path: Path) -> None:
     """Started without the testbed, which waits until the gateway is ready."""
     api_port, ops_port = Port(), Port()
