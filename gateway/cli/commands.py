@@ -278,6 +278,9 @@ def list_list(account_id: AccountId, *, as_json: AsJson = False) -> None:
 
 
 def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json: bool) -> None:
+    if sys.stdout is None:  # it was closed at the start; the only copy of a new key would be lost
+        raise AdminError("refused: standard output is closed, so the result could not be printed")
+
     async def run() -> Row | list[Row]:
         url, statement_cache = config.load_database_url(), config.load_statement_cache()
         async with open_admin(url, statement_cache_size=statement_cache) as admin:

@@ -215,6 +215,24 @@ def test_a_result_that_cannot_be_printed_is_one_line(servers: Servers) -> None:
     assert len(run_json(servers, "key", "list", str(account["id"]))) == 2
 
 
+def test_without_standard_output_no_key_is_created(servers: Servers) -> None:
+    account = run_json(servers, "account", "create", "Closed")
+    for options in ([], ["--json"]):
+        completed = subprocess.run(  # noqa: S603
+            [
+                *("/bin/sh", "-c", 'exec "$@" >&-', "sh"),
+                *(sys.executable, "-m", "gateway", "key", "create", str(account["id"]), *options),
+            ],
+            env=os.environ | {"GATEWAY_DATABASE_URL": servers.database_url},
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        assert completed.returncode == 2
+        assert completed.stderr == "error: refused: standard output is closed, so the result could not be printed\n"
+    assert run_json(servers, "key", "list", str(account["id"])) == []
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.3])
 @pytest.mark.parametrize("arguments", [["status"], ["account", "list"]])
 def test_ctrl_c_ends_a_command_without_a_traceback(servers: Servers, arguments: list[str], after_s: float) -> None:
