@@ -4,8 +4,8 @@ import asyncio
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
 
@@ -115,9 +115,10 @@ def declare() -> None:
         asyncio.run(declare_topology(settings))
     except OSError as error:
         raise AdminError(f"cannot declare at the broker: {error}") from None
-    typer.echo(f"These exist now at the broker at {address(URL(settings.amqp_nodes()[0]))}:")
-    for line in describe_topology(settings):
-        typer.echo(f"  {line}")
+    with _printing():
+        typer.echo(f"These exist now at the broker at {address(URL(settings.amqp_nodes()[0]))}:")
+        for line in describe_topology(settings):
+            typer.echo(f"  {line}")
 
 
 @app.command("status")
@@ -141,7 +142,8 @@ def show_status(
     limits = status.Limits(max_backlog, max_dead_letters)
     known = migrations.known_versions()
     found = asyncio.run(status.collect(settings, urls, known, must_run=gateway is not None, limits=limits))
-    typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
+    with _printing():
+        typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -287,12 +289,20 @@ def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json:
             return await task(admin)
 
     result = asyncio.run(run())
-    try:
+    with _printing():
         if as_json:
             typer.echo(msgspec.json.encode(result).decode())
         else:
             _print_table(result if isinstance(result, list) else [result])
-        sys.stdout.flush()
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Print a result within this context, at once. Raises AdminError if it cannot be printed."""
+    try:
+        yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -15,7 +15,7 @@ import pytest
 from gateway import __version__
 from testbed import Servers
 from tests.support.callers import Caller, new_number
-from tests.support.gateways import GatewayUnderTest, run_gateway
+from tests.support.gateways import GatewayUnderTest, process_environment, run_gateway
 from tests.support.outbound_queue import OutboundQueue
 
 
@@ -198,11 +198,12 @@ def test_the_environment_of_the_process_is_the_default() -> None:
 def test_a_result_that_cannot_be_printed_is_one_line(servers: Servers) -> None:
     """The key exists by then: the operator must know, and can revoke it."""
     account = run_json(servers, "account", "create", "Full")
-    for options in ([], ["--json"]):
+    create = ["key", "create", str(account["id"])]
+    for command in (create, [*create, "--json"], ["declare"], ["status"], ["status", "--json"]):
         with open("/dev/full", "w") as full:
             completed = subprocess.run(  # noqa: S603
-                [sys.executable, "-m", "gateway", "key", "create", str(account["id"]), *options],
-                env=os.environ | {"GATEWAY_DATABASE_URL": servers.database_url},
+                [sys.executable, "-m", "gateway", *command],
+                env=os.environ | process_environment(servers),
                 stdout=full,
                 stderr=subprocess.PIPE,
                 text=True,
