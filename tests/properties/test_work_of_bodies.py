@@ -21,6 +21,7 @@ from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SH
 MAX_RATIO = 4.0
 MAX_PEAK_MB = 60.0
 ROUNDS = 2
+MAX_PAIRS = 50
 IDS = [f"{number:08}" for number in range(1_000)]
 LISTS = {LIST_NUMBER.decode(): 7}
 ALL_SHAPES = SHAPES | SINGLE_SHAPES
@@ -52,8 +53,9 @@ def test_work_is_that_of_a_clean_body(place: str) -> None:
             body = make()
             assert 0.98 * MAX_BODY_BYTES < len(body) <= MAX_BODY_BYTES
             ratios[shape] = min([cpu_s(body, shape) for _ in range(ROUNDS)]) / clean
-            if ratios[shape] > MAX_RATIO:  # a busy machine: measure the two in turn
-                pairs = [(cpu_s(body, shape), cpu_s(clean_body())) for _ in range(5 * ROUNDS)]
+            pairs: list[tuple[float, float]] = []
+            while ratios[shape] > MAX_RATIO and len(pairs) < MAX_PAIRS:  # a busy machine: measure the two in turn
+                pairs += [(cpu_s(body, shape), cpu_s(clean_body())) for _ in range(5)]
                 ratios[shape] = min(dirty for dirty, _ in pairs) / min(clean for _, clean in pairs)
     print(*(f"{ratio:.2f} of a clean body: {shape}" for shape, ratio in ratios.items()), sep="\n")
     assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
