@@ -237,7 +237,8 @@ def decode_bulk(body: bytes | bytearray) -> DecodedBody:
         if len(body) > LARGE_BODY_BYTES:
             if not _is_object(body):
                 raise InvalidJson(NOT_AN_OBJECT)
-            if _has_many_commas(body) or (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)):
+            # Brackets first: where there are many, they are found at once, and each costs more than a comma.
+            if (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)) or _has_many_commas(body):
                 return _decode_loosely(body, _loose_bulk)
         try:
             typed = _typed_bulk.decode(body)
