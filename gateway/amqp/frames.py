@@ -6,14 +6,13 @@ header frame, and body frames of at most frame_max. (AMQP 0-9-1 specification, s
 
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from itertools import repeat
+from itertools import chain, repeat
 from typing import NamedTuple
 
 import pamqp.frame
 from pamqp import commands
-from pamqp.body import ContentBody
 from pamqp.common import FieldTable
 from pamqp.header import ContentHeader
 
@@ -92,7 +91,7 @@ class PublishFramer:
         """
         lengths = list(map(len, payloads))
         if not lengths or not min(lengths) or max(lengths) > self._max_body:
-            return b"".join(map(self._pack_one, ids, payloads))
+            return b"".join(chain.from_iterable(map(self._parts_of, ids, payloads)))
         parts = [b""] * (2 * len(lengths))
         parts[::2] = map(
             self._pack_head,
@@ -108,12 +107,16 @@ class PublishFramer:
         parts.append(END)
         return b"".join(parts)
 
-    def _pack_one(self, message_id: str, payload: bytes) -> bytes:
-        """Return the frames of one message of any size, with its body split by the broker's frame_max."""
-        header = self._header(message_id, len(payload))
-        bodies = (payload[at : at + self._max_body] for at in range(0, len(payload), self._max_body))
-        frames: list[ContentHeader | ContentBody] = [header, *map(ContentBody, bodies)]
-        return self._publish + b"".join([pamqp.frame.marshal(frame, self._channel) for frame in frames])
+    def _parts_of(self, message_id: str, payload: bytes) -> Iterator[bytes | memoryview]:
+        """Yield the frames of one message of any size in parts, with its body split by the broker's frame_max."""
+        yield self._publish
+        yield pamqp.frame.marshal(self._header(message_id, len(payload)), self._channel)
+        whole = memoryview(payload)  # a slice of it is no copy
+        for start in range(0, len(payload), self._max_body):
+            body = whole[start : start + self._max_body]
+            yield _frame_start.pack(_BODY, self._channel, len(body))
+            yield body
+            yield END
 
     def _header(self, message_id: str, body_size: int) -> ContentHeader:
         properties = commands.Basic.Properties(
