@@ -41,6 +41,9 @@ PLACES = {
     "an unknown field": (HEAD + GOOD + b'],"unknown":', b"}"),
     "an unknown field of a message": (HEAD + b"{" + FIELDS + b',"unknown":', b"}" + TAIL),
     "an unknown field before a bad one": (HEAD + b'{"unknown":', b',"to":1}' + TAIL),
+    "an unknown field before an array": (HEAD + b'{"unknown":', b"},[]" + TAIL),
+    "an unknown field before too many": (HEAD + b'{"unknown":', b"}" + b",1" * 1_000 + TAIL),
+    "messages before others": (b'{"messages":', b',"messages":[1]}'),
     "to": (HEAD + b'{"to":', b"}" + TAIL),
     "body": (HEAD + b'{"to":"+14155551234","list_number":"%b","body":' % LIST_NUMBER, b"}" + TAIL),
     "metadata": (HEAD + b"{" + FIELDS + b',"metadata":', b"}" + TAIL),
@@ -64,6 +67,7 @@ VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
     "objects": (filled, b"[", b"{},", b"1]"),
     "good messages": (filled, b"[", GOOD + b",", GOOD + b"]"),
     "deep": (filled, b"[", b"[" * 300 + b"]" * 300 + b",", b"1]"),
+    "deep names": (filled, b"[", b"[" * 300 + b'{"first_name":1}' + b"]" * 300 + b",", b"1]"),
     "keys": (numbered, b"{", b'"%07d":1,', b'"last":1}'),
     "one key": (filled, b"{", b'"a":1,', b'"a":1}'),
     "known keys": (filled, b"{", b'"to":"a",', b'"to":"a"}'),
@@ -77,6 +81,7 @@ VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
     "digits": (filled, b"", b"1", b"1"),
     "fraction": (filled, b"0.", b"1", b"e5"),
     "space": (filled, b"", b" ", b"{}"),
+    "space in an object": (filled, b'{"a":', b" ", b"{}}"),
 }
 
 

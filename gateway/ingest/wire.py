@@ -7,7 +7,8 @@ message by message: the error then concerns one message only. `contact_data` and
 import codecs
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Final, cast
+from contextlib import suppress
+from typing import Any, ClassVar, Final, TypedDict, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -150,17 +151,26 @@ class _TypedSingle(Message, gc=False):
     dry_run: bool | None = None
 
 
-class _LooseMessage(msgspec.Struct, gc=False):
-    to: Raw | UnsetType = UNSET
-    list_number: Raw | UnsetType = UNSET
-    body: Raw | UnsetType = UNSET
-    wrap_links: Raw | UnsetType = UNSET
-    contact_data: Raw | UnsetType = UNSET
-    metadata: Raw | UnsetType = UNSET
+class _LooseMessage(TypedDict, total=False):
+    # No Struct: msgspec does not take a Struct and an array that is skipped, _SkippedArray, as types of one value.
+    to: Raw
+    list_number: Raw
+    body: Raw
+    wrap_links: Raw
+    contact_data: Raw
+    metadata: Raw
 
 
-class _LooseSingle(_LooseMessage, gc=False):
-    dry_run: Raw | UnsetType = UNSET
+class _LooseSingle(_LooseMessage, total=False):
+    dry_run: Raw
+
+
+class _SkippedArray(msgspec.Struct, array_like=True):
+    """An array of which nothing is built."""
+
+
+class _SkippedObject(TypedDict, total=False):
+    """An object of which nothing is built."""
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -172,10 +182,11 @@ class ContactData(msgspec.Struct, gc=False):
     custom_fields: Raw = Raw(b"null")
 
 
-class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
-    """An array of up to MAX_MESSAGES elements: decoding fails at the next element, and at the MAX_ARRAYS-th array.
+class _Array(msgspec.Struct, array_like=True):
+    """An array of which one element more than MAX_MESSAGES is built, and the others are skipped.
 
-    msgspec checks the length of a list only after it has built all elements, perhaps a million.
+    msgspec checks the length of a list only after it has built all elements, perhaps a million. Decoding fails at the
+    array after MAX_ARRAYS.
     """
 
     built: ClassVar[int] = 0
@@ -188,11 +199,11 @@ class _Array(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     @classmethod
     def of(cls, element: Any) -> "type[_Array]":
         """Return the type of arrays of such elements."""
-        fields = [(f"element_{index}", element | UnsetType, UNSET) for index in range(MAX_MESSAGES)]
+        fields = [(f"element_{index}", element | UnsetType, UNSET) for index in range(MAX_MESSAGES + 1)]
         return cast("type[_Array]", msgspec.defstruct("Array", fields, bases=(cls,)))
 
     def elements(self) -> list[Any]:
-        """Return the elements that the array has."""
+        """Return the elements, up to one more than MAX_MESSAGES."""
         return [element for element in msgspec.structs.astuple(self) if element is not UNSET]
 
 
@@ -209,11 +220,17 @@ def _bulk_of(messages: Any) -> type[msgspec.Struct]:
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
 _listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
+# Elements of any type, so that one pass is enough. Only a number that no float holds ends it.
+_LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | str | float | bool | None)
 _loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _bulk_of(_Array.of(_LooseMessage | str | float | bool | None) | str)
+    _bulk_of(_LooseMessages | _SkippedObject | str | float | bool | None)
+)
+_RawMessages: Any = _Array.of(Raw)
+_raw_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_RawMessages)
+_raw_messages_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    _bulk_of(_RawMessages | _SkippedObject | str | float | bool | None)
 )
 _raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
-_raw_elements = msgspec.json.Decoder(_Array.of(Raw))
 _message = msgspec.json.Decoder(Message)
 _loose_message = msgspec.json.Decoder(_LooseMessage)
 _typed_single = msgspec.json.Decoder(_TypedSingle)
@@ -264,7 +281,7 @@ def decode_single(body: bytes | bytearray) -> DecodedBody:
         loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
     except (msgspec.DecodeError, RecursionError) as error:
         raise InvalidJson(_reason(body, error)) from None
-    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
+    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.get("dry_run", UNSET)))
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
@@ -330,30 +347,31 @@ def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any])
     _Array.built = 0
     try:
         bulk = decoder.decode(body)
-        elements = _elements(bulk.messages)
-    except msgspec.ValidationError:  # no such array, or too long; or that is true of a `messages` before the last
-        bulk = _raw_bulk.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
-        elements = _split(bulk.messages)
+    except msgspec.ValidationError:
+        bulk = _decode_raw(body)
+    elements = _elements(bulk.messages)
     _check_count(len(elements))
     list_number, dry_run = _string_or_none(bulk.list_number), _is_dry_run(bulk.dry_run)
     return DecodedBody([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
 
 
+def _decode_raw(body: bytes | bytearray) -> Any:
+    """Decode a body into raw messages. Raises ValidationError, a DecodeError, if it is no object."""
+    if _Array.built <= MAX_ARRAYS:
+        _Array.built = 0
+        with suppress(msgspec.ValidationError):
+            return _raw_messages_bulk.decode(body)
+    return _raw_bulk.decode(body)
+
+
 def _elements(messages: object) -> list[Any]:
+    """Return the elements of the last `messages`; none if it is no array."""
+    if isinstance(messages, Raw) and _first_byte(messages) == b"[":
+        _Array.built = 0
+        messages = _raw_messages.decode(messages)
     if isinstance(messages, _Array):
         return messages.elements()
     return messages if isinstance(messages, list) else []
-
-
-def _split(messages: Raw | UnsetType) -> list[Any]:
-    """Return the elements of an array, whatever it contains."""
-    if messages is UNSET or _first_byte(messages) != b"[":
-        return []
-    _Array.built = 0
-    try:
-        return _raw_elements.decode(messages).elements()
-    except msgspec.ValidationError:
-        raise TooManyMessages from None
 
 
 def _message_of(element: object) -> Message | MistypedMessage:
@@ -362,12 +380,15 @@ def _message_of(element: object) -> Message | MistypedMessage:
             return _message.decode(element)
         except msgspec.ValidationError:
             element = _loose_message.decode(element) if _first_byte(element) == b"{" else None
-    if not isinstance(element, _LooseMessage):
+    if not isinstance(element, dict):
         return NOT_A_MESSAGE
-    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
-    wrap_links = _literal(element.wrap_links)
+    field = element.get
+    to, list_number, body = [_string_or_none(field(name, UNSET)) for name in ("to", "list_number", "body")]
+    wrap_links = _literal(field("wrap_links", UNSET))
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
-    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
+    message: Message | MistypedMessage = kind(
+        to, list_number, body, wrap_links, field("contact_data", UNSET), field("metadata", UNSET)
+    )
     return message
 
 
