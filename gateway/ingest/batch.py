@@ -15,6 +15,7 @@ from msgspec import UNSET
 from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
+from gateway.ingest.contact_data import is_contact_data, is_object
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
@@ -26,8 +27,6 @@ from gateway.ingest.wire import (
     Payload,
     encode,
     is_absent,
-    is_contact_data,
-    is_object,
 )
 
 # The form of E.164, as in the contract, without numbering plans. [0-9], because \d matches digits of any script.
@@ -148,6 +147,10 @@ def _validate_each(decoded: DecodedBody) -> Draft:
             indexes.append(index)
         else:
             draft.rows.append(_row(index, message.to, refusal))
+    if decoded.taken_out is not None:
+        for valid in draft.messages:
+            valid.contact_data = decoded.taken_out.put_back(valid.contact_data)
+            valid.metadata = decoded.taken_out.put_back(valid.metadata)
     return draft
 
 

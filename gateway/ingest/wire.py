@@ -6,23 +6,26 @@ message by message: the error then concerns one message only. `contact_data` and
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, TypedDict, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
+from gateway.ingest.contact_data import TakenOut, first_byte, take_out
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A body above both limits may have too many values to build. Few batches of 1,000 valid messages are above both.
-LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 10_000
-# A body above both limits takes long to parse. It is not tried as typed messages first: if a value had the wrong type,
-# it would be parsed a second time.
-HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
+# A body above both limits may have too many values to build. Few batches of 1,000 valid messages are above both: each
+# has up to 20 fields, those of its objects included.
+LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
+# A body above both limits takes long to parse, so it is not parsed twice: large `contact_data` is taken out. With many
+# brackets, no typed messages are tried: after a late value of the wrong type, that parse would be of no use.
+HUGE_BODY_BYTES, MANY_MARKS = 1024 * 1024, 10_000  # of one kind: brackets, backslashes
 MAX_ARRAYS = 100  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
 PIECE_BYTES = 64 * 1024
 
@@ -68,6 +71,7 @@ class DecodedBody(msgspec.Struct):
     list_number: object = None
     typed: bool = True  # False: there may be MistypedMessages
     dry_run: bool = False  # validate and resolve only
+    taken_out: TakenOut | None = None  # what `contact_data` of the messages stands for, until they are validated
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
@@ -151,35 +155,28 @@ class _TypedSingle(Message, gc=False):
     dry_run: bool | None = None
 
 
-class _LooseMessage(TypedDict, total=False):
+@dataclass(slots=True)
+class _LooseMessage:
     # No Struct: msgspec does not take a Struct and an array that is skipped, _SkippedArray, as types of one value.
-    to: Raw
-    list_number: Raw
-    body: Raw
-    wrap_links: Raw
-    contact_data: Raw
-    metadata: Raw
+    to: Raw | UnsetType = UNSET
+    list_number: Raw | UnsetType = UNSET
+    body: Raw | UnsetType = UNSET
+    wrap_links: Raw | UnsetType = UNSET
+    contact_data: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
 
 
-class _LooseSingle(_LooseMessage, total=False):
-    dry_run: Raw
+@dataclass(slots=True)
+class _LooseSingle(_LooseMessage):
+    dry_run: Raw | UnsetType = UNSET
 
 
 class _SkippedArray(msgspec.Struct, array_like=True):
     """An array of which nothing is built."""
 
 
-class _SkippedObject(TypedDict, total=False):
+class _SkippedObject(TypedDict):
     """An object of which nothing is built."""
-
-
-class ContactData(msgspec.Struct, gc=False):
-    """The fields of `contact_data` whose types the contract defines, each the last of its name, not decoded."""
-
-    first_name: Raw = Raw(b"null")
-    last_name: Raw = Raw(b"null")
-    timezone: Raw = Raw(b"null")
-    custom_fields: Raw = Raw(b"null")
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -236,52 +233,64 @@ _loose_message = msgspec.json.Decoder(_LooseMessage)
 _typed_single = msgspec.json.Decoder(_TypedSingle)
 _loose_single = msgspec.json.Decoder(_LooseSingle)
 _answer = msgspec.json.Decoder(Answer)
-_loose_contact_data = msgspec.json.Decoder(ContactData)
 _string = msgspec.json.Decoder(str)
 
 encode = _encoder.encode
 
 
 def decode_bulk(body: bytes | bytearray) -> DecodedBody:
-    """Decode the body of a batch. Raises InvalidJson, MissingMessages, TooManyMessages or InvalidDryRun.
-
-    To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
-    built that is not needed, and bytes are parsed once or twice (tests/properties/test_work_of_bodies.py).
-    """
-    try:
-        if not body.isascii():
-            _check_utf8(body)
-        if len(body) > LARGE_BODY_BYTES:
-            if not _is_object(body):
-                raise InvalidJson(NOT_AN_OBJECT)
-            # Brackets first: where there are many, they are found at once, and each costs more than a comma.
-            if (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)) or _has_many_commas(body):
-                return _decode_loosely(body, _loose_bulk)
-        try:
-            typed = _typed_bulk.decode(body)
-        except msgspec.ValidationError:
-            return _decode_loosely(body, _listed_bulk if len(body) <= HUGE_BODY_BYTES else _loose_bulk)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidJson(_reason(body, error)) from None
-    _check_count(len(typed.messages))
-    return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
+    """Decode the body of a batch. Raises InvalidJson, MissingMessages, TooManyMessages or InvalidDryRun."""
+    return _decode(body, _decode_messages)
 
 
 def decode_single(body: bytes | bytearray) -> DecodedBody:
     """Decode the body of a single send, as a batch of one. Raises InvalidJson or InvalidDryRun."""
+    return _decode(body, _decode_message)
+
+
+def _decode(body: bytes | bytearray, decode: Callable[[bytes | bytearray], DecodedBody]) -> DecodedBody:
+    """Decode a body that may be no UTF-8, no JSON, or very large.
+
+    To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
+    built that is not needed, and few bytes are parsed twice (tests/properties/test_work_of_bodies.py).
+    """
+    taken_out = None
     try:
         if not body.isascii():
             _check_utf8(body)
-        if len(body) <= HUGE_BODY_BYTES:
-            try:
-                typed = _typed_single.decode(body)
-                return DecodedBody([typed], dry_run=typed.dry_run is True)
-            except msgspec.ValidationError:
-                pass
-        loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+        if len(body) > HUGE_BODY_BYTES and _has_many(b"[{\\", body):
+            body, taken_out = take_out(body)
+        decoded = decode(body)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidJson(_reason(body, error)) from None
-    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.get("dry_run", UNSET)))
+        raise InvalidJson(_reason(body, error, taken_out)) from None
+    decoded.taken_out = taken_out
+    return decoded
+
+
+def _decode_messages(body: bytes | bytearray) -> DecodedBody:
+    if len(body) > LARGE_BODY_BYTES:
+        if not _is_object(body):
+            raise InvalidJson(NOT_AN_OBJECT)
+        # Brackets first: where there are many, they are found at once, and each costs more than a comma.
+        if (len(body) > HUGE_BODY_BYTES and _has_many(b"[{", body)) or _has_many_commas(body):
+            return _decode_loosely(body, _loose_bulk)
+    try:
+        typed = _typed_bulk.decode(body)
+    except msgspec.ValidationError:
+        return _decode_loosely(body, _listed_bulk if len(body) <= HUGE_BODY_BYTES else _loose_bulk)
+    _check_count(len(typed.messages))
+    return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
+
+
+def _decode_message(body: bytes | bytearray) -> DecodedBody:
+    if len(body) <= HUGE_BODY_BYTES:
+        try:
+            typed = _typed_single.decode(body)
+            return DecodedBody([typed], dry_run=typed.dry_run is True)
+        except msgspec.ValidationError:
+            pass
+    loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
@@ -294,13 +303,13 @@ def _has_many_commas(body: bytes | bytearray) -> bool:
     return False
 
 
-def _has_many_brackets(body: bytes | bytearray) -> bool:
-    """Return True if there are more than MANY_BRACKETS of one kind. Few are found faster by `find` than by `count`."""
-    for bracket in (b"[", b"{"):
-        brackets, at = 0, -1
-        while (at := body.find(bracket, at + 1)) >= 0:
-            brackets += 1
-            if brackets > MANY_BRACKETS:
+def _has_many(marks: bytes, body: bytes | bytearray) -> bool:
+    """Return True if there are more than MANY_MARKS of one of these bytes. Few are found faster than counted."""
+    for mark in marks:
+        found, at = 0, -1
+        while (at := body.find(mark, at + 1)) >= 0:
+            found += 1
+            if found > MANY_MARKS:
                 return True
     return False
 
@@ -322,7 +331,7 @@ def _check_utf8(body: bytes | bytearray) -> None:
         raise InvalidJson(f"invalid UTF-8 near byte {start - begun + error.start}") from None
 
 
-def _reason(body: bytes | bytearray, error: Exception) -> str:
+def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | None) -> str:
     """Return what is wrong with a body that cannot be decoded, from the decoder's error. Bytes count from 0.
 
     The texts of msgspec's DecodeError are constants, with a position. Those of its ValidationError may quote the body.
@@ -337,7 +346,8 @@ def _reason(body: bytes | bytearray, error: Exception) -> str:
         return NOT_AN_OBJECT
     found = _malformed(str(error))
     if found:
-        return "{} near byte {}".format(*found.groups())
+        at = int(found[2])
+        return f"{found[1]} near byte {taken_out.position(at) if taken_out else at}"
     # Of half of a surrogate pair in the last 11 bytes, the decoder says the same as of a body that is cut off.
     return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
 
@@ -366,7 +376,7 @@ def _decode_raw(body: bytes | bytearray) -> Any:
 
 def _elements(messages: object) -> list[Any]:
     """Return the elements of the last `messages`; none if it is no array."""
-    if isinstance(messages, Raw) and _first_byte(messages) == b"[":
+    if isinstance(messages, Raw) and first_byte(messages) == b"[":
         _Array.built = 0
         messages = _raw_messages.decode(messages)
     if isinstance(messages, _Array):
@@ -379,16 +389,13 @@ def _message_of(element: object) -> Message | MistypedMessage:
         try:
             return _message.decode(element)
         except msgspec.ValidationError:
-            element = _loose_message.decode(element) if _first_byte(element) == b"{" else None
-    if not isinstance(element, dict):
+            element = _loose_message.decode(element) if first_byte(element) == b"{" else None
+    if not isinstance(element, _LooseMessage):
         return NOT_A_MESSAGE
-    field = element.get
-    to, list_number, body = [_string_or_none(field(name, UNSET)) for name in ("to", "list_number", "body")]
-    wrap_links = _literal(field("wrap_links", UNSET))
+    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
+    wrap_links = _literal(element.wrap_links)
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
-    message: Message | MistypedMessage = kind(
-        to, list_number, body, wrap_links, field("contact_data", UNSET), field("metadata", UNSET)
-    )
+    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
     return message
 
 
@@ -409,14 +416,10 @@ def _is_dry_run(value: Raw | UnsetType) -> bool:
 def _string_or_none(value: Raw | UnsetType) -> object:
     if value is UNSET:
         return None
-    start = _first_byte(value)
+    start = first_byte(value)
     if start == b'"':
         return _string.decode(value)
     return None if start == b"n" else WRONG_TYPE
-
-
-def _first_byte(value: Raw) -> bytes:
-    return memoryview(value)[:1].tobytes()  # no copy: the value may have megabytes
 
 
 def _check_count(count: int) -> None:
@@ -441,20 +444,3 @@ def decode_answer(encoded: bytes) -> Answer:
 def is_absent(value: Raw | UnsetType) -> bool:
     """Return True if an optional object was left out, or sent as null."""
     return value is UNSET or memoryview(value) == _NULL  # no copy: the value may have megabytes
-
-
-def is_object(value: Raw | UnsetType) -> bool:
-    """Return True if a raw value is a JSON object."""
-    return value is not UNSET and _first_byte(value) == b"{"
-
-
-def is_contact_data(value: Raw | UnsetType) -> bool:
-    """Return True if a raw value is an object whose known fields, each time the last of its name, have their types."""
-    if value is UNSET:
-        return False
-    try:
-        last = _loose_contact_data.decode(value)
-    except (msgspec.ValidationError, RecursionError):
-        return False
-    texts = last.first_name, last.last_name, last.timezone
-    return all([_first_byte(text) in b'"n' for text in texts]) and _first_byte(last.custom_fields) in b"{n"

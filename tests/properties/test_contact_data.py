@@ -1,0 +1,110 @@
+"""Large values of `contact_data` are taken out of a body while it is decoded. That must not show."""
+
+import json
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec import Raw
+
+from gateway.errors import GatewayError
+from gateway.ingest import batch, wire
+from gateway.ingest.contact_data import is_contact_data, take_out
+from gateway.ingest.wire import decode_bulk, decode_single, encode
+from tests.properties import MORE
+from tests.properties.test_batch import comparable
+
+EXAMPLES = settings(derandomize=MORE == 1, max_examples=500 * MORE, deadline=None)
+FIELDS = '"to":"+14155551234","list_number":"+18005551000","body":"Hi"'
+
+# JSON texts, so that names can be doubled, escaped, and stand in texts.
+spaces = st.sampled_from(["", "", "", " ", "\n\t", " " * 20])
+names = st.sampled_from(
+    [
+        *['"contact_data"', '"contact_data"', '"metadata"', '"first_name"', '"custom_fields"', '"a"', '""'],
+        *[r'"contact\u005fdata"', r'"first\u005fname"', r'"\"contact_data\":{"', r'"x\\"', r'"\\\"contact_data"'],
+    ]
+)
+scalars = st.sampled_from(["1", "null", '"x"', '"{"', '"}"', '"[]"', '"contact_data"', r'"\"contact_data\":{}"', '"é"'])
+
+
+def objects_of(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    members = st.tuples(spaces, names, spaces, spaces, values).map(lambda parts: "{}{}{}:{}{}".format(*parts))
+    return st.lists(members, max_size=4).map(lambda texts: "{" + ",".join(texts) + "}")
+
+
+def arrays_of(values: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.lists(values, max_size=3).map(lambda texts: "[" + ",".join(texts) + "]")
+
+
+values = st.recursive(scalars, lambda inner: objects_of(inner) | arrays_of(inner), max_leaves=8)
+known_members = st.sampled_from(
+    ['"contact_data":{"first_name":1}', '"contact_data":{"first_name":1,"first_name":""}', '"contact_data":{"a":[]}']
+)
+more_members = st.lists(known_members | st.tuples(names, values).map(":".join), max_size=4).map(
+    lambda texts: "".join("," + text for text in texts)
+)
+messages = more_members.map(lambda more: "{" + FIELDS + more + "}") | values
+requests = st.tuples(arrays_of(messages), more_members).map(lambda parts: '{"messages":' + "".join(parts) + "}")
+damages = st.none() | st.tuples(
+    st.integers(0, 300), st.integers(0, 3), st.sampled_from(["", '"', "\\", "{", "}", "]", ",", ":", "contact_data"])
+)
+EXAMPLES_OF_REQUESTS = [
+    "{" + FIELDS + ',"contact_data":{"contact_data":{}}}',
+    "{" + FIELDS + ',"metadata":{"contact_data":{"first_name":1}}}',
+    "{" + FIELDS + ',"contact_data":{"a":1} \n , "to":}',
+    "{" + FIELDS + ',"contact_data":{}}x',
+    "{" + FIELDS + ',"contact_data":{}',
+]
+
+
+def outcome(body: bytes, decode: Any, *, is_taken_out: bool) -> Any:
+    """Return all that comes of a body that counts as huge: its payloads and rows, or the refusal."""
+    keep: Any = patch.object(wire, "take_out", lambda whole: (whole, None))
+    with patch.multiple(wire, HUGE_BODY_BYTES=-1, MANY_MARKS=-1), nullcontext() if is_taken_out else keep:
+        try:
+            return comparable(batch.validate(decode(body)))
+        except GatewayError as refusal:
+            return type(refusal), str(refusal)
+
+
+@EXAMPLES
+@given(request=requests | messages, damage=damages, decode=st.sampled_from([decode_bulk, decode_single]))
+def test_what_comes_of_a_body_is_the_same(request: str, damage: tuple[int, int, str] | None, decode: Any) -> None:
+    if damage is not None:
+        cut, drop, insert = damage
+        request = request[:cut] + insert + request[cut + drop :]
+    body = request.encode()
+    assert outcome(body, decode, is_taken_out=True) == outcome(body, decode, is_taken_out=False)
+
+
+@pytest.mark.parametrize("request_", EXAMPLES_OF_REQUESTS)
+def test_what_comes_of_these_is_the_same(request_: str) -> None:
+    expected = outcome(request_.encode(), decode_single, is_taken_out=False)
+    assert outcome(request_.encode(), decode_single, is_taken_out=True) == expected
+
+
+@EXAMPLES
+@given(value=objects_of(values))
+def test_a_value_passes_the_check_as_its_last_fields_do(value: str) -> None:
+    fields = json.loads(value)  # the last of each name
+    kinds = {"first_name": str, "last_name": str, "timezone": str, "custom_fields": dict}
+    expected = all(fields.get(name) is None or isinstance(fields[name], kind) for name, kind in kinds.items())
+    assert is_contact_data(Raw(value.encode())) == expected
+
+
+@pytest.mark.parametrize("more", ["", " \n", ',"metadata":{"contact_data":{"x":%s}}'], ids=["last", "space", "nested"])
+def test_large_values_are_taken_out_and_put_back(more: str) -> None:
+    large = json.dumps([["\N{PILE OF POO}", {"contact_data": {}}]] * 1_000)
+    value = f'{{"x":{large}, "first_name": "A" }}'
+    more = more.replace("%s", large)
+    request = f'{{"messages":[{{{FIELDS},"contact_data" : {value}{more}}},{{{FIELDS},"contact_data":{{}}}}]}}'.encode()
+    short, taken_out = take_out(request)
+    assert taken_out is not None
+    assert len(short) < 600
+    with patch.multiple(wire, HUGE_BODY_BYTES=0, MANY_MARKS=0):
+        draft = batch.validate(decode_bulk(request))
+    assert [encode(message.contact_data) for message in draft.messages] == [value.encode(), b"{}"]
