@@ -64,6 +64,15 @@ CHANNEL = 1
 NAME = "sms.outbound"
 MULTIPLIER = 134_956_987_654_321  # any number without a common factor with 62
 FORMAT, TYPE = traffic.WRONG_FORMAT, traffic.WRONG_TYPE
+OBJECTS: dict[str, Any] = {
+    "contact_data": {
+        "first_name": "Ada",
+        "last_name": "Lovelace",
+        "timezone": "Europe/London",
+        "custom_fields": {"order": "A-1234", "city": "London", "points": 120},
+    },
+    "metadata": {"campaign": "spring", "batch": 17},
+}
 ACK_BYTES = 21
 ENVELOPE = 100
 ACKS_PER_MESSAGE = 0.012  # measured: quorum queues coalesce, about 12 acks per 1,000 messages
@@ -180,7 +189,11 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     yield "decode, one wrong type", False, partial(wire.decode_bulk, _body(size, 1, TYPE))
     yield "decode, all wrong types", False, partial(wire.decode_bulk, wrong_type)
 
-    for name, body in (("clean", clean), ("one bad", one_bad), ("all bad", bad), ("all wrong types", wrong_type)):
+    with_objects = _body(size, size, OBJECTS)
+    yield "decode, with objects", False, partial(wire.decode_bulk, with_objects)
+
+    bodies = {"clean": clean, "one bad": one_bad, "all bad": bad, "all wrong types": wrong_type}
+    for name, body in (bodies | {"with objects": with_objects}).items():
         yield f"validate, {name}", False, partial(batch.validate, wire.decode_bulk(body))
 
     yield "ids", False, _ids(size)

@@ -15,7 +15,7 @@ from msgspec import UNSET
 from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest.contact_data import is_contact_data, is_object
+from gateway.ingest.contact_data import is_contact_data, is_null, is_object
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
@@ -26,7 +26,6 @@ from gateway.ingest.wire import (
     MistypedMessage,
     Payload,
     encode,
-    is_absent,
 )
 
 # The form of E.164, as in the contract, without numbering plans. [0-9], because \d matches digits of any script.
@@ -105,7 +104,12 @@ class Batch(msgspec.Struct, frozen=True):
 
 def validate(decoded: DecodedBody) -> Draft:
     """Split a request into its valid messages, and an error row for each other message."""
-    return (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
+    draft = (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
+    if decoded.taken_out is not None:
+        for message in draft.messages:
+            message.contact_data = decoded.taken_out.put_back(message.contact_data)
+            message.metadata = decoded.taken_out.put_back(message.metadata)
+    return draft
 
 
 def _validate_whole(decoded: DecodedBody) -> Draft | None:
@@ -125,11 +129,13 @@ def _validate_whole(decoded: DecodedBody) -> Draft | None:
             and _are_numbers(joined_numbers)
             and joined_numbers.count("\n") == len(distinct_numbers) - 1
             and all([message.body for message in messages])
-            and not any([message.contact_data is not UNSET or message.metadata is not UNSET for message in messages])
         )
     except TypeError:
         return None
     if not clean:
+        return None
+    with_objects = [m for m in messages if m.contact_data is not UNSET or m.metadata is not UNSET]
+    if any(map(_refusal_of_objects, with_objects)):
         return None
     indexes = range(len(messages))
     return Draft(messages, recipients, list_numbers, indexes, [], len(messages), decoded.dry_run)  # type: ignore[arg-type]  # all strings
@@ -141,26 +147,13 @@ def _validate_each(decoded: DecodedBody) -> Draft:
         list_number = message.list_number or decoded.list_number
         refusal = _refusal(message, list_number)
         if refusal is None:
-            draft.messages.append(_as_sent(message))
+            draft.messages.append(message)  # type: ignore[arg-type]  # every field was checked: it has a Message's types
             draft.recipients.append(message.to)  # type: ignore[arg-type]  # checked above
             draft.list_numbers.append(list_number)  # type: ignore[arg-type]  # checked above
             indexes.append(index)
         else:
             draft.rows.append(_row(index, message.to, refusal))
-    if decoded.taken_out is not None:
-        for valid in draft.messages:
-            valid.contact_data = decoded.taken_out.put_back(valid.contact_data)
-            valid.metadata = decoded.taken_out.put_back(valid.metadata)
     return draft
-
-
-def _as_sent(message: Message | MistypedMessage) -> Message:
-    """Return a valid message with its null objects removed: null means absent."""
-    if is_absent(message.contact_data):
-        message.contact_data = UNSET
-    if is_absent(message.metadata):
-        message.metadata = UNSET
-    return message  # type: ignore[return-value]  # every field was checked: it has a Message's types
 
 
 def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.Refusal | None:
@@ -178,11 +171,20 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
         return errors.INVALID_LIST_NUMBER
     if message.wrap_links not in (True, False, None):
         return errors.INVALID_WRAP_LINKS
+    return _refusal_of_objects(message)
+
+
+def _refusal_of_objects(message: Message | MistypedMessage) -> errors.Refusal | None:
+    """Check `contact_data` and `metadata`. Remove those that are null: null means absent."""
     contact_data, metadata = message.contact_data, message.metadata
-    if not is_absent(contact_data) and not is_contact_data(contact_data):
-        return errors.INVALID_CONTACT_DATA
-    if not is_absent(metadata) and not is_object(metadata):
-        return errors.INVALID_METADATA
+    if contact_data is not UNSET and not is_contact_data(contact_data):
+        if not is_null(contact_data):
+            return errors.INVALID_CONTACT_DATA
+        message.contact_data = UNSET
+    if metadata is not UNSET and not is_object(metadata):
+        if not is_null(metadata):
+            return errors.INVALID_METADATA
+        message.metadata = UNSET
     return None
 
 

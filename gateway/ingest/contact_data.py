@@ -14,6 +14,7 @@ from msgspec import UNSET, Raw, UnsetType
 # To find a name takes time, and to take its value out takes longer. After MANY_NAMES, only values that may be large are
 # taken out: those whose name is WORTH_BYTES before the next one, or before the end. After MAX_NAMES, none.
 MANY_NAMES, MAX_NAMES, WORTH_BYTES = 1_000, 10_000, 4096
+SMALL_BYTES = 4096  # up to this size, a value may be parsed twice, and its texts are decoded
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -30,6 +31,19 @@ class ContactData(msgspec.Struct, gc=False):
         return all([first_byte(text) in b'"n' for text in texts]) and first_byte(self.custom_fields) in b"{n"
 
 
+class _NoFields(msgspec.Struct, gc=False):
+    """An object of which nothing is built."""
+
+
+class _TypedContactData(msgspec.Struct, gc=False):
+    """The same fields, decoded: a sixth of the time (scripts/bench stages, row "validate, with objects")."""
+
+    first_name: str | None = None
+    last_name: str | None = None
+    timezone: str | None = None
+    custom_fields: _NoFields | None = None
+
+
 class _ParsedInPlace(ContactData, gc=False):
     """An object that other bytes follow. The decoder raises an error then, but has called `__post_init__` before."""
 
@@ -41,7 +55,9 @@ class _ParsedInPlace(ContactData, gc=False):
 
 _NAME = b'"contact_data"'
 _to_object = re.compile(rb"[ \t\r\n]{0,9}+:[ \t\r\n]{0,9}+(?=\{)").match
+_BRACE = ord("{")
 _decode = msgspec.json.Decoder(ContactData).decode
+_decode_typed = msgspec.json.Decoder(_TypedContactData).decode
 _decode_in_place = msgspec.json.Decoder(_ParsedInPlace).decode
 _trailing = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)").fullmatch
 # No body has the byte FF: it is no UTF-8. An object stands for a valid value, a string for any other.
@@ -54,15 +70,24 @@ def first_byte(value: Raw) -> bytes:
     return memoryview(value)[:1].tobytes()  # no copy: the value may have megabytes
 
 
-def is_object(value: Raw | UnsetType) -> bool:
+def is_null(value: Raw) -> bool:
+    """Return True if a raw value is null."""
+    return first_byte(value) == b"n"
+
+
+def is_object(value: Raw) -> bool:
     """Return True if a raw value is a JSON object."""
-    return isinstance(value, Raw) and first_byte(value) == b"{"
+    return memoryview(value)[0] == _BRACE
 
 
-def is_contact_data(value: Raw | UnsetType) -> bool:
+def is_contact_data(value: Raw) -> bool:
     """Return True if a raw value is an object whose known fields, each time the last of its name, have their types."""
-    if not isinstance(value, Raw):
-        return False
+    if len(value) <= SMALL_BYTES:
+        try:
+            _decode_typed(value)
+            return True
+        except (msgspec.DecodeError, RecursionError):
+            pass  # the last value of each name may have its type nevertheless
     try:
         return _decode(value).is_valid()
     except (msgspec.ValidationError, RecursionError):

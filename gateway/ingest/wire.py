@@ -57,7 +57,6 @@ class MistypedMessage(msgspec.Struct, gc=False):
 
 WRONG_TYPE: Final = object()
 NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` that is no object
-_NULL: Final = memoryview(b"null")
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
 _malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
 _is_object = re.compile(rb"[ \t\r\n]*+\{").match
@@ -439,8 +438,3 @@ def encode_with_ids(answer: Answer, ids: Sequence[str]) -> bytes:
 def decode_answer(encoded: bytes) -> Answer:
     """Return a stored answer to a batch."""
     return _answer.decode(encoded)
-
-
-def is_absent(value: Raw | UnsetType) -> bool:
-    """Return True if an optional object was left out, or sent as null."""
-    return value is UNSET or memoryview(value) == _NULL  # no copy: the value may have megabytes

@@ -8,7 +8,7 @@ from msgspec import UNSET, Raw
 
 from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import wire
-from gateway.ingest.contact_data import is_object
+from gateway.ingest.contact_data import is_null, is_object
 from gateway.ingest.wire import (
     LARGE_BODY_BYTES,
     PIECE_BYTES,
@@ -224,8 +224,8 @@ def test_null_and_absent_are_the_same() -> None:
     for name in ("to", "list_number", "body", "wrap_links"):
         assert getattr(absent, name) is getattr(null, name) is None
     for name in ("contact_data", "metadata"):
-        assert wire.is_absent(getattr(absent, name))
-        assert wire.is_absent(getattr(null, name))
+        assert getattr(absent, name) is UNSET
+        assert is_null(getattr(null, name))
 
 
 @pytest.mark.parametrize("value", [b"5", b"1.5", b"true", b"[]", b"{}", b" [ 1 ]"])
