@@ -222,6 +222,7 @@ _loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     _bulk_of(_LooseMessages | _SkippedObject | str | float | bool | None)
 )
 _RawMessages: Any = _Array.of(Raw)
+_loose_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_LooseMessages)
 _raw_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_RawMessages)
 _raw_messages_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     _bulk_of(_RawMessages | _SkippedObject | str | float | bool | None)
@@ -376,11 +377,22 @@ def _decode_raw(body: bytes | bytearray) -> Any:
 def _elements(messages: object) -> list[Any]:
     """Return the elements of the last `messages`; none if it is no array."""
     if isinstance(messages, Raw) and first_byte(messages) == b"[":
-        _Array.built = 0
-        messages = _raw_messages.decode(messages)
+        messages = _decode_array(messages)
     if isinstance(messages, _Array):
-        return messages.elements()
+        return [_loose(element) if isinstance(element, Raw) else element for element in messages.elements()]
     return messages if isinstance(messages, list) else []
+
+
+def _decode_array(messages: Raw) -> _Array:
+    _Array.built = 0
+    try:
+        return _loose_messages.decode(messages)
+    except msgspec.ValidationError:
+        return _raw_messages.decode(messages)
+
+
+def _loose(element: Raw) -> _LooseMessage | None:
+    return _loose_message.decode(element) if first_byte(element) == b"{" else None
 
 
 def _message_of(element: object) -> Message | MistypedMessage:
@@ -388,7 +400,7 @@ def _message_of(element: object) -> Message | MistypedMessage:
         try:
             return _message.decode(element)
         except msgspec.ValidationError:
-            element = _loose_message.decode(element) if first_byte(element) == b"{" else None
+            element = _loose(element)
     if not isinstance(element, _LooseMessage):
         return NOT_A_MESSAGE
     to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
