@@ -33,6 +33,7 @@ from benchmarks.report.machine import REPOSITORY, Machine
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import AckedRange, Destination, IncomingFrames, PublishFramer, Settled
 from gateway.ingest import batch, wire
+from gateway.ingest.contact_data import ContactData, is_contact_data
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
 from gateway.ingest.wire import Answer, Payload
@@ -64,7 +65,7 @@ CHANNEL = 1
 NAME = "sms.outbound"
 MULTIPLIER = 134_956_987_654_321  # any number without a common factor with 62
 FORMAT, TYPE = traffic.WRONG_FORMAT, traffic.WRONG_TYPE
-OBJECTS: dict[str, Any] = {
+WITH_OBJECTS: dict[str, Any] = {
     "contact_data": {
         "first_name": "Ada",
         "last_name": "Lovelace",
@@ -189,11 +190,16 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     yield "decode, one wrong type", False, partial(wire.decode_bulk, _body(size, 1, TYPE))
     yield "decode, all wrong types", False, partial(wire.decode_bulk, wrong_type)
 
-    with_objects = _body(size, size, OBJECTS)
+    with_objects = _body(size, size, WITH_OBJECTS)
     yield "decode, with objects", False, partial(wire.decode_bulk, with_objects)
+    values: list[Any] = [message.contact_data for message in wire.decode_bulk(with_objects).messages]
+    yield "contact_data", False, lambda: [is_contact_data(value) for value in values]
+    fields_of = msgspec.json.Decoder(ContactData).decode
+    yield "its fields as Raw", True, lambda: [fields_of(value).is_valid() for value in values]
 
     bodies = {"clean": clean, "one bad": one_bad, "all bad": bad, "all wrong types": wrong_type}
-    for name, body in (bodies | {"with objects": with_objects}).items():
+    bodies["with objects"] = with_objects
+    for name, body in bodies.items():
         yield f"validate, {name}", False, partial(batch.validate, wire.decode_bulk(body))
 
     yield "ids", False, _ids(size)
@@ -231,8 +237,9 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     yield "prometheus-client", True, _measure_by_prometheus_client(size)
 
 
-def _body(size: int, bad: int = 0, flaw: dict[str, Any] = FORMAT) -> bytes:
-    return msgspec.json.encode({"messages": traffic.messages(size, [LIST_NUMBER], bad=bad, flaws=[flaw])})
+def _body(size: int, changed: int = 0, fields: dict[str, Any] = FORMAT) -> bytes:
+    """Return a batch in which `changed` messages have these fields instead of their own, or beside them."""
+    return msgspec.json.encode({"messages": traffic.messages(size, [LIST_NUMBER], bad=changed, flaws=[fields])})
 
 
 def _build(draft: batch.Draft, ids: list[str], layout: Layout = batch.PLAIN) -> batch.Batch:

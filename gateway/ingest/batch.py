@@ -106,6 +106,7 @@ def validate(decoded: DecodedBody) -> Draft:
     """Split a request into its valid messages, and an error row for each other message."""
     draft = (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
     if decoded.taken_out is not None:
+        # Only now: a check of an original would parse it again.
         for message in draft.messages:
             message.contact_data = decoded.taken_out.put_back(message.contact_data)
             message.metadata = decoded.taken_out.put_back(message.metadata)
@@ -175,7 +176,10 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
 
 
 def _refusal_of_objects(message: Message | MistypedMessage) -> errors.Refusal | None:
-    """Check `contact_data` and `metadata`. Remove those that are null: null means absent."""
+    """Return the refusal of `contact_data` or `metadata`, None if both pass. Remove those that are null.
+
+    Null means absent.
+    """
     contact_data, metadata = message.contact_data, message.metadata
     if contact_data is not UNSET and not is_contact_data(contact_data):
         if not is_null(contact_data):

@@ -1,20 +1,22 @@
-"""`contact_data`: the check of its known fields, and its removal from large bodies while they are decoded. No IO.
+"""`contact_data`: the check of its known fields, and its replacement in large bodies while they are decoded. No IO.
 
-It is passed on byte for byte. So the decoder of a request keeps its bytes, and its known fields take a second parse.
-For 5 MB, that takes too long. So in a large body a parse gives both, where the value stands; then a short value takes
-its place, which passes or fails the same check. Once the messages are validated, the valid ones get theirs back.
+Consumers get the caller's bytes. The decoder of the request keeps them as Raw, so a check of the known fields parses
+them again. In a large body that is too slow. There, `take_out` parses each value once, for its end and its validity,
+and puts a stand-in in its place: a short value that passes or fails the same check. `TakenOut.put_back` restores the
+bytes after validation.
 """
 
 import re
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-# To find a name takes time, and to take its value out takes longer. After MANY_NAMES, only values that may be large are
-# taken out: those whose name is WORTH_BYTES before the next one, or before the end. After MAX_NAMES, none.
+# Up to this size, the typed decoder is tried first. So a value may be parsed twice, and its texts are decoded.
+SMALL_BYTES = 4096
+# Bounds on the work of `take_out`. After MANY_NAMES, a value stays where the next name, or the end of the body, is less
+# than WORTH_BYTES away. After MAX_NAMES, all values stay.
 MANY_NAMES, MAX_NAMES, WORTH_BYTES = 1_000, 10_000, 4096
-SMALL_BYTES = 4096  # up to this size, a value may be parsed twice, and its texts are decoded
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -26,48 +28,48 @@ class ContactData(msgspec.Struct, gc=False):
     custom_fields: Raw = Raw(b"null")
 
     def is_valid(self) -> bool:
-        """Return True if the fields have the contract's types."""
+        """Return True if the fields have the contract's types: a string or null, an object or null."""
         texts = self.first_name, self.last_name, self.timezone
         return all([first_byte(text) in b'"n' for text in texts]) and first_byte(self.custom_fields) in b"{n"
 
 
-class _NoFields(msgspec.Struct, gc=False):
-    """An object of which nothing is built."""
+class SkippedObject(TypedDict):
+    """An object of which nothing is built. No Struct: msgspec allows only one in a union."""
 
 
 class _TypedContactData(msgspec.Struct, gc=False):
-    """The same fields, decoded: a sixth of the time (scripts/bench stages, row "validate, with objects")."""
+    """The same fields, decoded: a tenth of the time of ContactData (scripts/bench stages, "contact_data")."""
 
     first_name: str | None = None
     last_name: str | None = None
     timezone: str | None = None
-    custom_fields: _NoFields | None = None
+    custom_fields: SkippedObject | None = None
 
 
-class _ParsedInPlace(ContactData, gc=False):
-    """An object that other bytes follow. The decoder raises an error then, but has called `__post_init__` before."""
+class _InPlace(ContactData, gc=False):
+    """ContactData with other bytes after it. msgspec calls `__post_init__`, and then raises for the other bytes."""
 
-    last: ClassVar["_ParsedInPlace"]
+    was_valid: ClassVar[bool]
 
     def __post_init__(self) -> None:
-        _ParsedInPlace.last = self
+        _InPlace.was_valid = self.is_valid()
 
 
 _NAME = b'"contact_data"'
 _to_object = re.compile(rb"[ \t\r\n]{0,9}+:[ \t\r\n]{0,9}+(?=\{)").match
-_BRACE = ord("{")
 _decode = msgspec.json.Decoder(ContactData).decode
 _decode_typed = msgspec.json.Decoder(_TypedContactData).decode
-_decode_in_place = msgspec.json.Decoder(_ParsedInPlace).decode
+_decode_in_place = msgspec.json.Decoder(_InPlace).decode
 _trailing = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)").fullmatch
-# No body has the byte FF: it is no UTF-8. An object stands for a valid value, a string for any other.
+# Stand-ins. No body has the byte FF: it is no UTF-8.
 _VALID, _INVALID = b'{"\xff%d":0}', b'"\xff%d"'
 _stand_ins = re.compile(rb'\{"\xff(\d+)":0\}|"\xff(\d+)"')
 
 
 def first_byte(value: Raw) -> bytes:
     """Return the first byte of a raw value. It says of which type the value is."""
-    return memoryview(value)[:1].tobytes()  # no copy: the value may have megabytes
+    # No copy: the value may have megabytes.
+    return memoryview(value)[:1].tobytes()
 
 
 def is_null(value: Raw) -> bool:
@@ -77,7 +79,7 @@ def is_null(value: Raw) -> bool:
 
 def is_object(value: Raw) -> bool:
     """Return True if a raw value is a JSON object."""
-    return memoryview(value)[0] == _BRACE
+    return first_byte(value) == b"{"
 
 
 def is_contact_data(value: Raw) -> bool:
@@ -87,7 +89,7 @@ def is_contact_data(value: Raw) -> bool:
             _decode_typed(value)
             return True
         except (msgspec.DecodeError, RecursionError):
-            pass  # the last value of each name may have its type nevertheless
+            pass  # the last of each name may be right all the same
     try:
         return _decode(value).is_valid()
     except (msgspec.ValidationError, RecursionError):
@@ -95,64 +97,62 @@ def is_contact_data(value: Raw) -> bool:
 
 
 class TakenOut:
-    """The values that were taken out of one body."""
+    """The values that were taken out of one body, in the order of their stand-ins."""
 
     def __init__(self) -> None:
         self._values: list[Raw] = []
-        self._cuts: list[tuple[int, int]] = []  # the end of each stand-in, and the bytes that are missing up to there
+        # Of each stand-in: its end in the shortened body, and how many bytes were removed up to there.
+        self._cuts: list[tuple[int, int]] = []
 
-    def take(self, value: memoryview, start: int, *, valid: bool) -> bytes:
-        """Keep a value. Return what stands for it, from `start` on in the shortened body."""
-        stand_in = (_VALID if valid else _INVALID) % len(self._values)
-        missing = self._cuts[-1][1] if self._cuts else 0
-        self._cuts.append((start + len(stand_in), missing + len(value) - len(stand_in)))
+    def take(self, value: memoryview, start: int, *, is_valid: bool) -> bytes:
+        """Keep the value that begins at `start` in the body. Return its stand-in. To be called in order."""
+        stand_in = (_VALID if is_valid else _INVALID) % len(self._values)
+        removed = self._cuts[-1][1] if self._cuts else 0
+        self._cuts.append((start - removed + len(stand_in), removed + len(value) - len(stand_in)))
         self._values.append(Raw(value))
         return stand_in
 
     def put_back(self, value: Raw | UnsetType) -> Raw | UnsetType:
-        """Return what a value of the shortened body was in the body."""
+        """Return the original of a value from the shortened body."""
         short = b"" if value is UNSET else bytes(memoryview(value))
         if b"\xff" not in short:
             return value
+        # As a rule the stand-in is the whole value. Then nothing is copied.
         found = _stand_ins.fullmatch(short)
-        return self._value_of(found) if found else Raw(_stand_ins.sub(self._value_of, short))
+        return self._original_of(found) if found else Raw(_stand_ins.sub(self._original_of, short))
 
-    def _value_of(self, found: re.Match[bytes]) -> Raw:
+    def _original_of(self, found: re.Match[bytes]) -> Raw:
         return self._values[int(found[1] or found[2])]
 
-    def position(self, short: int) -> int:
-        """Return the position in the body of a byte of the shortened body that is in no stand-in."""
-        return short + next((missing for end, missing in reversed(self._cuts) if end <= short), 0)
+    def position(self, at: int) -> int:
+        """Return the position in the body. `at` is one in the shortened body, outside the stand-ins."""
+        return at + next((removed for end, removed in reversed(self._cuts) if end <= at), 0)
 
 
 def take_out(body: bytes | bytearray) -> tuple[bytes | bytearray, TakenOut | None]:
-    """Return a body of valid UTF-8 without its large values of `contact_data`, and these values; None without any.
+    """Return the shortened body and the values taken out of it; the body itself and None if there are none.
 
-    The shortened body is valid JSON if and only if the body is. For in valid JSON, the quote after `contact_data` ends
-    a string: after the end of a string there are no letters, so the quote before it begins a string, or is part of one.
-    A string before a colon is a key. Where it is another key, its value is put back, or not needed. A name that is
-    written with escapes is not found: its value stays, and is parsed twice.
+    The body must be valid UTF-8. The shortened body is valid JSON if and only if the body is. For in valid JSON the
+    quote after `contact_data` ends a string: if it began one, the letters before it would stand outside of strings. A
+    string before a colon is a key. The key may be a longer one that ends so; then its value is put back, or nothing
+    reads it. A name that is written with escapes is not found. Its value stays, and is parsed twice.
     """
     taken = TakenOut()
     pieces: list[bytes | memoryview] = []
-    whole = memoryview(body)
-    copied = length = 0
+    whole, copied = memoryview(body), 0
     at = body.find(_NAME)
-    for names in range(MAX_NAMES):
+    for names_before in range(MAX_NAMES):
         if at < 0:
             break
         following = body.find(_NAME, at + len(_NAME))
         reach = (following if following >= 0 else len(body)) - at
-        is_worth = names < MANY_NAMES or reach >= WORTH_BYTES
+        is_worth = names_before < MANY_NAMES or reach >= WORTH_BYTES
         if is_worth and (found := _to_object(body, at + len(_NAME))):
             start = found.end()
-            end = _end_of_object(body, start)
-            if end is None:  # malformed: the decoder of the request says where
-                break
-            length += start - copied
-            stand_in = taken.take(whole[start:end], length, valid=_ParsedInPlace.last.is_valid())
-            pieces += [whole[copied:start], stand_in]
-            length += len(stand_in)
+            end = _parse_in_place(body, start)
+            if end is None:
+                break  # the decoder of the request says where
+            pieces += [whole[copied:start], taken.take(whole[start:end], start, is_valid=_InPlace.was_valid)]
             copied = end
             following = body.find(_NAME, end)
         at = following
@@ -161,13 +161,14 @@ def take_out(body: bytes | bytearray) -> tuple[bytes | bytearray, TakenOut | Non
     return b"".join([*pieces, whole[copied:]]), taken
 
 
-def _end_of_object(body: bytes | bytearray, start: int) -> int | None:
-    """Return the end of the object at `start`, after it was parsed as _ParsedInPlace.last; None if it is malformed."""
+def _parse_in_place(body: bytes | bytearray, start: int) -> int | None:
+    """Parse the object at `start` as _InPlace, and return its end; None if it is malformed."""
     try:
         _decode_in_place(memoryview(body)[start:])
     except msgspec.DecodeError as error:
-        found = _trailing(str(error))  # its position is behind the first byte that follows, space apart
+        found = _trailing(str(error))
+        # The position is one past the first byte after the object that is no white space.
         return body.rindex(b"}", start, start + int(found[1]) - 1) + 1 if found else None
     except RecursionError:
         return None
-    return None  # nothing follows it, so the body is malformed
+    return None  # nothing follows: the body is cut off

@@ -2,6 +2,7 @@
 
 A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
 message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
+Large bodies that are slow to parse have a path of their own (`_decode`).
 """
 
 import codecs
@@ -9,23 +10,23 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypedDict, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.contact_data import TakenOut, first_byte, take_out
+from gateway.ingest.contact_data import SkippedObject, TakenOut, first_byte, take_out
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A body above both limits may have too many values to build. Few batches of 1,000 valid messages are above both: each
-# has up to 20 fields, those of its objects included.
+# A body above both limits may have too many values to build. It is decoded by slower types, with the same result. A
+# batch of 1,000 messages reaches the limit with 20 commas in each.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
-# A body above both limits takes long to parse, so it is not parsed twice: large `contact_data` is taken out. With many
-# brackets, no typed messages are tried: after a late value of the wrong type, that parse would be of no use.
-HUGE_BODY_BYTES, MANY_MARKS = 1024 * 1024, 10_000  # of one kind: brackets, backslashes
+# A body above both limits, with so many marks of one kind, is slow to parse: `contact_data` is taken out of it. With
+# many opening brackets, typed messages are not tried: one late value of the wrong type would waste that pass.
+HUGE_BODY_BYTES, MANY_MARKS = 1024 * 1024, 10_000
 MAX_ARRAYS = 100  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
 PIECE_BYTES = 64 * 1024
 
@@ -70,7 +71,7 @@ class DecodedBody(msgspec.Struct):
     list_number: object = None
     typed: bool = True  # False: there may be MistypedMessages
     dry_run: bool = False  # validate and resolve only
-    taken_out: TakenOut | None = None  # what `contact_data` of the messages stands for, until they are validated
+    taken_out: TakenOut | None = None  # the originals of the stand-ins in the objects of the messages
 
 
 class ErrorRow(msgspec.Struct, omit_defaults=True, gc=False):
@@ -174,12 +175,8 @@ class _SkippedArray(msgspec.Struct, array_like=True):
     """An array of which nothing is built."""
 
 
-class _SkippedObject(TypedDict):
-    """An object of which nothing is built."""
-
-
 class _Array(msgspec.Struct, array_like=True):
-    """An array of which one element more than MAX_MESSAGES is built, and the others are skipped.
+    """An array of which up to MAX_MESSAGES + 1 elements are built, and the others are skipped.
 
     msgspec checks the length of a list only after it has built all elements, perhaps a million. Decoding fails at the
     array after MAX_ARRAYS.
@@ -216,16 +213,16 @@ def _bulk_of(messages: Any) -> type[msgspec.Struct]:
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
 _listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
-# Elements of any type, so that one pass is enough. Only a number that no float holds ends it.
+# Elements of any type, so that one pass is enough. Only a number above the range of floats makes it fail.
 _LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | str | float | bool | None)
 _loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _bulk_of(_LooseMessages | _SkippedObject | str | float | bool | None)
+    _bulk_of(_LooseMessages | SkippedObject | str | float | bool | None)
 )
 _RawMessages: Any = _Array.of(Raw)
 _loose_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_LooseMessages)
 _raw_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_RawMessages)
 _raw_messages_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _bulk_of(_RawMessages | _SkippedObject | str | float | bool | None)
+    _bulk_of(_RawMessages | SkippedObject | str | float | bool | None)
 )
 _raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
 _message = msgspec.json.Decoder(Message)
@@ -254,15 +251,15 @@ def _decode(body: bytes | bytearray, decode: Callable[[bytes | bytearray], Decod
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
     built that is not needed, and few bytes are parsed twice (tests/properties/test_work_of_bodies.py).
     """
-    taken_out = None
+    short, taken_out = body, None
     try:
         if not body.isascii():
             _check_utf8(body)
         if len(body) > HUGE_BODY_BYTES and _has_many(b"[{\\", body):
-            body, taken_out = take_out(body)
-        decoded = decode(body)
+            short, taken_out = take_out(body)
+        decoded = decode(short)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidJson(_reason(body, error, taken_out)) from None
+        raise InvalidJson(_reason(short, error, taken_out)) from None
     decoded.taken_out = taken_out
     return decoded
 
@@ -271,7 +268,8 @@ def _decode_messages(body: bytes | bytearray) -> DecodedBody:
     if len(body) > LARGE_BODY_BYTES:
         if not _is_object(body):
             raise InvalidJson(NOT_AN_OBJECT)
-        # Brackets first: where there are many, they are found at once, and each costs more than a comma.
+        # Brackets first: where there are many, they are found at once, and each costs more than a comma. They are
+        # looked for again, because those that were taken out do not count.
         if (len(body) > HUGE_BODY_BYTES and _has_many(b"[{", body)) or _has_many_commas(body):
             return _decode_loosely(body, _loose_bulk)
     try:
@@ -304,7 +302,7 @@ def _has_many_commas(body: bytes | bytearray) -> bool:
 
 
 def _has_many(marks: bytes, body: bytes | bytearray) -> bool:
-    """Return True if there are more than MANY_MARKS of one of these bytes. Few are found faster than counted."""
+    """Return True if there are more than MANY_MARKS of one of these bytes. With few, find is faster than count."""
     for mark in marks:
         found, at = 0, -1
         while (at := body.find(mark, at + 1)) >= 0:
@@ -334,6 +332,8 @@ def _check_utf8(body: bytes | bytearray) -> None:
 def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | None) -> str:
     """Return what is wrong with a body that cannot be decoded, from the decoder's error. Bytes count from 0.
 
+    The body may be a shortened one: the positions are those of the original.
+
     The texts of msgspec's DecodeError are constants, with a position. Those of its ValidationError may quote the body.
     """
     if not body:
@@ -354,9 +354,8 @@ def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | Non
 
 def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> DecodedBody:
     """Decode a body in which some value has the wrong type, or that has very many values."""
-    _Array.built = 0
     try:
-        bulk = decoder.decode(body)
+        bulk = _decode_arrays(decoder, body)
     except msgspec.ValidationError:
         bulk = _decode_raw(body)
     elements = _elements(bulk.messages)
@@ -365,30 +364,32 @@ def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any])
     return DecodedBody([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
 
 
+def _decode_arrays(decoder: msgspec.json.Decoder[Any], value: bytes | bytearray | Raw) -> Any:
+    _Array.built = 0
+    return decoder.decode(value)
+
+
 def _decode_raw(body: bytes | bytearray) -> Any:
     """Decode a body into raw messages. Raises ValidationError, a DecodeError, if it is no object."""
+    # After MAX_ARRAYS, the next types would stop at the same array.
     if _Array.built <= MAX_ARRAYS:
-        _Array.built = 0
         with suppress(msgspec.ValidationError):
-            return _raw_messages_bulk.decode(body)
+            return _decode_arrays(_raw_messages_bulk, body)
     return _raw_bulk.decode(body)
 
 
 def _elements(messages: object) -> list[Any]:
     """Return the elements of the last `messages`; none if it is no array."""
     if isinstance(messages, Raw) and first_byte(messages) == b"[":
-        messages = _decode_array(messages)
+        raw = messages
+        try:
+            messages = _decode_arrays(_loose_messages, raw)
+        except msgspec.ValidationError:
+            messages = _decode_arrays(_raw_messages, raw)
     if isinstance(messages, _Array):
+        # Raw elements may be large: they are not tried as typed messages.
         return [_loose(element) if isinstance(element, Raw) else element for element in messages.elements()]
     return messages if isinstance(messages, list) else []
-
-
-def _decode_array(messages: Raw) -> _Array:
-    _Array.built = 0
-    try:
-        return _loose_messages.decode(messages)
-    except msgspec.ValidationError:
-        return _raw_messages.decode(messages)
 
 
 def _loose(element: Raw) -> _LooseMessage | None:
