@@ -11,6 +11,7 @@ import json
 import random
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import atheris
 import pamqp.frame
@@ -31,12 +32,24 @@ from tests.support.frames import one_by_one
 CHANNEL = 5
 
 
-def try_request(body: bytes) -> None:
-    """Check that a body gives messages or one of four refusals, and that Python's own json reads it alike.
+# With the second, each body takes the path of very many values; with the third, that of one that is slow to parse.
+LIMITS: tuple[dict[str, Any], ...] = (
+    {"LARGE_BODY_BYTES": wire.LARGE_BODY_BYTES},
+    {"LARGE_BODY_BYTES": 0, "MANY_COMMAS": -1},
+    {"HUGE_BODY_BYTES": 0, "MANY_MARKS": 0},
+)
 
-    Every body is tried as that of a batch and as that of a single send.
-    """
-    try_single(body)
+
+def try_request(body: bytes) -> None:
+    """Try a body as that of a batch and as that of a single send, under all limits."""
+    for limits in LIMITS:
+        with patch.multiple(wire, **limits):
+            try_single(body)
+            try_bulk(body)
+
+
+def try_bulk(body: bytes) -> None:
+    """Check that a body gives messages or one of four refusals, and that Python's own json reads it alike."""
     try:
         bulk = wire.decode_bulk(body)
     except InvalidJson:

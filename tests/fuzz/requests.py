@@ -29,6 +29,7 @@ STRANGE = [
     ],
     *[b'{"first_name":7}', b'{"first_name":"A","custom_fields":{}}', b'{"custom_fields":[]}', b'{"timezone":null}'],
     *[b'{"__proto__":{"a":1}}', b'{"a":1,"a":2}', b'{"a":1,}', b'{"\\u0061":"\\u2028"}', b'{ "a" : [ 1 , 2 ] }'],
+    *[b'{"contact_data":{"first_name":1}}', b'{"contact_data" : {"contact_data":{}} }', b'"\\"contact_data\\":{}"'],
 ]
 TEXTS = [
     *[
@@ -41,7 +42,7 @@ TEXTS = [
     *[b'"{{firstName}} {{messageId"', b'"' + b"long " * 300 + b'"'],
 ]
 FIELDS = [b"to", b"list_number", b"body", b"wrap_links", b"contact_data", b"metadata", b"dry_run", b"unknown", b"TO"]
-FIELDS.append(b"t\\u006f")
+FIELDS += [b"t\\u006f", b"contact\\u005fdata", b'\\"contact_data']
 TOKENS = [
     *[
         b"\r\n",
