@@ -44,9 +44,15 @@ PLACES = {
     "an unknown field before an array": (HEAD + b'{"unknown":', b"},[]" + TAIL),
     "an unknown field before too many elements": (HEAD + b'{"unknown":', b"}" + b",1" * 1_000 + TAIL),
     "messages before the last": (b'{"messages":', b',"messages":[1]}'),
+    "an unknown field after a hundred arrays": (
+        b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 100 + HEAD[1:] + GOOD + b'],"unknown":',
+        b"}",
+    ),
     "to": (HEAD + b'{"to":', b"}" + TAIL),
     "body": (HEAD + b'{"to":"+14155551234","list_number":"%b","body":' % LIST_NUMBER, b"}" + TAIL),
+    "body before a bad message": (HEAD + b'{"to":"+14155551234","body":', b'},{"to":1}' + TAIL),
     "metadata": (HEAD + b"{" + FIELDS + b',"metadata":', b"}" + TAIL),
+    "metadata beside contact_data": (HEAD + b"{" + FIELDS + b',"metadata":{"contact_data":{},"x":', b"}}" + TAIL),
     "contact_data": (HEAD + b"{" + FIELDS + b',"contact_data":', b"}" + TAIL),
     "contact_data before a bad message": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b'}},{"to":1}' + TAIL),
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
@@ -97,7 +103,14 @@ def _shapes(places: dict[str, tuple[bytes, bytes]]) -> Iterator[tuple[str, Calla
 
 
 def _texts() -> Iterator[tuple[str, Callable[[], bytes]]]:
-    for name, text in {"emoji": "\N{PILE OF POO}".encode(), "euros": "€".encode(), "newlines": b"\\n"}.items():
+    texts = {
+        "emoji": "\N{PILE OF POO}".encode(),
+        "euros": "€".encode(),
+        "newlines": b"\\n",
+        "letters and an emoji": "\N{PILE OF POO}".encode() + b"a" * 100,
+        "letters and brackets": b"[[[" + b"a" * 100,
+    }
+    for name, text in texts.items():
         yield f"{name} as all bodies", functools.partial(clean_body, text)
 
 

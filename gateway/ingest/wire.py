@@ -2,7 +2,7 @@
 
 A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
 message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
-Large bodies that are slow to parse have a path of their own (`_decode`).
+Large bodies have a path of their own: they are decoded in one pass whatever they contain, or nearly so.
 """
 
 import codecs
@@ -10,24 +10,23 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, cast
+from typing import Any, ClassVar, Final, TypeAlias, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.contact_data import SkippedObject, TakenOut, first_byte, take_out
+from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, SkippedObject, TakenOut, first_byte, take_out
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A body above both limits may have too many values to build. It is decoded by slower types, with the same result. A
-# batch of 1,000 messages reaches the limit with 20 commas in each.
+# A body above the first two limits may have too many values to build, and one above the third takes long to parse. They
+# are decoded by slower types, with the same result. A batch of 1,000 messages reaches 20,000 commas with 20 in each.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
-# A body above both limits, with so many marks of one kind, is slow to parse: `contact_data` is taken out of it. With
-# many opening brackets, typed messages are not tried: one late value of the wrong type would waste that pass.
-HUGE_BODY_BYTES, MANY_MARKS = 1024 * 1024, 10_000
-MAX_ARRAYS = 100  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
+HUGE_BODY_BYTES = 1024 * 1024
+MANY_BRACKETS = 10_000  # of one kind; a huge body with more is slow to parse: `contact_data` is taken out of it
+MAX_ARRAYS = 10  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
 PIECE_BYTES = 64 * 1024
 
 
@@ -155,24 +154,37 @@ class _TypedSingle(Message, gc=False):
     dry_run: bool | None = None
 
 
-@dataclass(slots=True)
+class _SkippedArray(msgspec.Struct, array_like=True):
+    """An array of which nothing is built."""
+
+
+_AnyValue: TypeAlias = str | float | bool | _SkippedArray | SkippedObject | None
+
+
+@dataclass
 class _LooseMessage:
-    # No Struct: msgspec does not take a Struct and an array that is skipped, _SkippedArray, as types of one value.
+    # No Struct: msgspec does not take a Struct and a _SkippedArray as types of one value.
+    to: _AnyValue = None
+    list_number: _AnyValue = None
+    body: _AnyValue = None
+    wrap_links: _AnyValue = None
+    contact_data: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
+
+
+@dataclass
+class _LooseSingle(_LooseMessage):
+    dry_run: Raw | UnsetType = UNSET
+
+
+class _RawMessage(msgspec.Struct, gc=False):
     to: Raw | UnsetType = UNSET
     list_number: Raw | UnsetType = UNSET
     body: Raw | UnsetType = UNSET
     wrap_links: Raw | UnsetType = UNSET
     contact_data: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
-
-
-@dataclass(slots=True)
-class _LooseSingle(_LooseMessage):
-    dry_run: Raw | UnsetType = UNSET
-
-
-class _SkippedArray(msgspec.Struct, array_like=True):
-    """An array of which nothing is built."""
+    dry_run: Raw | UnsetType = UNSET  # of a single send
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -213,7 +225,7 @@ def _bulk_of(messages: Any) -> type[msgspec.Struct]:
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
 _listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
-# Elements of any type, so that one pass is enough. Only a number above the range of floats makes it fail.
+# Values of any type, so that one pass is enough. Only a number above the range of floats makes it fail.
 _LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | str | float | bool | None)
 _loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     _bulk_of(_LooseMessages | SkippedObject | str | float | bool | None)
@@ -229,6 +241,7 @@ _message = msgspec.json.Decoder(Message)
 _loose_message = msgspec.json.Decoder(_LooseMessage)
 _typed_single = msgspec.json.Decoder(_TypedSingle)
 _loose_single = msgspec.json.Decoder(_LooseSingle)
+_raw_message = msgspec.json.Decoder(_RawMessage)
 _answer = msgspec.json.Decoder(Answer)
 _string = msgspec.json.Decoder(str)
 
@@ -255,11 +268,11 @@ def _decode(body: bytes | bytearray, decode: Callable[[bytes | bytearray], Decod
     try:
         if not body.isascii():
             _check_utf8(body)
-        if len(body) > HUGE_BODY_BYTES and _has_many(b"[{\\", body):
+        if len(body) > HUGE_BODY_BYTES and _has_many_brackets(body):
             short, taken_out = take_out(body)
         decoded = decode(short)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidJson(_reason(short, error, taken_out)) from None
+        raise InvalidJson(_reason(body, error, taken_out)) from None
     decoded.taken_out = taken_out
     return decoded
 
@@ -268,14 +281,12 @@ def _decode_messages(body: bytes | bytearray) -> DecodedBody:
     if len(body) > LARGE_BODY_BYTES:
         if not _is_object(body):
             raise InvalidJson(NOT_AN_OBJECT)
-        # Brackets first: where there are many, they are found at once, and each costs more than a comma. They are
-        # looked for again, because those that were taken out do not count.
-        if (len(body) > HUGE_BODY_BYTES and _has_many(b"[{", body)) or _has_many_commas(body):
+        if len(body) > HUGE_BODY_BYTES or _has_many_commas(body):
             return _decode_loosely(body, _loose_bulk)
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
-        return _decode_loosely(body, _listed_bulk if len(body) <= HUGE_BODY_BYTES else _loose_bulk)
+        return _decode_loosely(body, _listed_bulk)
     _check_count(len(typed.messages))
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
@@ -287,8 +298,12 @@ def _decode_message(body: bytes | bytearray) -> DecodedBody:
             return DecodedBody([typed], dry_run=typed.dry_run is True)
         except msgspec.ValidationError:
             pass
-    loose = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
-    return DecodedBody([_message_of(loose)], typed=False, dry_run=_is_dry_run(loose.dry_run))
+    single: _LooseSingle | _RawMessage
+    try:
+        single = _loose_single.decode(body)
+    except msgspec.ValidationError:
+        single = _raw_message.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+    return DecodedBody([_message_of(single)], typed=False, dry_run=_is_dry_run(single.dry_run))
 
 
 def _has_many_commas(body: bytes | bytearray) -> bool:
@@ -301,13 +316,13 @@ def _has_many_commas(body: bytes | bytearray) -> bool:
     return False
 
 
-def _has_many(marks: bytes, body: bytes | bytearray) -> bool:
-    """Return True if there are more than MANY_MARKS of one of these bytes. With few, find is faster than count."""
-    for mark in marks:
-        found, at = 0, -1
-        while (at := body.find(mark, at + 1)) >= 0:
-            found += 1
-            if found > MANY_MARKS:
+def _has_many_brackets(body: bytes | bytearray) -> bool:
+    """Return True if there are more than MANY_BRACKETS of one kind. With few, `find` is faster than `count`."""
+    for bracket in (b"[", b"{"):
+        brackets, at = 0, -1
+        while (at := body.find(bracket, at + 1)) >= 0:
+            brackets += 1
+            if brackets > MANY_BRACKETS:
                 return True
     return False
 
@@ -332,7 +347,7 @@ def _check_utf8(body: bytes | bytearray) -> None:
 def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | None) -> str:
     """Return what is wrong with a body that cannot be decoded, from the decoder's error. Bytes count from 0.
 
-    The body may be a shortened one: the positions are those of the original.
+    With `taken_out`, the decoder had a shortened body: its positions are mapped to those in the body.
 
     The texts of msgspec's DecodeError are constants, with a position. Those of its ValidationError may quote the body.
     """
@@ -341,7 +356,7 @@ def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | Non
     if body.startswith(codecs.BOM_UTF8):
         return "it starts with a byte order mark"
     if isinstance(error, RecursionError):
-        return "it is nested too deeply"
+        return NESTED_TOO_DEEPLY
     if isinstance(error, msgspec.ValidationError):
         return NOT_AN_OBJECT
     found = _malformed(str(error))
@@ -353,15 +368,16 @@ def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | Non
 
 
 def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> DecodedBody:
-    """Decode a body in which some value has the wrong type, or that has very many values."""
+    """Decode a body that is huge, has very many values, or in which some value has the wrong type."""
     try:
         bulk = _decode_arrays(decoder, body)
     except msgspec.ValidationError:
         bulk = _decode_raw(body)
     elements = _elements(bulk.messages)
     _check_count(len(elements))
-    list_number, dry_run = _string_or_none(bulk.list_number), _is_dry_run(bulk.dry_run)
-    return DecodedBody([_message_of(element) for element in elements], list_number, typed=False, dry_run=dry_run)
+    messages = [_message_of(element) for element in elements]
+    are_typed = all([type(message) is Message for message in messages])
+    return DecodedBody(messages, _string_or_none(bulk.list_number), are_typed, _is_dry_run(bulk.dry_run))
 
 
 def _decode_arrays(decoder: msgspec.json.Decoder[Any], value: bytes | bytearray | Raw) -> Any:
@@ -392,8 +408,13 @@ def _elements(messages: object) -> list[Any]:
     return messages if isinstance(messages, list) else []
 
 
-def _loose(element: Raw) -> _LooseMessage | None:
-    return _loose_message.decode(element) if first_byte(element) == b"{" else None
+def _loose(element: Raw) -> _LooseMessage | _RawMessage | None:
+    if first_byte(element) != b"{":
+        return None
+    try:
+        return _loose_message.decode(element)
+    except msgspec.ValidationError:
+        return _raw_message.decode(element)
 
 
 def _message_of(element: object) -> Message | MistypedMessage:
@@ -402,12 +423,20 @@ def _message_of(element: object) -> Message | MistypedMessage:
             return _message.decode(element)
         except msgspec.ValidationError:
             element = _loose(element)
-    if not isinstance(element, _LooseMessage):
+    if isinstance(element, _LooseMessage):
+        texts = [
+            text if text is None or isinstance(text, str) else WRONG_TYPE
+            for text in (element.to, element.list_number, element.body)
+        ]
+        wrap_links = element.wrap_links
+        fields = [*texts, wrap_links if wrap_links is None or isinstance(wrap_links, bool) else WRONG_TYPE]
+    elif isinstance(element, _RawMessage):
+        texts = [_string_or_none(text) for text in (element.to, element.list_number, element.body)]
+        fields = [*texts, _literal(element.wrap_links)]
+    else:
         return NOT_A_MESSAGE
-    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
-    wrap_links = _literal(element.wrap_links)
-    kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
-    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
+    kind: Any = MistypedMessage if WRONG_TYPE in fields else Message
+    message: Message | MistypedMessage = kind(*fields, element.contact_data, element.metadata)
     return message
 
 

@@ -36,7 +36,7 @@ CHANNEL = 5
 LIMITS: tuple[dict[str, Any], ...] = (
     {"LARGE_BODY_BYTES": wire.LARGE_BODY_BYTES},
     {"LARGE_BODY_BYTES": 0, "MANY_COMMAS": -1},
-    {"HUGE_BODY_BYTES": 0, "MANY_MARKS": 0},
+    {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0},
 )
 
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, InvalidJson
 from gateway.ingest import batch, wire
-from gateway.ingest.contact_data import MANY_NAMES, MAX_NAMES, WORTH_BYTES, is_contact_data, take_out
+from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, WORTH_BYTES, is_contact_data, take_out
 from gateway.ingest.wire import decode_bulk, decode_single, encode
 from tests.properties import MORE
 from tests.properties.test_batch import comparable
@@ -61,8 +61,9 @@ EDGE_CASES = [
 ]
 
 
+SMALL, LARGE = b'{"contact_data":{}},', b'{"contact_data":{"x":"' + b"x" * WORTH_BYTES + b'"}}'
 # Every body with a bracket then counts as huge, and as slow to parse.
-NO_LIMITS: Any = {"HUGE_BODY_BYTES": 0, "MANY_MARKS": 0}
+NO_LIMITS: Any = {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
 
 
 def outcome(body: bytes, decode: Any, *, is_taken_out: bool) -> Any:
@@ -122,20 +123,24 @@ def test_nothing_of_a_body_is_kept() -> None:
     body.clear()  # raises BufferError as long as anything refers to it
 
 
-@pytest.mark.parametrize(
-    ("names_before", "taken", "is_large_taken"),
-    [
-        (0, 1, True),
-        (MANY_NAMES - 1, MANY_NAMES, True),
-        (MANY_NAMES + 500, MANY_NAMES + 1, True),
-        (MAX_NAMES, MANY_NAMES, False),
-    ],
-)
-def test_with_many_names_only_large_values_are_taken_out_and_then_none(
-    names_before: int, taken: int, *, is_large_taken: bool
-) -> None:
-    small = b'{"contact_data":{}},'
-    large = b'{"contact_data":{"x":"' + b"x" * WORTH_BYTES + b'"}}'
-    short, _ = take_out(b"[" + small * names_before + large + b"]")
-    assert short.count(b"\xff") == taken
-    assert (b"xx" not in short) == is_large_taken
+@pytest.mark.parametrize("names", [0, MANY_VALUES - 1, MANY_VALUES + 500])
+def test_with_many_names_only_large_values_are_taken_out(names: int) -> None:
+    short, _ = take_out(b"[" + SMALL * names + LARGE + b"]")
+    assert short.count(b"\xff") == min(names, MANY_VALUES) + 1
+    assert b"xx" not in short
+
+
+def test_the_last_names_are_found() -> None:
+    short, _ = take_out(b"[" + LARGE + b"," + SMALL * MAX_NAMES + b"1]")
+    assert short.count(b"\xff") == MANY_VALUES
+    assert b"xx" in short
+
+
+def test_objects_that_are_nested_too_deeply_together_are_refused() -> None:
+    """Up to about a thousand levels. A consumer could not decode more."""
+    inner = b'{"contact_data":{"x":' + b"[" * 600 + b"]" * 600 + b"}}"
+    nested = b'{"x":' + b"[" * 600 + inner + b"]" * 600 + b"}"
+    for field in (b"metadata", b"contact_data"):
+        request = b'{"messages":[{' + FIELDS.encode() + b',"' + field + b'":' + nested + b"}]}"
+        with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson, match="nested too deeply"):
+            batch.validate(decode_bulk(request))

@@ -4,6 +4,7 @@ The event loop serves nobody else meanwhile. A ratio of CPU times within one run
 Resident memory shows the allocations. docs/evidence/performance.md has the figures.
 """
 
+import ctypes
 import subprocess
 import sys
 import time
@@ -74,8 +75,10 @@ def test_no_body_takes_much_memory() -> None:
 
 def measure_peaks() -> Iterator[str]:
     """Yield each shape with the highest resident memory during its processing, above that before, in MB."""
+    trim = ctypes.CDLL(None).malloc_trim
     for name, make in ALL_SHAPES.items():
         body = make()
+        trim(0)  # memory that earlier shapes have left would not show
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts at the present
         before = _resident_kb("VmRSS")
         process(body, name)
