@@ -2,7 +2,7 @@
 
 A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
 message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
-Large bodies have a path of their own: they are decoded in one pass whatever they contain, or nearly so.
+Huge bodies take neither way: one pass decodes nearly all of them, whatever they contain (docs/decisions, 0048).
 """
 
 import codecs
@@ -158,6 +158,7 @@ class _SkippedArray(msgspec.Struct, array_like=True):
     """An array of which nothing is built."""
 
 
+# Of any JSON type: a number above the range of floats alone makes the decoder fail.
 _AnyValue: TypeAlias = str | float | bool | _SkippedArray | SkippedObject | None
 
 
@@ -225,7 +226,6 @@ def _bulk_of(messages: Any) -> type[msgspec.Struct]:
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
 _listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
-# Values of any type, so that one pass is enough. Only a number above the range of floats makes it fail.
 _LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | str | float | bool | None)
 _loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     _bulk_of(_LooseMessages | SkippedObject | str | float | bool | None)
@@ -238,7 +238,6 @@ _raw_messages_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 )
 _raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
 _message = msgspec.json.Decoder(Message)
-_loose_message = msgspec.json.Decoder(_LooseMessage)
 _typed_single = msgspec.json.Decoder(_TypedSingle)
 _loose_single = msgspec.json.Decoder(_LooseSingle)
 _raw_message = msgspec.json.Decoder(_RawMessage)
@@ -404,17 +403,12 @@ def _elements(messages: object) -> list[Any]:
             messages = _decode_arrays(_raw_messages, raw)
     if isinstance(messages, _Array):
         # Raw elements may be large: they are not tried as typed messages.
-        return [_loose(element) if isinstance(element, Raw) else element for element in messages.elements()]
+        return [_raw(element) if isinstance(element, Raw) else element for element in messages.elements()]
     return messages if isinstance(messages, list) else []
 
 
-def _loose(element: Raw) -> _LooseMessage | _RawMessage | None:
-    if first_byte(element) != b"{":
-        return None
-    try:
-        return _loose_message.decode(element)
-    except msgspec.ValidationError:
-        return _raw_message.decode(element)
+def _raw(element: Raw) -> _RawMessage | None:
+    return _raw_message.decode(element) if first_byte(element) == b"{" else None
 
 
 def _message_of(element: object) -> Message | MistypedMessage:
@@ -422,7 +416,7 @@ def _message_of(element: object) -> Message | MistypedMessage:
         try:
             return _message.decode(element)
         except msgspec.ValidationError:
-            element = _loose(element)
+            element = _raw(element)
     if isinstance(element, _LooseMessage):
         texts = [
             text if text is None or isinstance(text, str) else WRONG_TYPE
