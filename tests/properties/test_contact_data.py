@@ -139,7 +139,7 @@ def test_the_last_names_are_found() -> None:
 def test_objects_that_are_nested_too_deeply_together_are_refused() -> None:
     """Up to about a thousand levels. A consumer could not decode more."""
     inner = b'{"contact_data":{"x":' + b"[" * 600 + b"]" * 600 + b"}}"
-    nested = b'{"x":' + b"[" * 600 + inner + b"]" * 600 + b"}"
+    nested = b'{"y":{"contact_data":{}},"x":' + b"[" * 600 + inner + b"]" * 600 + b"}"
     for field in (b"metadata", b"contact_data"):
         request = b'{"messages":[{' + FIELDS.encode() + b',"' + field + b'":' + nested + b"}]}"
         with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson, match="nested too deeply"):
