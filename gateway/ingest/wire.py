@@ -2,7 +2,7 @@
 
 A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
 message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
-Huge bodies take neither way: one pass decodes nearly all of them, whatever they contain (docs/decisions, 0048).
+Bodies with very many values, and huge ones with a wrong type, are decoded by types that take any value.
 """
 
 import codecs
@@ -21,12 +21,13 @@ from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, SkippedObject, TakenO
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A body above the first two limits may have too many values to build, and one above the third takes long to parse. They
-# are decoded by slower types, with the same result. A batch of 1,000 messages reaches 20,000 commas with 20 in each.
+# A body above both limits may have too many values to build. It is decoded by slower types, with the same result. A
+# batch of 1,000 messages reaches the limit with 20 commas in each.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
-HUGE_BODY_BYTES = 1024 * 1024
-MANY_BRACKETS = 10_000  # of one kind; a huge body with more is slow to parse: `contact_data` is taken out of it
-MAX_ARRAYS = 10  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
+# A body above both limits, of one kind of bracket, is slow to parse. So `contact_data` is taken out of it. If it still
+# has so many, typed messages are not tried: one late value of the wrong type would waste that pass.
+HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
+MAX_ARRAYS = 3  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
 PIECE_BYTES = 64 * 1024
 
 
@@ -60,6 +61,8 @@ NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` 
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
 _malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
 _is_object = re.compile(rb"[ \t\r\n]*+\{").match
+_TO_ZEROS_AND_SPACES = bytes(ord("0") if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
+_LONG_NUMBER = b"0" * 100
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -158,34 +161,20 @@ class _SkippedArray(msgspec.Struct, array_like=True):
     """An array of which nothing is built."""
 
 
-# Of any JSON type: a number above the range of floats alone makes the decoder fail.
-_AnyValue: TypeAlias = str | float | bool | _SkippedArray | SkippedObject | None
-
-
-@dataclass
+@dataclass(slots=True)
 class _LooseMessage:
     # No Struct: msgspec does not take a Struct and a _SkippedArray as types of one value.
-    to: _AnyValue = None
-    list_number: _AnyValue = None
-    body: _AnyValue = None
-    wrap_links: _AnyValue = None
-    contact_data: Raw | UnsetType = UNSET
-    metadata: Raw | UnsetType = UNSET
-
-
-@dataclass
-class _LooseSingle(_LooseMessage):
-    dry_run: Raw | UnsetType = UNSET
-
-
-class _RawMessage(msgspec.Struct, gc=False):
     to: Raw | UnsetType = UNSET
     list_number: Raw | UnsetType = UNSET
     body: Raw | UnsetType = UNSET
     wrap_links: Raw | UnsetType = UNSET
     contact_data: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
-    dry_run: Raw | UnsetType = UNSET  # of a single send
+
+
+@dataclass(slots=True)
+class _LooseSingle(_LooseMessage):
+    dry_run: Raw | UnsetType = UNSET
 
 
 class _Array(msgspec.Struct, array_like=True):
@@ -223,24 +212,24 @@ def _bulk_of(messages: Any) -> type[msgspec.Struct]:
     return msgspec.defstruct("Bulk", fields)
 
 
+_AnyDecoder: TypeAlias = msgspec.json.Decoder[Any]
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
 _listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
-_LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | str | float | bool | None)
-_loose_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _bulk_of(_LooseMessages | SkippedObject | str | float | bool | None)
-)
+# What is no message. No float: to convert 1e300 takes up to 9 µs. Decoding fails at a fraction or an exponent.
+_Other: TypeAlias = str | int | bool | None
+_LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | _Other)
 _RawMessages: Any = _Array.of(Raw)
-_loose_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_LooseMessages)
-_raw_messages: msgspec.json.Decoder[_Array] = msgspec.json.Decoder(_RawMessages)
-_raw_messages_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    _bulk_of(_RawMessages | SkippedObject | str | float | bool | None)
-)
+# Tried in order; from the second on where a long number would take long to convert.
+_loose_bulks: list[_AnyDecoder] = [
+    msgspec.json.Decoder(_bulk_of(messages | SkippedObject | _Other)) for messages in (_LooseMessages, _RawMessages)
+]
+_loose_arrays: list[_AnyDecoder] = [msgspec.json.Decoder(messages) for messages in (_LooseMessages, _RawMessages)]
 _raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
 _message = msgspec.json.Decoder(Message)
 _typed_single = msgspec.json.Decoder(_TypedSingle)
+_loose_message = msgspec.json.Decoder(_LooseMessage)
 _loose_single = msgspec.json.Decoder(_LooseSingle)
-_raw_message = msgspec.json.Decoder(_RawMessage)
 _answer = msgspec.json.Decoder(Answer)
 _string = msgspec.json.Decoder(str)
 
@@ -280,12 +269,13 @@ def _decode_messages(body: bytes | bytearray) -> DecodedBody:
     if len(body) > LARGE_BODY_BYTES:
         if not _is_object(body):
             raise InvalidJson(NOT_AN_OBJECT)
-        if len(body) > HUGE_BODY_BYTES or _has_many_commas(body):
-            return _decode_loosely(body, _loose_bulk)
+        if _has_more(MANY_COMMAS, b",", body) or (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)):
+            return _decode_loosely(body, _fast_enough(_loose_bulks, body))
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
-        return _decode_loosely(body, _listed_bulk)
+        is_huge = len(body) > HUGE_BODY_BYTES
+        return _decode_loosely(body, _fast_enough(_loose_bulks, body) if is_huge else [_listed_bulk])
     _check_count(len(typed.messages))
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
@@ -297,32 +287,23 @@ def _decode_message(body: bytes | bytearray) -> DecodedBody:
             return DecodedBody([typed], dry_run=typed.dry_run is True)
         except msgspec.ValidationError:
             pass
-    single: _LooseSingle | _RawMessage
-    try:
-        single = _loose_single.decode(body)
-    except msgspec.ValidationError:
-        single = _raw_message.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
+    single = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
     return DecodedBody([_message_of(single)], typed=False, dry_run=_is_dry_run(single.dry_run))
 
 
-def _has_many_commas(body: bytes | bytearray) -> bool:
-    """Return True if there are more than MANY_COMMAS. Stops soon after that number: a body may have 2.6 million."""
-    commas = 0
-    for start in range(0, len(body), PIECE_BYTES):
-        commas += body.count(b",", start, start + PIECE_BYTES)
-        if commas > MANY_COMMAS:
-            return True
-    return False
-
-
 def _has_many_brackets(body: bytes | bytearray) -> bool:
-    """Return True if there are more than MANY_BRACKETS of one kind. With few, `find` is faster than `count`."""
-    for bracket in (b"[", b"{"):
-        brackets, at = 0, -1
-        while (at := body.find(bracket, at + 1)) >= 0:
-            brackets += 1
-            if brackets > MANY_BRACKETS:
-                return True
+    return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
+
+
+def _has_more(most: int, mark: bytes, body: bytes | bytearray) -> bool:
+    """Return True if a byte occurs more than `most` times. In a huge body with few, `find` is faster than `count`."""
+    if len(body) <= HUGE_BODY_BYTES:
+        return body.count(mark) > most
+    found, at = 0, -1
+    while (at := body.find(mark, at + 1)) >= 0:
+        found += 1
+        if found > most:
+            return True
     return False
 
 
@@ -366,12 +347,9 @@ def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | Non
     return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
 
 
-def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any]) -> DecodedBody:
-    """Decode a body that is huge, has very many values, or in which some value has the wrong type."""
-    try:
-        bulk = _decode_arrays(decoder, body)
-    except msgspec.ValidationError:
-        bulk = _decode_raw(body)
+def _decode_loosely(body: bytes | bytearray, decoders: Sequence[_AnyDecoder]) -> DecodedBody:
+    """Decode a body in which some value has the wrong type, or that has very many values."""
+    bulk = _first_bulk(body, decoders)
     elements = _elements(bulk.messages)
     _check_count(len(elements))
     messages = [_message_of(element) for element in elements]
@@ -379,36 +357,53 @@ def _decode_loosely(body: bytes | bytearray, decoder: msgspec.json.Decoder[Any])
     return DecodedBody(messages, _string_or_none(bulk.list_number), are_typed, _is_dry_run(bulk.dry_run))
 
 
-def _decode_arrays(decoder: msgspec.json.Decoder[Any], value: bytes | bytearray | Raw) -> Any:
-    _Array.built = 0
-    return decoder.decode(value)
+def _first_bulk(body: bytes | bytearray, decoders: Sequence[_AnyDecoder]) -> Any:
+    """Decode a body by the first of these that does not fail.
 
-
-def _decode_raw(body: bytes | bytearray) -> Any:
-    """Decode a body into raw messages. Raises ValidationError, a DecodeError, if it is no object."""
-    # After MAX_ARRAYS, the next types would stop at the same array.
-    if _Array.built <= MAX_ARRAYS:
-        with suppress(msgspec.ValidationError):
-            return _decode_arrays(_raw_messages_bulk, body)
+    Raises ValidationError, a DecodeError, if the body is no object.
+    """
+    for decoder in decoders:
+        _Array.built = 0
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError:
+            if _Array.built > MAX_ARRAYS:
+                break  # the next one would fail at the same array
     return _raw_bulk.decode(body)
+
+
+def _fast_enough(decoders: list[_AnyDecoder], value: bytes | bytearray | Raw) -> list[_AnyDecoder]:
+    """Return the decoders that take no long time for a number of many digits."""
+    whole = bytes(value)
+    # A number of 100 digits has two of every 50th byte.
+    if b"00" in whole[::50].translate(_TO_ZEROS_AND_SPACES):
+        for start in range(0, len(whole), PIECE_BYTES):
+            piece = whole[start : start + PIECE_BYTES + len(_LONG_NUMBER)]
+            if _LONG_NUMBER in piece.translate(_TO_ZEROS_AND_SPACES):
+                return decoders[1:]
+    return decoders
 
 
 def _elements(messages: object) -> list[Any]:
     """Return the elements of the last `messages`; none if it is no array."""
-    if isinstance(messages, Raw) and first_byte(messages) == b"[":
-        raw = messages
-        try:
-            messages = _decode_arrays(_loose_messages, raw)
-        except msgspec.ValidationError:
-            messages = _decode_arrays(_raw_messages, raw)
+    if isinstance(messages, Raw):
+        messages = _array_of(messages)
     if isinstance(messages, _Array):
         # Raw elements may be large: they are not tried as typed messages.
-        return [_raw(element) if isinstance(element, Raw) else element for element in messages.elements()]
+        return [_loose(element) if isinstance(element, Raw) else element for element in messages.elements()]
     return messages if isinstance(messages, list) else []
 
 
-def _raw(element: Raw) -> _RawMessage | None:
-    return _raw_message.decode(element) if first_byte(element) == b"{" else None
+def _array_of(messages: Raw) -> _Array | None:
+    for decoder in _fast_enough(_loose_arrays, messages):
+        _Array.built = 0
+        with suppress(msgspec.ValidationError):
+            return cast("_Array", decoder.decode(messages))
+    return None
+
+
+def _loose(element: Raw) -> _LooseMessage | None:
+    return _loose_message.decode(element) if first_byte(element) == b"{" else None
 
 
 def _message_of(element: object) -> Message | MistypedMessage:
@@ -416,21 +411,13 @@ def _message_of(element: object) -> Message | MistypedMessage:
         try:
             return _message.decode(element)
         except msgspec.ValidationError:
-            element = _raw(element)
-    if isinstance(element, _LooseMessage):
-        texts = [
-            text if text is None or isinstance(text, str) else WRONG_TYPE
-            for text in (element.to, element.list_number, element.body)
-        ]
-        wrap_links = element.wrap_links
-        fields = [*texts, wrap_links if wrap_links is None or isinstance(wrap_links, bool) else WRONG_TYPE]
-    elif isinstance(element, _RawMessage):
-        texts = [_string_or_none(text) for text in (element.to, element.list_number, element.body)]
-        fields = [*texts, _literal(element.wrap_links)]
-    else:
+            element = _loose(element)
+    if not isinstance(element, _LooseMessage):
         return NOT_A_MESSAGE
-    kind: Any = MistypedMessage if WRONG_TYPE in fields else Message
-    message: Message | MistypedMessage = kind(*fields, element.contact_data, element.metadata)
+    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
+    wrap_links = _literal(element.wrap_links)
+    kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
+    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
     return message
 
 
