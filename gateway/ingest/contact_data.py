@@ -20,7 +20,7 @@ SMALL_BYTES = 4096
 # Bounds on the work of `take_out`. Values stay that stand before the last MAX_NAMES. After MANY_VALUES, one also stays
 # if the next name, or the end of the body, is less than WORTH_BYTES away: to take it out takes longer than to parse it.
 MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 1024
-FLAT_BYTES = 32  # a value adds at most half as many levels
+TINY_BYTES = 32  # a value of up to this size stays: to put it back may copy megabytes around it
 NESTED_TOO_DEEPLY = "it is nested too deeply"  # of a body: the reason of an InvalidJson
 
 
@@ -136,9 +136,7 @@ class TakenOut:
             pieces += [short[copied : found.start()], original]
             copied = found.end()
             at = short.find(_MARK, copied)
-        whole = b"".join([*pieces, short[copied:]])
-        is_deeper = any(len(piece) > FLAT_BYTES for piece in pieces[1::2])
-        return _checked(whole) if is_deeper else Raw(whole)
+        return _checked(b"".join([*pieces, short[copied:]]))
 
     def position(self, at: int) -> int:
         """Return the position in the body. `at` is one in the shortened body, outside the stand-ins."""
@@ -167,6 +165,8 @@ def take_out(body: bytes | bytearray) -> tuple[bytes | bytearray, TakenOut | Non
         end = _parse_in_place(body, start)
         if end is None:
             break  # the decoder of the request says what is wrong
+        if end - start <= TINY_BYTES:
+            continue
         pieces += [whole[copied:start], taken.take(whole[start:end], start, is_valid=_InPlace.was_valid)]
         copied = end
     if not pieces:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from gateway.errors import GatewayError, InvalidJson
-from gateway.ingest import batch, wire
-from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, WORTH_BYTES, is_contact_data, take_out
+from gateway.ingest import batch, contact_data, wire
+from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, TINY_BYTES, WORTH_BYTES, is_contact_data, take_out
 from gateway.ingest.wire import decode_bulk, decode_single, encode
 from tests.properties import MORE
 from tests.properties.test_batch import comparable
@@ -61,7 +61,10 @@ EDGE_CASES = [
 ]
 
 
-SMALL, LARGE = b'{"contact_data":{}},', b'{"contact_data":{"x":"' + b"x" * WORTH_BYTES + b'"}}'
+SMALL, LARGE = (
+    b'{"contact_data":{"a":"%b"}},' % (b"a" * TINY_BYTES),
+    b'{"contact_data":{"x":"' + b"x" * WORTH_BYTES + b'"}}',
+)
 # Every body with a bracket then counts as huge, and as slow to parse.
 NO_LIMITS: Any = {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
 
@@ -69,7 +72,8 @@ NO_LIMITS: Any = {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
 def outcome(body: bytes, decode: Any, *, is_taken_out: bool) -> Any:
     """Return all that comes of a body that counts as huge: its payloads and rows, or the refusal."""
     keep: Any = patch.object(wire, "take_out", lambda whole: (whole, None))
-    with patch.multiple(wire, **NO_LIMITS), nullcontext() if is_taken_out else keep:
+    tiny = patch.object(contact_data, "TINY_BYTES", 0)
+    with patch.multiple(wire, **NO_LIMITS), tiny, nullcontext() if is_taken_out else keep:
         try:
             return comparable(batch.validate(decode(body)))
         except GatewayError as refusal:
