@@ -23,6 +23,7 @@ from benchmarks.report.machine import Machine
 from testbed.bodies import LIST_NUMBER, SHAPES, SINGLE_SHAPES, clean_body
 
 CLEAN = "a clean body"
+BAR = 1.5
 SHOWN = 20  # rows of the report: the most expensive shapes
 
 
@@ -31,7 +32,7 @@ class Options(msgspec.Struct, frozen=True):
 
     like: str = ""  # only shapes whose name contains it
     rounds: int = 1
-    bodies: int = 4  # of each shape in a round, in turn with clean ones
+    bodies: int = 4  # of each shape in a round, in turn with clean ones; five times as many of one above the bar
 
 
 class Reading(msgspec.Struct):
@@ -78,6 +79,9 @@ def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
             for name, path, make in chosen:
                 body = make().replace(LIST_NUMBER, backends.list_numbers[0].encode())
                 pairs = [(caller.send(body, path), caller.send(clean)) for _ in range(options.bodies)]
+                if median(cpu_ms for (_, cpu_ms), _ in pairs) > BAR * median(cpu_ms for _, (_, cpu_ms) in pairs):
+                    # Of so many shapes, some meet other work of the machine.
+                    pairs += [(caller.send(body, path), caller.send(clean)) for _ in range(4 * options.bodies)]
                 yield Reading(
                     name,
                     pairs[-1][0][0],
@@ -122,7 +126,7 @@ def ratios_of(readings: list[Reading]) -> dict[str, Figure]:
 
 def bars_of(readings: list[Reading]) -> list[Bar]:
     """Return the bar of row 13: the shape with the highest ratio; no bar without readings."""
-    return [Bar("13", shape, ratio, 1.5, False) for shape, ratio in list(ratios_of(readings).items())[:1]]
+    return [Bar("13", shape, ratio, BAR, False) for shape, ratio in list(ratios_of(readings).items())[:1]]
 
 
 def show(reading: Reading) -> str:
