@@ -269,6 +269,7 @@ def _decode_messages(body: bytes | bytearray) -> DecodedBody:
     if len(body) > LARGE_BODY_BYTES:
         if not _is_object(body):
             raise InvalidJson(NOT_AN_OBJECT)
+        # Brackets are counted again: those that were taken out do not matter any more.
         if _has_more(MANY_COMMAS, b",", body) or (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)):
             return _decode_loosely(body, _fast_enough(_loose_bulks, body))
     try:
