@@ -43,7 +43,10 @@ PLACES = {
     "an unknown field before a bad one": (HEAD + b'{"unknown":', b',"to":1}' + TAIL),
     "an unknown field before an array": (HEAD + b'{"unknown":', b"},[]" + TAIL),
     "an unknown field before too many elements": (HEAD + b'{"unknown":', b"}" + b",{}" * 1_000 + TAIL),
+    "an unknown field before a fraction": (HEAD + b'{"unknown":', b"},1.5" + TAIL),
     "messages before the last": (b'{"messages":', b',"messages":[1]}'),
+    "an unknown field after four messages": (b"{" + b'"messages":[],' * 3 + HEAD[1:] + b'{"unknown":', b"}" + TAIL),
+    "an unknown field after an escaped name": (rb'{"m\u0065ssages":[{"unknown":', b"}]}"),
     "an unknown field after two arrays": (
         b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + GOOD + b'],"unknown":',
         b"}",
@@ -54,6 +57,12 @@ PLACES = {
     "metadata beside contact_data": (HEAD + b"{" + FIELDS + b',"metadata":{"contact_data":{},"x":', b"}}" + TAIL),
     "contact_data": (HEAD + b"{" + FIELDS + b',"contact_data":', b"}" + TAIL),
     "contact_data before a bad message": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b'}},{"to":1}' + TAIL),
+    "contact_data with an escaped name": (HEAD + b"{" + FIELDS + rb',"contact_dat\u0061":', b"}" + TAIL),
+    "contact_data before its end is malformed": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b"!}}" + TAIL),
+    "contact_data before many of its name": (
+        HEAD + b"{" + FIELDS + b',"contact_data":{"x":',
+        b"}" + b',"contact_data":1' * 10_000 + b"}" + TAIL,
+    ),
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }
@@ -106,6 +115,8 @@ def _shapes(places: dict[str, tuple[bytes, bytes]]) -> Iterator[tuple[str, Calla
 
 def _texts() -> Iterator[tuple[str, Callable[[], bytes]]]:
     texts = {
+        "letters": b"a",
+        "escapes": b"\\u20ac",
         "emoji": "\N{PILE OF POO}".encode(),
         "euros": "€".encode(),
         "newlines": b"\\n",
@@ -114,6 +125,13 @@ def _texts() -> Iterator[tuple[str, Callable[[], bytes]]]:
     }
     for name, text in texts.items():
         yield f"{name} as all bodies", functools.partial(clean_body, text)
+        yield f"{name} before a bad one as all bodies", functools.partial(_with_a_bad_one, text)
+
+
+def _with_a_bad_one(text: bytes) -> bytes:
+    """Return a clean body but for the number of the last message, which has the wrong type."""
+    before, to, after = clean_body(text).rpartition(b'"+14155551234"')
+    return before + b"1" * len(to) + after
 
 
 SHAPES: dict[str, Callable[[], bytes]] = dict([*_shapes(PLACES), *_texts()])

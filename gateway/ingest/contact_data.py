@@ -8,12 +8,13 @@ bytes after validation.
 
 import re
 from itertools import pairwise
-from typing import ClassVar, TypedDict
+from typing import TypedDict
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidJson
+from gateway.ingest.in_place import Body, InPlace, Malformed, check
 
 # Up to this size, the typed decoder is tried first. So a value may be parsed twice, and its texts are decoded.
 SMALL_BYTES = 4096
@@ -51,21 +52,14 @@ class _TypedContactData(msgspec.Struct, gc=False):
     custom_fields: SkippedObject | None = None
 
 
-class _InPlace(ContactData, gc=False):
-    """ContactData with other bytes after it. msgspec calls `__post_init__`, and then raises for the other bytes."""
-
-    was_valid: ClassVar[bool]
-
-    def __post_init__(self) -> None:
-        _InPlace.was_valid = self.is_valid()
-
-
 _NAME = b'"contact_data"'
+_ESCAPE = b"\\u00"
+_escaped_name = re.compile(rb'"%b"' % b"".join([rb"(?:%c|\\u00(?i:%x))" % (byte, byte) for byte in _NAME[1:-1]])).match
+_STARTS_OF_ESCAPED_NAMES = [_NAME[:letters] + _ESCAPE for letters in range(1, len(_NAME) - 1)]
 _to_object = re.compile(rb"[ \t\r\n]{0,999}+:[ \t\r\n]{0,999}+(?=\{)").match
 _decode = msgspec.json.Decoder(ContactData).decode
 _decode_typed = msgspec.json.Decoder(_TypedContactData).decode
-_decode_in_place = msgspec.json.Decoder(_InPlace).decode
-_trailing = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)").fullmatch
+_in_place = InPlace(ContactData)
 _skip = msgspec.json.Decoder(Raw).decode
 # Stand-ins. No body has the byte FF: it is no UTF-8. An object passes the check, an array does not.
 _MARK = b"\xff"
@@ -143,62 +137,72 @@ class TakenOut:
         return at + next((removed for end, removed in reversed(self._cuts) if end <= at), 0)
 
 
-def take_out(body: bytes | bytearray) -> tuple[bytes | bytearray, TakenOut | None]:
+def take_out(body: Body) -> tuple[Body, TakenOut | None]:
     """Return the shortened body and the values taken out of it; the body itself and None if there are none.
 
-    Raises RecursionError if such a value is nested too deeply. The body must be valid UTF-8.
+    Raises Malformed, and RecursionError if such a value is nested too deeply. The body must be valid UTF-8.
 
     The shortened body is valid JSON if and only if the body is. For in valid JSON the quote after `contact_data` ends a
     string: if it began one, the letters before it would stand outside of strings. A string before a colon is a key. The
-    key may be a longer one that ends so; then its value is put back, or nothing reads it. A name that is written with
-    escapes is not found. Its value stays, and is parsed twice.
+    key may be a longer one that ends so; then its value is put back, or nothing reads it.
     """
     taken = TakenOut()
     pieces: list[bytes | memoryview] = []
     whole, copied = memoryview(body), 0
-    names = _names_in(body)
-    for at, following in pairwise([*names, len(body)]):
+    for at, following in pairwise([*_ends_of_names(body), len(body)]):
         is_worth = len(pieces) < 2 * MANY_VALUES or following - at >= WORTH_BYTES
-        if at < copied or not is_worth or not (found := _to_object(body, at + len(_NAME))):
+        if at < copied or not is_worth or not (found := _to_object(body, at)):
             continue
         start = found.end()
-        end = _parse_in_place(body, start)
-        if end is None:
-            break  # the decoder of the request says what is wrong
+        try:
+            value, after = _in_place.decode(body, start)
+        except Malformed:
+            _check_start([*pieces, whole[copied:start]], taken)
+            raise
+        end = body.rindex(b"}", start, after) + 1
         if end - start <= TINY_BYTES:
             continue
-        pieces += [whole[copied:start], taken.take(whole[start:end], start, is_valid=_InPlace.was_valid)]
+        pieces += [whole[copied:start], taken.take(whole[start:end], start, is_valid=value.is_valid())]
         copied = end
     if not pieces:
         return body, None
     return b"".join([*pieces, whole[copied:]]), taken
 
 
-def _names_in(body: bytes | bytearray) -> list[int]:
-    """Return where the name stands, in order; the last MAX_NAMES of them.
-
-    `find` takes up to 14 ms for 5 MB, with many letters of the name in it; `rfind` 3 ms (scripts/bench bodies).
-    """
-    names: list[int] = []
-    at = len(body)
-    while len(names) < MAX_NAMES and (at := body.rfind(_NAME, 0, at)) >= 0:
-        names.append(at)
-    names.reverse()
-    return names
-
-
-def _parse_in_place(body: bytes | bytearray, start: int) -> int | None:
-    """Parse the object at `start` as _InPlace, and return its end; None if it is malformed.
-
-    Raises RecursionError if it is nested too deeply.
-    """
+def _check_start(pieces: list[bytes | memoryview], taken: TakenOut) -> None:
+    """Raise Malformed if the start of a body, up to a value, is malformed. `pieces` are those of the shortened body."""
     try:
-        _decode_in_place(memoryview(body)[start:])
-    except msgspec.DecodeError as error:
-        found = _trailing(str(error))
-        # The position is one past the first byte after the object that is no white space.
-        return body.rindex(b"}", start, start + int(found[1]) - 1) + 1 if found else None
-    return None  # nothing follows: the body is cut off
+        check(b"".join(pieces))
+    except Malformed as malformed:
+        if malformed.position is not None:
+            raise Malformed(malformed.what, taken.position(malformed.position)) from None
+
+
+def _ends_of_names(body: Body) -> list[int]:
+    """Return where the name ends, in order; the last MAX_NAMES of them, and of those that are written with escapes."""
+    ends = [at + len(_NAME) for at in _last(_NAME, body, MAX_NAMES)]
+    if body.rfind(_ESCAPE) < 0:
+        return ends
+    room = MAX_NAMES
+    for start in _STARTS_OF_ESCAPED_NAMES:
+        for at in _last(start, body, room):
+            room -= 1
+            if found := _escaped_name(body, at):
+                ends.append(found.end())
+    return sorted(ends)
+
+
+def _last(text: bytes, body: Body, most: int) -> list[int]:
+    """Return where a text stands in a body, in order; the last `most` of these positions.
+
+    `find` takes up to 14 ms for 5 MB, with many letters of the text in it; `rfind` 3 ms (scripts/bench bodies).
+    """
+    found: list[int] = []
+    at = len(body)
+    while len(found) < most and (at := body.rfind(text, 0, at)) >= 0:
+        found.append(at)
+    found.reverse()
+    return found
 
 
 def _checked(value: bytes) -> Raw:

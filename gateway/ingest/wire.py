@@ -1,33 +1,42 @@
 """The types of requests, answers and payloads, with their JSON codecs. No IO, no clock.
 
-A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the request is decoded
-message by message: the error then concerns one message only. `contact_data` and `metadata` keep the caller's bytes.
-Bodies with very many values, and huge ones with a wrong type, are decoded by types that take any value.
+A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, or the body is large,
+it is decoded message by message: an error then concerns one message only, and no more than 1,001 messages are built.
+`contact_data` and `metadata` keep the caller's bytes.
 """
 
 import codecs
 import re
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final, TypeAlias, cast
+from typing import Any, Final, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, SkippedObject, TakenOut, first_byte, take_out
+from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, TakenOut, first_byte, take_out
+from gateway.ingest.in_place import (
+    Body,
+    InPlace,
+    Malformed,
+    after_spaces,
+    decode_array,
+    moved,
+    rest_of,
+    skip,
+)
 
 MAX_MESSAGES = 1_000  # contract: per request
 MAX_BODY_BYTES = 5_242_880  # contract: 5 MB
 MAX_ECHO = 64  # contract: characters of `to` in an error row
-# A body above both limits may have too many values to build. It is decoded by slower types, with the same result. A
-# batch of 1,000 messages reaches the limit with 20 commas in each.
-LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 20_000
-# A body above both limits, of one kind of bracket, is slow to parse. So `contact_data` is taken out of it. If it still
-# has so many, typed messages are not tried: one late value of the wrong type would waste that pass.
+# A body above both limits may have too many values to build all. A batch of 1,000 messages reaches the limit with 50
+# commas in each.
+LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
+# A body above both limits, of one kind of bracket, is slow to parse. So `contact_data` is taken out of it.
 HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
-MAX_ARRAYS = 3  # values of `messages` that are built: only the last counts, and each costs as much as 1,000 elements
+# Of a body in which so many fields stand side by side, or so many elements of `messages` have been decoded, the rest is
+# parsed as a whole first, and its `messages` a second time.
+MAX_FIELDS, MAX_ELEMENTS = 1_000, 3 * MAX_MESSAGES
 PIECE_BYTES = 64 * 1024
 
 
@@ -59,10 +68,8 @@ class MistypedMessage(msgspec.Struct, gc=False):
 WRONG_TYPE: Final = object()
 NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` that is no object
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
-_malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
-_is_object = re.compile(rb"[ \t\r\n]*+\{").match
-_TO_ZEROS_AND_SPACES = bytes(ord("0") if chr(byte) in "0123456789" else ord(" ") for byte in range(256))
-_LONG_NUMBER = b"0" * 100
+# A key of the request with the colon after it. Longer keys, and malformed ones, are left to msgspec.
+_key = re.compile(rb'[ \t\r\n]*+"((?:[^"\\\x00-\x1f]|\\.){0,200}+)"[ \t\r\n]*+:[ \t\r\n]*+').match
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -157,13 +164,7 @@ class _TypedSingle(Message, gc=False):
     dry_run: bool | None = None
 
 
-class _SkippedArray(msgspec.Struct, array_like=True):
-    """An array of which nothing is built."""
-
-
-@dataclass(slots=True)
-class _LooseMessage:
-    # No Struct: msgspec does not take a Struct and a _SkippedArray as types of one value.
+class _LooseMessage(msgspec.Struct, gc=False):
     to: Raw | UnsetType = UNSET
     list_number: Raw | UnsetType = UNSET
     body: Raw | UnsetType = UNSET
@@ -172,63 +173,31 @@ class _LooseMessage:
     metadata: Raw | UnsetType = UNSET
 
 
-@dataclass(slots=True)
-class _LooseSingle(_LooseMessage):
+class _LooseSingle(_LooseMessage, gc=False):
     dry_run: Raw | UnsetType = UNSET
 
 
-class _Array(msgspec.Struct, array_like=True):
-    """An array of which up to MAX_MESSAGES + 1 elements are built, and the others are skipped.
-
-    msgspec checks the length of a list only after it has built all elements, perhaps a million. Decoding fails at the
-    array after MAX_ARRAYS.
-    """
-
-    built: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        _Array.built += 1
-        if _Array.built > MAX_ARRAYS:
-            raise ValueError("too many arrays")
-
-    @classmethod
-    def of(cls, element: Any) -> "type[_Array]":
-        """Return the type of arrays of such elements."""
-        fields = [(f"element_{index}", element | UnsetType, UNSET) for index in range(MAX_MESSAGES + 1)]
-        return cast("type[_Array]", msgspec.defstruct("Array", fields, bases=(cls,)))
-
-    def elements(self) -> list[Any]:
-        """Return the elements, up to one more than MAX_MESSAGES."""
-        return [element for element in msgspec.structs.astuple(self) if element is not UNSET]
+class _LooseBulk(msgspec.Struct):
+    messages: Raw | UnsetType = UNSET
+    list_number: Raw | UnsetType = UNSET
+    dry_run: Raw | UnsetType = UNSET
 
 
-def _bulk_of(messages: Any) -> type[msgspec.Struct]:
-    """Return a type of requests in which any value of the other fields is decoded."""
-    fields = [
-        ("messages", messages | UnsetType, UNSET),
-        ("list_number", Raw | UnsetType, UNSET),
-        ("dry_run", Raw | UnsetType, UNSET),
-    ]
-    return msgspec.defstruct("Bulk", fields)
+class _ListedBulk(msgspec.Struct):
+    messages: list[Raw]
+    list_number: Raw | UnsetType = UNSET
+    dry_run: Raw | UnsetType = UNSET
 
 
-_AnyDecoder: TypeAlias = msgspec.json.Decoder[Any]
 _encoder = msgspec.json.Encoder()
 _typed_bulk = msgspec.json.Decoder(_TypedBulk)
-_listed_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(list[Raw] | str))
-# What is no message. No float: to convert 1e300 takes up to 9 µs. Decoding fails at a fraction or an exponent.
-_Other: TypeAlias = str | int | bool | None
-_LooseMessages: Any = _Array.of(_LooseMessage | _SkippedArray | _Other)
-_RawMessages: Any = _Array.of(Raw)
-# Tried in order; from the second on where a long number would take long to convert.
-_loose_bulks: list[_AnyDecoder] = [
-    msgspec.json.Decoder(_bulk_of(messages | SkippedObject | _Other)) for messages in (_LooseMessages, _RawMessages)
-]
-_loose_arrays: list[_AnyDecoder] = [msgspec.json.Decoder(messages) for messages in (_LooseMessages, _RawMessages)]
-_raw_bulk: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_bulk_of(Raw))
+_listed_bulk = msgspec.json.Decoder(_ListedBulk)
+_loose_bulk = msgspec.json.Decoder(_LooseBulk)
 _message = msgspec.json.Decoder(Message)
-_typed_single = msgspec.json.Decoder(_TypedSingle)
 _loose_message = msgspec.json.Decoder(_LooseMessage)
+_message_in_place = InPlace(Message)
+_loose_message_in_place = InPlace(_LooseMessage)
+_typed_single = msgspec.json.Decoder(_TypedSingle)
 _loose_single = msgspec.json.Decoder(_LooseSingle)
 _answer = msgspec.json.Decoder(Answer)
 _string = msgspec.json.Decoder(str)
@@ -236,17 +205,17 @@ _string = msgspec.json.Decoder(str)
 encode = _encoder.encode
 
 
-def decode_bulk(body: bytes | bytearray) -> DecodedBody:
+def decode_bulk(body: Body) -> DecodedBody:
     """Decode the body of a batch. Raises InvalidJson, MissingMessages, TooManyMessages or InvalidDryRun."""
     return _decode(body, _decode_messages)
 
 
-def decode_single(body: bytes | bytearray) -> DecodedBody:
+def decode_single(body: Body) -> DecodedBody:
     """Decode the body of a single send, as a batch of one. Raises InvalidJson or InvalidDryRun."""
     return _decode(body, _decode_message)
 
 
-def _decode(body: bytes | bytearray, decode: Callable[[bytes | bytearray], DecodedBody]) -> DecodedBody:
+def _decode(body: Body, decode: Callable[[Body], DecodedBody]) -> DecodedBody:
     """Decode a body that may be no UTF-8, no JSON, or very large.
 
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
@@ -259,29 +228,28 @@ def _decode(body: bytes | bytearray, decode: Callable[[bytes | bytearray], Decod
         if len(body) > HUGE_BODY_BYTES and _has_many_brackets(body):
             short, taken_out = take_out(body)
         decoded = decode(short)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, Malformed, RecursionError) as error:
         raise InvalidJson(_reason(body, error, taken_out)) from None
     decoded.taken_out = taken_out
     return decoded
 
 
-def _decode_messages(body: bytes | bytearray) -> DecodedBody:
+def _decode_messages(body: Body) -> DecodedBody:
     if len(body) > LARGE_BODY_BYTES:
-        if not _is_object(body):
-            raise InvalidJson(NOT_AN_OBJECT)
         # Brackets are counted again: those that were taken out do not matter any more.
-        if _has_more(MANY_COMMAS, b",", body) or (len(body) > HUGE_BODY_BYTES and _has_many_brackets(body)):
-            return _decode_loosely(body, _fast_enough(_loose_bulks, body))
+        is_huge = len(body) > HUGE_BODY_BYTES
+        has_many_values = _has_more(MANY_COMMAS, b",", body) or (is_huge and _has_many_brackets(body))
+        if is_huge or has_many_values:
+            return _decode_in_place(body, try_typed=not has_many_values)
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
-        is_huge = len(body) > HUGE_BODY_BYTES
-        return _decode_loosely(body, _fast_enough(_loose_bulks, body) if is_huge else [_listed_bulk])
+        return _decode_one_by_one(body)
     _check_count(len(typed.messages))
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
 
-def _decode_message(body: bytes | bytearray) -> DecodedBody:
+def _decode_message(body: Body) -> DecodedBody:
     if len(body) <= HUGE_BODY_BYTES:
         try:
             typed = _typed_single.decode(body)
@@ -292,11 +260,11 @@ def _decode_message(body: bytes | bytearray) -> DecodedBody:
     return DecodedBody([_message_of(single)], typed=False, dry_run=_is_dry_run(single.dry_run))
 
 
-def _has_many_brackets(body: bytes | bytearray) -> bool:
+def _has_many_brackets(body: Body) -> bool:
     return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
 
 
-def _has_more(most: int, mark: bytes, body: bytes | bytearray) -> bool:
+def _has_more(most: int, mark: bytes, body: Body) -> bool:
     """Return True if a byte occurs more than `most` times. In a huge body with few, `find` is faster than `count`."""
     if len(body) <= HUGE_BODY_BYTES:
         return body.count(mark) > most
@@ -308,7 +276,7 @@ def _has_more(most: int, mark: bytes, body: bytes | bytearray) -> bool:
     return False
 
 
-def _check_utf8(body: bytes | bytearray) -> None:
+def _check_utf8(body: Body) -> None:
     """Raise InvalidJson for invalid UTF-8: msgspec does not check the bytes of raw and unknown fields.
 
     In pieces, because a character may take four times its bytes in Python.
@@ -325,12 +293,10 @@ def _check_utf8(body: bytes | bytearray) -> None:
         raise InvalidJson(f"invalid UTF-8 near byte {start - begun + error.start}") from None
 
 
-def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | None) -> str:
+def _reason(body: Body, error: Exception, taken_out: TakenOut | None) -> str:
     """Return what is wrong with a body that cannot be decoded, from the decoder's error. Bytes count from 0.
 
     With `taken_out`, the decoder had a shortened body: its positions are mapped to those in the body.
-
-    The texts of msgspec's DecodeError are constants, with a position. Those of its ValidationError may quote the body.
     """
     if not body:
         return "it is empty"
@@ -340,92 +306,125 @@ def _reason(body: bytes | bytearray, error: Exception, taken_out: TakenOut | Non
         return NESTED_TOO_DEEPLY
     if isinstance(error, msgspec.ValidationError):
         return NOT_AN_OBJECT
-    found = _malformed(str(error))
-    if found:
-        at = int(found[2])
-        return f"{found[1]} near byte {taken_out.position(at) if taken_out else at}"
+    malformed = Malformed.of(error) if isinstance(error, msgspec.DecodeError) else cast("Malformed", error)
+    if malformed.position is not None:
+        at = taken_out.position(malformed.position) if taken_out else malformed.position
+        return f"{malformed.what} near byte {at}"
     # Of half of a surrogate pair in the last 11 bytes, the decoder says the same as of a body that is cut off.
-    return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else "it ends too early"
+    return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else malformed.what
 
 
-def _decode_loosely(body: bytes | bytearray, decoders: Sequence[_AnyDecoder]) -> DecodedBody:
-    """Decode a body in which some value has the wrong type, or that has very many values."""
-    bulk = _first_bulk(body, decoders)
-    elements = _elements(bulk.messages)
-    _check_count(len(elements))
-    messages = [_message_of(element) for element in elements]
-    are_typed = all([type(message) is Message for message in messages])
-    return DecodedBody(messages, _string_or_none(bulk.list_number), are_typed, _is_dry_run(bulk.dry_run))
+def _decode_one_by_one(body: Body) -> DecodedBody:
+    """Decode a body in which some value has the wrong type. Raises DecodeError, Malformed or RecursionError.
 
-
-def _first_bulk(body: bytes | bytearray, decoders: Sequence[_AnyDecoder]) -> Any:
-    """Decode a body by the first of these that does not fail.
-
-    Raises ValidationError, a DecodeError, if the body is no object.
+    For a third of what it costs in place (scripts/bench stages, "decode one by one").
     """
-    for decoder in decoders:
-        _Array.built = 0
-        try:
-            return decoder.decode(body)
-        except msgspec.ValidationError:
-            if _Array.built > MAX_ARRAYS:
-                break  # the next one would fail at the same array
-    return _raw_bulk.decode(body)
+    try:
+        bulk = _listed_bulk.decode(body)
+    except msgspec.ValidationError:
+        return _decode_in_place(body, try_typed=True)
+    return _decoded([_message_of_raw(raw) for raw in bulk.messages], bulk.list_number, bulk.dry_run)
 
 
-def _fast_enough(decoders: list[_AnyDecoder], value: bytes | bytearray | Raw) -> list[_AnyDecoder]:
-    """Return the decoders that take no long time for a number of many digits."""
-    whole = bytes(value)
-    # A number of 100 digits has two of every 50th byte.
-    if b"00" in whole[::50].translate(_TO_ZEROS_AND_SPACES):
-        for start in range(0, len(whole), PIECE_BYTES):
-            piece = whole[start : start + PIECE_BYTES + len(_LONG_NUMBER)]
-            if _LONG_NUMBER in piece.translate(_TO_ZEROS_AND_SPACES):
-                return decoders[1:]
-    return decoders
+def _decoded(
+    messages: list[Message | MistypedMessage], list_number: Raw | UnsetType, dry_run: Raw | UnsetType
+) -> DecodedBody:
+    _check_count(len(messages))
+    are_typed = all([isinstance(message, Message) for message in messages])
+    return DecodedBody(messages, _string_or_none(list_number), are_typed, _is_dry_run(dry_run))
 
 
-def _elements(messages: object) -> list[Any]:
-    """Return the elements of the last `messages`; none if it is no array."""
+def _decode_in_place(body: Body, *, try_typed: bool) -> DecodedBody:
+    """Decode a body field by field, and its `messages` element by element.
+
+    `try_typed`: most elements are expected to have the right types. Raises InvalidJson if the body is no object,
+    Malformed or RecursionError.
+    """
+    opened = at = after_spaces(body, 0)
+    if body[at : at + 1] != b"{":
+        raise InvalidJson(NOT_AN_OBJECT)
+    fields: dict[bytes, Any] = {}
+    room = MAX_ELEMENTS
+    for _ in range(MAX_FIELDS):
+        name, value_at = _next_key(body, at + 1)
+        if name == b"messages" and room > 0 and body[value_at : value_at + 1] == b"[":
+            fields[name], at = _decode_elements(body, value_at, try_typed=try_typed)
+            room -= len(fields[name])
+        elif name is not None:
+            at = skip(body, value_at)
+            fields[name] = Raw(memoryview(body)[value_at:at])
+        if name is None or body[at : at + 1] != b",":
+            break
+    fields |= _rest_of_fields(body, at, is_first=at == opened)
+    messages = fields.get(b"messages")
     if isinstance(messages, Raw):
-        messages = _array_of(messages)
-    if isinstance(messages, _Array):
-        # Raw elements may be large: they are not tried as typed messages.
-        return [_loose(element) if isinstance(element, Raw) else element for element in messages.elements()]
-    return messages if isinstance(messages, list) else []
+        is_array = first_byte(messages) == b"["
+        messages = _decode_elements(bytes(messages), 0, try_typed=try_typed)[0] if is_array else None
+    return _decoded(messages or [], fields.get(b"list_number", UNSET), fields.get(b"dry_run", UNSET))
 
 
-def _array_of(messages: Raw) -> _Array | None:
-    for decoder in _fast_enough(_loose_arrays, messages):
-        _Array.built = 0
-        with suppress(msgspec.ValidationError):
-            return cast("_Array", decoder.decode(messages))
-    return None
-
-
-def _loose(element: Raw) -> _LooseMessage | None:
-    return _loose_message.decode(element) if first_byte(element) == b"{" else None
-
-
-def _message_of(element: object) -> Message | MistypedMessage:
-    if isinstance(element, Raw):
+def _next_key(body: Body, start: int) -> tuple[bytes | None, int]:
+    """Return the key that stands at `start`, and the position of its value; None if it is malformed or very long."""
+    found = _key(body, start)
+    if not found:
+        return None, start
+    name = found[1]
+    if b"\\" in name:
         try:
-            return _message.decode(element)
-        except msgspec.ValidationError:
-            element = _loose(element)
-    if not isinstance(element, _LooseMessage):
-        return NOT_A_MESSAGE
-    to, list_number, body = map(_string_or_none, (element.to, element.list_number, element.body))
-    wrap_links = _literal(element.wrap_links)
+            name = _string.decode(b'"%b"' % name).encode()
+        except msgspec.DecodeError:
+            return None, start
+    return name, found.end()
+
+
+def _rest_of_fields(body: Body, at: int, *, is_first: bool) -> dict[bytes, Raw]:
+    """Return the fields of a request that stand at `at`, behind an earlier one or first. Raises Malformed."""
+    rest, removed = (body, 0) if is_first else rest_of(body, at, b'{"":0')
+    try:
+        bulk = _loose_bulk.decode(rest)
+    except msgspec.DecodeError as error:
+        raise moved(Malformed.of(error), removed) from None
+    return {name.encode(): value for name, value in msgspec.structs.asdict(bulk).items() if value is not UNSET}
+
+
+def _decode_elements(body: Body, start: int, *, try_typed: bool) -> tuple[list[Message | MistypedMessage], int]:
+    """Return the messages of the array at `start`, up to one more than allowed, and the position after the array."""
+
+    def decode(at: int) -> tuple[Message | MistypedMessage, int]:
+        if body[at : at + 1] != b"{":
+            return NOT_A_MESSAGE, skip(body, at)
+        if try_typed:
+            try:
+                return _message_in_place.decode(body, at)
+            except msgspec.ValidationError:
+                pass
+        loose, end = _loose_message_in_place.decode(body, at)
+        return _message_of(loose), end
+
+    return decode_array(body, start, decode, MAX_MESSAGES + 1)
+
+
+def _message_of_raw(element: Raw) -> Message | MistypedMessage:
+    try:
+        return _message.decode(element)
+    except msgspec.ValidationError:
+        return _message_of(_loose_message.decode(element)) if first_byte(element) == b"{" else NOT_A_MESSAGE
+
+
+def _message_of(loose: _LooseMessage) -> Message | MistypedMessage:
+    to, list_number, body = map(_string_or_none, (loose.to, loose.list_number, loose.body))
+    wrap_links = _literal(loose.wrap_links)
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message
-    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, element.contact_data, element.metadata)
+    message: Message | MistypedMessage = kind(to, list_number, body, wrap_links, loose.contact_data, loose.metadata)
     return message
 
 
 def _literal(value: Raw | UnsetType) -> object:
     """Return True, False or None; None also for a field that was left out, and WRONG_TYPE for any other value."""
+    if value is UNSET:
+        return None
     # One byte more than the longest literal has. No copy of the rest: the value may have megabytes.
-    return None if value is UNSET else _LITERALS.get(bytes(memoryview(value)[:6]), WRONG_TYPE)
+    return _LITERALS.get(bytes(memoryview(value)[:6]).rstrip(b" \t\r\n"), WRONG_TYPE)
 
 
 def _is_dry_run(value: Raw | UnsetType) -> bool:

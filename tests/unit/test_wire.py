@@ -5,6 +5,7 @@ import tracemalloc
 
 import pytest
 from msgspec import UNSET, Raw
+from msgspec.structs import astuple
 
 from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import wire
@@ -234,7 +235,9 @@ def test_a_value_of_the_wrong_type_costs_only_its_message(field: str, value: byt
     bulk = decode_bulk(request_of(GOOD, b'{"to":"+1","body":"x", "%s" : %s }' % (field.encode(), value), GOOD))
     assert not bulk.typed
     first, mistyped, last = bulk.messages
-    assert first == last == Message(to="+14155551234", list_number="+18005551000", body="Hi")
+    for one in (first, last):
+        assert isinstance(one, Message)
+        assert astuple(one) == ("+14155551234", "+18005551000", "Hi", None, UNSET, UNSET)
     assert isinstance(mistyped, MistypedMessage)
     rest = {"to": "+1", "list_number": None, "body": "x"} | {field: wire.WRONG_TYPE}
     assert {name: getattr(mistyped, name) for name in rest} == rest
@@ -299,7 +302,7 @@ def test_a_body_full_of_tiny_elements_is_refused_before_a_list_of_them_is_built(
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert peak < 1_000_000
+    assert peak < len(body) + 1_000_000  # at most one copy of the body
 
 
 MANY, SIX_HUNDRED = (b"[" + b"{}," * (count - 1) + b"{}]" for count in (200_000, 600))

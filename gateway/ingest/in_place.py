@@ -1,0 +1,130 @@
+"""Decoding of JSON values where they stand in a larger body. No IO.
+
+msgspec decodes a whole document. But it finishes a value before it raises an error for the byte that follows, and the
+text of this error has the position of that byte. So one pass gives a value and its end.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Generic, TypeAlias, TypeVar
+
+import msgspec
+from msgspec import Raw
+
+T = TypeVar("T")
+Body: TypeAlias = bytes | bytearray
+
+_malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
+_trailing = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)").fullmatch
+_spaces = re.compile(rb"[ \t\r\n]*+")
+_decode_raw = msgspec.json.Decoder(Raw).decode
+
+
+class Malformed(Exception):
+    """A body is malformed: what is wrong, and the position of it, counted from 0; None if the body ends too early."""
+
+    def __init__(self, what: str, position: int | None) -> None:
+        super().__init__(what, position)
+        self.what = what
+        self.position = position
+
+    @classmethod
+    def of(cls, error: msgspec.DecodeError, start: int = 0) -> "Malformed":
+        """Return an error of the decoder, which counts from `start`.
+
+        No ValidationError: its text may quote the body. The other texts are constants, with a position.
+        """
+        found = _malformed(str(error))
+        return cls(found[1], start + int(found[2])) if found else cls("it ends too early", None)
+
+
+class InPlace(Generic[T]):
+    """A decoder of objects of one type, a Struct, where they stand."""
+
+    def __init__(self, kind: type[T]) -> None:
+        self._found: list[T] = []
+
+        def keep(decoded: T) -> None:
+            self._found.append(decoded)
+
+        # msgspec calls __post_init__ with each object that it has decoded.
+        struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace={"__post_init__": keep}, gc=False)
+        self._decode = msgspec.json.Decoder(struct).decode
+
+    def decode(self, body: Body, start: int) -> tuple[T, int]:
+        """Return the object at `start`, and the position of the next byte after it that is no white space.
+
+        Raises Malformed, RecursionError, or ValidationError if a value has another type.
+        """
+        end = _end(self._decode, body, start)
+        return self._found.pop(), end
+
+
+def skip(body: Body, start: int) -> int:
+    """Return the position of the next byte after the value at `start` that is no white space.
+
+    Raises Malformed or RecursionError.
+    """
+    return _end(_decode_raw, body, start)
+
+
+def after_spaces(body: Body, start: int) -> int:
+    """Return the position of the first byte, from `start` on, that is no white space; the body's length if none is."""
+    found = _spaces.match(body, start)
+    return found.end() if found else start
+
+
+def decode_array(body: Body, start: int, decode: Callable[[int], tuple[T, int]], most: int) -> tuple[list[T], int]:
+    """Return up to `most` elements of the array at `start`, and the position of the next byte after the array.
+
+    `decode` has the position of an element. It returns the element, and the position of the next byte. Elements after
+    `most` are skipped. White space does not count as a next byte. Raises Malformed, RecursionError, and what `decode`
+    raises.
+    """
+    elements: list[T] = []
+    at = after_spaces(body, start + 1)
+    if body[at : at + 1] == b"]":
+        return elements, after_spaces(body, at + 1)
+    while True:
+        element, at = decode(at)
+        elements.append(element)
+        if body[at : at + 1] == b"]":
+            return elements, after_spaces(body, at + 1)
+        if body[at : at + 1] != b"," or len(elements) == most:
+            rest, removed = rest_of(body, at, b"[0")
+            try:
+                return elements, removed + skip(rest, 0)
+            except Malformed as malformed:
+                raise moved(malformed, removed) from None
+        at = after_spaces(body, at + 1)
+
+
+def rest_of(body: Body, at: int, opening: bytes) -> tuple[bytes, int]:
+    """Return `opening` and the body from `at` on, and by how much positions in it are less than those in the body."""
+    return b"".join([opening, memoryview(body)[at:]]), at - len(opening)
+
+
+def moved(malformed: Malformed, by: int) -> Malformed:
+    """Return the same error at a later position."""
+    return Malformed(malformed.what, None if malformed.position is None else malformed.position + by)
+
+
+def check(body: Body) -> None:
+    """Check that a body is one JSON value. Raises Malformed or RecursionError."""
+    try:
+        _decode_raw(body)
+    except msgspec.DecodeError as error:
+        raise Malformed.of(error) from None
+
+
+def _end(decode: Callable[[memoryview], object], body: Body, start: int) -> int:
+    try:
+        decode(memoryview(body)[start:])
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        found = _trailing(str(error))
+        if not found:
+            raise Malformed.of(error, start) from None
+        return start + int(found[1]) - 1  # the decoder has read the next byte
+    return len(body)
