@@ -24,7 +24,6 @@ class Malformed(Exception):
     """A body is malformed: what is wrong, and the position of it, counted from 0; None if the body ends too early."""
 
     def __init__(self, what: str, position: int | None) -> None:
-        super().__init__(what, position)
         self.what = what
         self.position = position
 
@@ -48,7 +47,7 @@ class InPlace(Generic[T]):
             self._found.append(decoded)
 
         # msgspec calls __post_init__ with each object that it has decoded.
-        struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace={"__post_init__": keep}, gc=False)
+        struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace={"__post_init__": keep})
         self._decode = msgspec.json.Decoder(struct).decode
 
     def decode(self, body: Body, start: int) -> tuple[T, int]:
