@@ -7,6 +7,7 @@ import msgspec
 import pytest
 from aio_pika import DeliveryMode
 
+from gateway.ingest.wire import HUGE_BODY_BYTES
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 
@@ -38,6 +39,29 @@ async def test_the_payload_is_exactly_the_documented_one(gateway: GatewayUnderTe
     stamp = bytes(accepted_at).decode().strip('"')
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", stamp)
     assert before - timedelta(milliseconds=1) <= datetime.fromisoformat(stamp) <= datetime.now(UTC)
+
+
+async def test_a_huge_body_gives_the_same_payloads(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
+    """Its values are decoded where they stand, and `contact_data` after the others: decision 0049."""
+    contact_data = '{ "x": [' + ("[" * 100 + "]" * 100 + ", ") * 3_000 + '1e400], "first_name" : "Ann"}'
+    metadata = '{"nested": {"contact_data": {"x": [%s1]}}, "a":\t1e400}' % ("{}, " * 150_000)
+    fields = f'"to": "+14155551234", "list_number": "{gateway.caller.list_number}", "body": "Ref: {{{{messageId}}}}"'
+    bad = f'{{{fields}, "contact_data": {{"x": [[1]], "first_name": 5}}}}'
+    good = f'{{{fields}, "contact_dat\\u0061" : {contact_data} , "metadata": {metadata} }}'
+    body = f'{{"x": [{{}}], "messages": [1], "messages" : [ {bad}, 1.5, {good}, [] ] }}\n'.encode()
+    assert len(body) > HUGE_BODY_BYTES
+    status, answer, _ = await gateway.post(body)
+    assert (status, answer["queued_count"]) == (200, 1)
+    assert [(row["index"], row["code"]) for row in answer["errors"]] == [
+        (0, "invalid_field"),
+        (1, "missing_to"),
+        (3, "missing_to"),
+    ]
+    (message,) = await queue.take_all()
+    sent = msgspec.json.decode(message.body, type=dict[str, msgspec.Raw])
+    assert bytes(sent["contact_data"]).decode() == contact_data
+    assert bytes(sent["metadata"]).decode() == metadata
+    assert bytes(sent["body"]).decode() == f'"Ref: {message.message_id}"'
 
 
 async def test_the_amqp_properties_are_the_documented_ones(gateway: GatewayUnderTest, queue: OutboundQueue) -> None:
