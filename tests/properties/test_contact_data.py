@@ -13,6 +13,7 @@ from msgspec import Raw
 from gateway.errors import GatewayError, InvalidJson
 from gateway.ingest import batch, contact_data, wire
 from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, TINY_BYTES, WORTH_BYTES, is_contact_data, take_out
+from gateway.ingest.in_place import Malformed, check
 from gateway.ingest.wire import decode_bulk, decode_single, encode
 from tests.properties import MORE
 from tests.properties.test_batch import comparable
@@ -138,6 +139,62 @@ def test_the_last_names_are_found() -> None:
     short, _ = take_out(b"[" + LARGE + b"," + SMALL * MAX_NAMES + b"1]")
     assert short.count(b"\xff") == MANY_VALUES
     assert b"xx" in short
+
+
+NAME = "contact_data"
+ESCAPED = [rf"{NAME[:at]}\u00{ord(NAME[at]):02x}{NAME[at + 1 :]}" for at in range(len(NAME))]
+ESCAPED += ["".join(rf"\u00{ord(letter):02X}" for letter in NAME), r"contact_d\u0061t\u0061"]
+
+
+@pytest.mark.parametrize("name", ESCAPED)
+def test_names_that_are_written_with_escapes_are_found(name: str) -> None:
+    request = f'{{"messages":[{{{FIELDS},"{name}" : {LARGE.decode()}}}]}}'.encode()
+    short, _ = take_out(request)
+    assert b"xx" not in short
+    with patch.multiple(wire, **NO_LIMITS):
+        (message,) = batch.validate(decode_bulk(request)).messages
+    assert encode(message.contact_data) == LARGE
+
+
+@pytest.mark.parametrize(
+    "name", [r"contact_dat\\u0061", r"contact_dat\u0062", r"contact_dat\u0061a", r"ontact_dat\u0061"]
+)
+def test_other_names_with_escapes_are_left(name: str) -> None:
+    request = f'{{"messages":[{{{FIELDS},"{name}":{{"x":"{"x" * WORTH_BYTES}"}}}}]}}'.encode()
+    assert take_out(request) == (request, None)
+
+
+def test_the_last_names_with_escapes_are_found() -> None:
+    escaped = LARGE.replace(b"c", rb"\u0063", 1)
+    assert json.loads(escaped) == json.loads(LARGE)
+    with patch.object(contact_data, "MAX_NAMES", 3):
+        short, _ = take_out(b"[" + (escaped + b",") * 5 + LARGE + b"]")
+    assert short.count(b"\xff") == 4
+    assert short.startswith(b"[" + (escaped + b",") * 2)
+
+
+@pytest.mark.parametrize("size", [TINY_BYTES, TINY_BYTES + 1])
+def test_a_tiny_value_stays(size: int) -> None:
+    value = b'{"x":"' + b"x" * (size - 8) + b'"}'
+    assert len(value) == size
+    short, _ = take_out(b'{"contact_data":' + value + b"}")
+    assert (b"xx" in short) == (size == TINY_BYTES)
+
+
+MALFORMED = b'"contact_data":{"x":!}'
+
+
+@pytest.mark.parametrize("before", ["", '"contact_data":%s,', '"metadata":%s,'], ids=["nothing", "taken", "left"])
+@pytest.mark.parametrize("flaw", ['"to":,', '"to" 1,', "", '"a":[{]},'])
+def test_the_first_defect_is_named(before: str, flaw: str) -> None:
+    """Also if one in `contact_data` is found first."""
+    start = f'{{"messages":[{{{before.replace("%s", LARGE.decode())}{flaw}'.encode()
+    request = start + MALFORMED + b"}]}"
+    with pytest.raises(Malformed) as expected:
+        check(request)
+    with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
+        decode_bulk(request)
+    assert str(raised.value).endswith(f" near byte {expected.value.position}")
 
 
 def test_objects_that_are_nested_too_deeply_together_are_refused() -> None:
