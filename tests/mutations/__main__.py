@@ -38,6 +38,10 @@ TESTS = {
     "gateway/cli/admin.py": ["tests/integration/test_least_rights.py", "tests/integration/test_command_line.py"],
     "gateway/ingest/contact_data.py": ["tests/properties/test_contact_data.py", "tests/unit/test_wire.py"],
     "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
+    "gateway/ingest/wire.py": [
+        *("tests/unit/test_wire.py", "tests/unit/test_answers.py", "tests/properties/test_wire.py"),
+        *("tests/properties/test_in_place.py", "tests/properties/test_batch.py"),
+    ],
     "gateway/postgres/pool.py": ["tests/unit/test_pool.py", "tests/integration/test_database.py"],
     "gateway/postgres/rights.py": ["tests/integration/test_least_rights.py"],
     "gateway/postgres/queries.py": ["tests/unit/test_queries.py", "tests/api/test_idempotency.py"],

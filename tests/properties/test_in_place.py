@@ -4,6 +4,7 @@ import re
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,3 +62,32 @@ def test_in_place_or_as_a_whole(
     for large in ({"MANY_COMMAS": -1}, {"HUGE_BODY_BYTES": 0}):
         with patch.multiple(wire, **limits | large):
             assert outcome(body) == expected
+
+
+ELEMENT = "{" + FIELDS + ',"metadata":{"x":"' + "x" * 1_000 + '"}}'
+LAST = f'"messages":[{ELEMENT}]}}'
+EMPTY, THOUSAND = '"messages":[{}],' * 500, f'"messages":[{"1," * 999}1],'
+BULKS = {
+    "elements of any kind": (f'{{"messages":[{ELEMENT},1.5,[],{ELEMENT}]}}', False),
+    "messages last": (f'{{"a":{ELEMENT},"messages" : 1.5, {LAST} ', False),
+    "an escaped name": ("{" + LAST.replace("messages", r"m\u0065ssages"), False),
+    "several messages": ("{" + EMPTY + LAST, False),
+    "too many elements": (f'{{"messages":[{"1," * 1_000}{ELEMENT},2]}}', False),
+    "too many fields": ("{" + '"a":1,' * 1_000 + LAST, True),
+    "too many earlier elements": ("{" + THOUSAND * 3 + LAST, True),
+    "a long name": (f'{{"{"x" * 201}":1,{LAST}', True),
+}
+
+
+@pytest.mark.parametrize(("request_", "is_parsed_again"), BULKS.values(), ids=BULKS)
+def test_what_was_decoded_in_place_is_not_parsed_again(request_: str, is_parsed_again: bool) -> None:
+    body = request_.encode()
+    decode, bodies = wire._decode_elements, []
+
+    def decode_elements(within: bytes, start: int, *, try_typed: bool) -> Any:
+        bodies.append(within)
+        return decode(within, start, try_typed=try_typed)
+
+    with patch.multiple(wire, LARGE_BODY_BYTES=0, HUGE_BODY_BYTES=0, _decode_elements=decode_elements):
+        outcome(body)
+    assert (bodies[-1] is not body) == is_parsed_again
