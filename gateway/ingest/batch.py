@@ -15,7 +15,7 @@ from msgspec import UNSET
 from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest.contact_data import is_contact_data, is_null, is_object
+from gateway.ingest.contact_data import is_contact_data, is_null, is_object, is_surely_contact_data
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
@@ -137,7 +137,7 @@ def _validate_whole(decoded: DecodedBody) -> Draft | None:
     if not clean:
         return None
     with_objects = [m for m in messages if m.contact_data is not UNSET or m.metadata is not UNSET]
-    if any(map(_refusal_of_objects, with_objects)):
+    if any(_refusal_of_objects(message, is_surely_contact_data) for message in with_objects):  # up to the first
         return None
     indexes = range(len(messages))
     return Draft(messages, recipients, list_numbers, indexes, [], len(messages), decoded.dry_run)  # type: ignore[arg-type]  # all strings
@@ -173,16 +173,18 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
         return errors.INVALID_LIST_NUMBER
     if message.wrap_links not in (True, False, None):
         return errors.INVALID_WRAP_LINKS
-    return _refusal_of_objects(message)
+    return _refusal_of_objects(message, is_contact_data)
 
 
-def _refusal_of_objects(message: Message | MistypedMessage) -> errors.Refusal | None:
+def _refusal_of_objects(
+    message: Message | MistypedMessage, check: Callable[[msgspec.Raw], bool]
+) -> errors.Refusal | None:
     """Return the refusal of `contact_data` or `metadata`, None if both pass. Remove those that are null.
 
-    Null means absent.
+    Null means absent. `check` is that of `contact_data`.
     """
     contact_data, metadata = message.contact_data, message.metadata
-    if contact_data is not UNSET and not is_contact_data(contact_data):
+    if contact_data is not UNSET and not check(contact_data):
         if not is_null(contact_data):
             return errors.INVALID_CONTACT_DATA
         message.contact_data = UNSET

@@ -50,12 +50,13 @@ class InPlace(Generic[T]):
         struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace={"__post_init__": keep})
         self._decode = msgspec.json.Decoder(struct).decode
 
-    def decode(self, body: Body, start: int) -> tuple[T, int]:
+    def decode(self, body: Body, start: int, stop: int | None = None) -> tuple[T, int]:
         """Return the object at `start`, and the position of the next byte after it that is no white space.
 
-        Raises Malformed, RecursionError, or ValidationError if a value has another type.
+        Raises Malformed, also if the object does not end before `stop`, RecursionError, or ValidationError if a value
+        has another type.
         """
-        end = _end(self._decode, body, start)
+        end = _end(self._decode, body, start, stop)
         return self._found.pop(), end
 
 
@@ -73,33 +74,39 @@ def after_spaces(body: Body, start: int) -> int:
     return found.end() if found else start
 
 
-def decode_array(body: Body, start: int, decode: Callable[[int], tuple[T, int]], most: int) -> tuple[list[T], int]:
+def decode_array(
+    body: Body, start: int, decode: Callable[[Body, int], tuple[T, int]], most: int
+) -> tuple[list[T], int]:
     """Return up to `most` elements of the array at `start`, and the position of the next byte after the array.
 
-    `decode` has the position of an element. It returns the element, and the position of the next byte. Elements after
-    `most` are skipped. White space does not count as a next byte. Raises Malformed, RecursionError, and what `decode`
-    raises.
+    `decode` has the body and the position of an element. It returns the element, and the position of the next byte.
+    Elements after `most` are skipped. White space does not count as a next byte. Raises Malformed, RecursionError, and
+    what `decode` raises.
     """
     elements: list[T] = []
     at = after_spaces(body, start + 1)
     if body[at : at + 1] == b"]":
         return elements, after_spaces(body, at + 1)
     while True:
-        element, at = decode(at)
+        element, at = decode(body, at)
         elements.append(element)
         if body[at : at + 1] == b"]":
             return elements, after_spaces(body, at + 1)
-        if body[at : at + 1] != b"," or len(elements) == most:
-            rest, removed = rest_of(body, at, b"[0")
+        following = after_spaces(body, at + 1)
+        if body[at : at + 1] != b"," or body[following : following + 1] == b"]" or len(elements) == most:
+            rest, removed = rest_of(body, at, b"[null")
             try:
                 return elements, removed + skip(rest, 0)
             except Malformed as malformed:
                 raise moved(malformed, removed) from None
-        at = after_spaces(body, at + 1)
+        at = following
 
 
 def rest_of(body: Body, at: int, opening: bytes) -> tuple[bytes, int]:
-    """Return `opening` and the body from `at` on, and by how much positions in it are less than those in the body."""
+    """Return `opening` and the body from `at` on, and by how much positions in it are less than those in the body.
+
+    `opening` must not end with a number: the body may go on with a fraction.
+    """
     return b"".join([opening, memoryview(body)[at:]]), at - len(opening)
 
 
@@ -116,9 +123,10 @@ def check(body: Body) -> None:
         raise Malformed.of(error) from None
 
 
-def _end(decode: Callable[[memoryview], object], body: Body, start: int) -> int:
+def _end(decode: Callable[[memoryview], object], body: Body, start: int, stop: int | None = None) -> int:
+    part = memoryview(body)[start:stop]
     try:
-        decode(memoryview(body)[start:])
+        decode(part)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError as error:
@@ -126,4 +134,4 @@ def _end(decode: Callable[[memoryview], object], body: Body, start: int) -> int:
         if not found:
             raise Malformed.of(error, start) from None
         return start + int(found[1]) - 1  # the decoder has read the next byte
-    return len(body)
+    return after_spaces(body, start + len(part))

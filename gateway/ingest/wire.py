@@ -6,9 +6,9 @@ it is decoded message by message: an error then concerns one message only, and n
 """
 
 import codecs
-import re
 from collections.abc import Callable, Sequence
-from typing import Any, Final, cast
+from contextlib import suppress
+from typing import Any, Final, TypeAlias, cast
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -36,7 +36,10 @@ LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
 HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
 # Of a body in which so many fields stand side by side, or so many elements of `messages` have been decoded, the rest is
 # parsed as a whole first, and its `messages` a second time.
-MAX_FIELDS, MAX_ELEMENTS = 1_000, 3 * MAX_MESSAGES
+MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
+# After so many messages with a value of the wrong type, no further message is expected to have the right types: to
+# learn that a number is no string takes up to 30 µs.
+MAX_MISTYPED = 16
 PIECE_BYTES = 64 * 1024
 
 
@@ -68,8 +71,6 @@ class MistypedMessage(msgspec.Struct, gc=False):
 WRONG_TYPE: Final = object()
 NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` that is no object
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
-# A key of the request with the colon after it. Longer keys, and malformed ones, are left to msgspec.
-_key = re.compile(rb'[ \t\r\n]*+"((?:[^"\\\x00-\x1f]|\\.){0,200}+)"[ \t\r\n]*+:[ \t\r\n]*+').match
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -173,6 +174,9 @@ class _LooseMessage(msgspec.Struct, gc=False):
     metadata: Raw | UnsetType = UNSET
 
 
+_Element: TypeAlias = Message | _LooseMessage | None  # of `messages`; None is no object
+
+
 class _LooseSingle(_LooseMessage, gc=False):
     dry_run: Raw | UnsetType = UNSET
 
@@ -235,12 +239,11 @@ def _decode(body: Body, decode: Callable[[Body], DecodedBody]) -> DecodedBody:
 
 
 def _decode_messages(body: Body) -> DecodedBody:
-    if len(body) > LARGE_BODY_BYTES:
+    is_huge = len(body) > HUGE_BODY_BYTES
+    if is_huge or (len(body) > LARGE_BODY_BYTES and body.count(b",") > MANY_COMMAS):
         # Brackets are counted again: those that were taken out do not matter any more.
-        is_huge = len(body) > HUGE_BODY_BYTES
-        has_many_values = _has_more(MANY_COMMAS, b",", body) or (is_huge and _has_many_brackets(body))
-        if is_huge or has_many_values:
-            return _decode_in_place(body, try_typed=not has_many_values)
+        most_bytes = PIECE_BYTES if is_huge and _has_many_brackets(body) else len(body)
+        return _decode_in_place(body, _ElementDecoder(most_bytes))
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
@@ -261,18 +264,13 @@ def _decode_message(body: Body) -> DecodedBody:
 
 
 def _has_many_brackets(body: Body) -> bool:
-    return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
-
-
-def _has_more(most: int, mark: bytes, body: Body) -> bool:
-    """Return True if a byte occurs more than `most` times. In a huge body with few, `find` is faster than `count`."""
-    if len(body) <= HUGE_BODY_BYTES:
-        return body.count(mark) > most
-    found, at = 0, -1
-    while (at := body.find(mark, at + 1)) >= 0:
-        found += 1
-        if found > most:
-            return True
+    """Return True if a body has more than MANY_BRACKETS of one kind. It has few, or `find` is faster than `count`."""
+    for bracket in (b"[", b"{"):
+        found, at = 0, -1
+        while (at := body.find(bracket, at + 1)) >= 0:
+            found += 1
+            if found > MANY_BRACKETS:
+                return True
     return False
 
 
@@ -314,104 +312,114 @@ def _reason(body: Body, error: Exception, taken_out: TakenOut | None) -> str:
     return "half of a surrogate pair near its end" if b"\\u" in body[-11:] else malformed.what
 
 
-def _decode_one_by_one(body: Body) -> DecodedBody:
-    """Decode a body in which some value has the wrong type. Raises DecodeError, Malformed or RecursionError.
+class _ElementDecoder:
+    """Decodes the elements of `messages` of one body, at first as messages with the right types."""
 
-    For a third of what it costs in place (scripts/bench stages, "decode one by one").
+    def __init__(self, most_bytes: int) -> None:
+        """`most_bytes`: a longer message is not expected to have the right types, so as not to parse it twice."""
+        self._most_bytes = most_bytes
+        self._tries = MAX_MISTYPED
+
+    def decode(self, element: Raw) -> _Element:
+        """Decode an element. Raises DecodeError."""
+        if first_byte(element) != b"{":
+            return None
+        if self._tries > 0:
+            try:
+                return _message.decode(element)
+            except msgspec.ValidationError:
+                self._tries -= 1
+        return _loose_message.decode(element)
+
+    def decode_in_place(self, body: Body, at: int) -> tuple[_Element, int]:
+        """Decode the element at a position, and return the next position. Raises Malformed or RecursionError."""
+        if body[at : at + 1] != b"{":
+            return None, skip(body, at)
+        if self._tries > 0:
+            try:
+                return _message_in_place.decode(body, at, at + self._most_bytes)
+            except (msgspec.ValidationError, Malformed):
+                self._tries -= 1
+        return _loose_message_in_place.decode(body, at)
+
+
+def _decode_one_by_one(body: Body) -> DecodedBody:
+    """Decode a body of moderate size in which some value has the wrong type. Raises DecodeError.
+
+    For a third of what it costs in place (scripts/bench stages, "decode, one wrong type").
     """
+    decoder = _ElementDecoder(len(body))
     try:
         bulk = _listed_bulk.decode(body)
     except msgspec.ValidationError:
-        return _decode_in_place(body, try_typed=True)
-    return _decoded([_message_of_raw(raw) for raw in bulk.messages], bulk.list_number, bulk.dry_run)
+        return _decode_in_place(body, decoder)
+    _check_count(len(bulk.messages))
+    return _decoded(list(map(decoder.decode, bulk.messages)), bulk.list_number, bulk.dry_run)
 
 
-def _decoded(
-    messages: list[Message | MistypedMessage], list_number: Raw | UnsetType, dry_run: Raw | UnsetType
-) -> DecodedBody:
-    _check_count(len(messages))
+def _decode_in_place(body: Body, decoder: _ElementDecoder) -> DecodedBody:
+    """Decode a body field by field, and its `messages` element by element.
+
+    Raises Malformed, RecursionError, or ValidationError if the body is no object.
+    """
+    start = at = after_spaces(body, 0)
+    fields: dict[str, Any] = {}
+    room = MAX_ELEMENTS
+    for _ in range(MAX_FIELDS if body[start : start + 1] == b"{" else 0):
+        name, value_at = _next_key(body, at)
+        if name is None:
+            break
+        if name == "messages" and room > 0 and body[value_at : value_at + 1] == b"[":
+            fields[name], at = decode_array(body, value_at, decoder.decode_in_place, MAX_MESSAGES + 1)
+            room -= len(fields[name])
+        else:
+            at = skip(body, value_at)
+            fields[name] = Raw(memoryview(body)[value_at:at])
+        if body[at : at + 1] != b",":
+            break
+    fields |= _rest_of_fields(body, at, is_first=at == start)
+    elements = fields.get("messages")
+    if isinstance(elements, Raw):
+        is_array = first_byte(elements) == b"["
+        elements = decode_array(bytes(elements), 0, decoder.decode_in_place, MAX_MESSAGES + 1)[0] if is_array else []
+    return _decoded(elements or [], fields.get("list_number", UNSET), fields.get("dry_run", UNSET))
+
+
+def _next_key(body: Body, at: int) -> tuple[str | None, int]:
+    """Return the key after the byte at a position, and the position of its value; None if it is malformed."""
+    start = after_spaces(body, at + 1)
+    end = skip(body, start) if body[start : start + 1] == b'"' else start
+    if body[end : end + 1] == b":":
+        with suppress(msgspec.DecodeError):
+            return _string.decode(memoryview(body)[start:end]), after_spaces(body, end + 1)
+    return None, at
+
+
+def _rest_of_fields(body: Body, at: int, *, is_first: bool) -> dict[str, Raw]:
+    """Return the fields of a request that stand at `at`, behind an earlier one or first.
+
+    Raises Malformed, or ValidationError if the body is no object.
+    """
+    rest, removed = (body, 0) if is_first else rest_of(body, at, b'{"":null')
+    try:
+        bulk = _loose_bulk.decode(rest)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError as error:
+        raise moved(Malformed.of(error), removed) from None
+    return {name: value for name, value in msgspec.structs.asdict(bulk).items() if value is not UNSET}
+
+
+def _decoded(elements: list[_Element], list_number: Raw | UnsetType, dry_run: Raw | UnsetType) -> DecodedBody:
+    _check_count(len(elements))
+    messages = [element if isinstance(element, Message) else _message_of(element) for element in elements]
     are_typed = all([isinstance(message, Message) for message in messages])
     return DecodedBody(messages, _string_or_none(list_number), are_typed, _is_dry_run(dry_run))
 
 
-def _decode_in_place(body: Body, *, try_typed: bool) -> DecodedBody:
-    """Decode a body field by field, and its `messages` element by element.
-
-    `try_typed`: most elements are expected to have the right types. Raises InvalidJson if the body is no object,
-    Malformed or RecursionError.
-    """
-    opened = at = after_spaces(body, 0)
-    if body[at : at + 1] != b"{":
-        raise InvalidJson(NOT_AN_OBJECT)
-    fields: dict[bytes, Any] = {}
-    room = MAX_ELEMENTS
-    for _ in range(MAX_FIELDS):
-        name, value_at = _next_key(body, at + 1)
-        if name == b"messages" and room > 0 and body[value_at : value_at + 1] == b"[":
-            fields[name], at = _decode_elements(body, value_at, try_typed=try_typed)
-            room -= len(fields[name])
-        elif name is not None:
-            at = skip(body, value_at)
-            fields[name] = Raw(memoryview(body)[value_at:at])
-        if name is None or body[at : at + 1] != b",":
-            break
-    fields |= _rest_of_fields(body, at, is_first=at == opened)
-    messages = fields.get(b"messages")
-    if isinstance(messages, Raw):
-        is_array = first_byte(messages) == b"["
-        messages = _decode_elements(bytes(messages), 0, try_typed=try_typed)[0] if is_array else None
-    return _decoded(messages or [], fields.get(b"list_number", UNSET), fields.get(b"dry_run", UNSET))
-
-
-def _next_key(body: Body, start: int) -> tuple[bytes | None, int]:
-    """Return the key that stands at `start`, and the position of its value; None if it is malformed or very long."""
-    found = _key(body, start)
-    if not found:
-        return None, start
-    name = found[1]
-    if b"\\" in name:
-        try:
-            name = _string.decode(b'"%b"' % name).encode()
-        except msgspec.DecodeError:
-            return None, start
-    return name, found.end()
-
-
-def _rest_of_fields(body: Body, at: int, *, is_first: bool) -> dict[bytes, Raw]:
-    """Return the fields of a request that stand at `at`, behind an earlier one or first. Raises Malformed."""
-    rest, removed = (body, 0) if is_first else rest_of(body, at, b'{"":0')
-    try:
-        bulk = _loose_bulk.decode(rest)
-    except msgspec.DecodeError as error:
-        raise moved(Malformed.of(error), removed) from None
-    return {name.encode(): value for name, value in msgspec.structs.asdict(bulk).items() if value is not UNSET}
-
-
-def _decode_elements(body: Body, start: int, *, try_typed: bool) -> tuple[list[Message | MistypedMessage], int]:
-    """Return the messages of the array at `start`, up to one more than allowed, and the position after the array."""
-
-    def decode(at: int) -> tuple[Message | MistypedMessage, int]:
-        if body[at : at + 1] != b"{":
-            return NOT_A_MESSAGE, skip(body, at)
-        if try_typed:
-            try:
-                return _message_in_place.decode(body, at)
-            except msgspec.ValidationError:
-                pass
-        loose, end = _loose_message_in_place.decode(body, at)
-        return _message_of(loose), end
-
-    return decode_array(body, start, decode, MAX_MESSAGES + 1)
-
-
-def _message_of_raw(element: Raw) -> Message | MistypedMessage:
-    try:
-        return _message.decode(element)
-    except msgspec.ValidationError:
-        return _message_of(_loose_message.decode(element)) if first_byte(element) == b"{" else NOT_A_MESSAGE
-
-
-def _message_of(loose: _LooseMessage) -> Message | MistypedMessage:
+def _message_of(loose: _LooseMessage | None) -> Message | MistypedMessage:
+    if loose is None:
+        return NOT_A_MESSAGE
     to, list_number, body = map(_string_or_none, (loose.to, loose.list_number, loose.body))
     wrap_links = _literal(loose.wrap_links)
     kind: Any = MistypedMessage if WRONG_TYPE in (to, list_number, body, wrap_links) else Message

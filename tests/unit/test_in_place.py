@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gateway.ingest.in_place import InPlace, Malformed, check, decode_array, skip
+from gateway.ingest.in_place import Body, InPlace, Malformed, check, decode_array, skip
 
 
 class Point(msgspec.Struct):
@@ -51,6 +51,16 @@ def test_what_is_malformed_has_its_position_in_the_body(body: bytes, what: str, 
         assert (raised.value.what, raised.value.position) == (what, position)
 
 
+def test_an_object_must_end_before_the_stop() -> None:
+    body = b'[{"x":1} \n,{"x":2}]'
+    for stop in (8, 9, 10, 11, 100):
+        assert POINT.decode(body, 1, stop)[1] == 10
+    for stop in range(2, 8):
+        with pytest.raises(Malformed):
+            POINT.decode(body, 1, stop)
+    assert POINT.decode(body, 11)[0].x == 2
+
+
 def test_after_an_error_the_next_object_is_decoded() -> None:
     for bad, error in ((b'{"x":"1"}', msgspec.ValidationError), (b'{"x":1,}', Malformed)):
         with pytest.raises(error):
@@ -61,9 +71,9 @@ def test_after_an_error_the_next_object_is_decoded() -> None:
 def decoded(body: bytes, start: int = 0, most: int = 100) -> tuple[list[Any], int]:
     """Decode an array of any values as the slices of the body that they are."""
 
-    def element(at: int) -> tuple[Any, int]:
-        end = skip(body, at)
-        return json.loads(body[at:end]), end
+    def element(within: Body, at: int) -> tuple[Any, int]:
+        end = skip(within, at)
+        return json.loads(within[at:end]), end
 
     return decode_array(body, start, element, most)
 
@@ -109,7 +119,7 @@ def test_a_malformed_array_is_malformed_where_the_decoder_says(body: bytes, most
         check(body)
     with pytest.raises(Malformed) as raised:
         decoded(body, 0, most)
-    assert raised.value.position == expected.value.position
+    assert (raised.value.what, raised.value.position) == (expected.value.what, expected.value.position)
 
 
 def test_the_check_of_a_whole_value_refuses_what_follows() -> None:
