@@ -32,8 +32,10 @@ MAX_ECHO = 64  # contract: characters of `to` in an error row
 # A body above both limits may have too many values to build all. A batch of 1,000 messages reaches the limit with 50
 # commas in each.
 LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
-# A body above both limits, of one kind of bracket, is slow to parse. So `contact_data` is taken out of it.
-HUGE_BODY_BYTES, MANY_BRACKETS = 1024 * 1024, 10_000
+# A large body with so many brackets of one kind is slow to parse. So `contact_data` is taken out of it.
+MANY_BRACKETS = 10_000
+# It takes longer to decode messages one by one, but then a value of the wrong type in a huge body costs no second pass.
+HUGE_BODY_BYTES = 1024 * 1024
 # Of a body in which so many fields stand side by side, or so many elements of `messages` have been decoded, the rest is
 # parsed as a whole first, and its `messages` a second time.
 MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
@@ -219,7 +221,7 @@ def decode_single(body: Body) -> DecodedBody:
     return _decode(body, _decode_message)
 
 
-def _decode(body: Body, decode: Callable[[Body], DecodedBody]) -> DecodedBody:
+def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedBody:
     """Decode a body that may be no UTF-8, no JSON, or very large.
 
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
@@ -229,21 +231,40 @@ def _decode(body: Body, decode: Callable[[Body], DecodedBody]) -> DecodedBody:
     try:
         if not body.isascii():
             _check_utf8(body)
-        if len(body) > HUGE_BODY_BYTES and _has_many_brackets(body):
+        has_many_brackets = len(body) > LARGE_BODY_BYTES and _has_many_brackets(body)
+        if has_many_brackets:
             short, taken_out = take_out(body)
-        decoded = decode(short)
+            has_many_brackets = taken_out is None or _has_many_brackets(short)
+        decoded = decode(short, has_many_brackets)
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
         raise InvalidJson(_reason(body, error, taken_out)) from None
     decoded.taken_out = taken_out
     return decoded
 
 
-def _decode_messages(body: Body) -> DecodedBody:
-    is_huge = len(body) > HUGE_BODY_BYTES
-    if is_huge or (len(body) > LARGE_BODY_BYTES and body.count(b",") > MANY_COMMAS):
-        # Brackets are counted again: those that were taken out do not matter any more.
-        most_bytes = PIECE_BYTES if is_huge and _has_many_brackets(body) else len(body)
-        return _decode_in_place(body, _ElementDecoder(most_bytes))
+def _has_many_brackets(body: Body) -> bool:
+    return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
+
+
+def _has_more(most: int, mark: bytes, body: Body) -> bool:
+    """Return True if a byte occurs more than `most` times. In a huge body with few, `find` is faster than `count`."""
+    if len(body) <= HUGE_BODY_BYTES:
+        return body.count(mark) > most
+    found, at = 0, -1
+    while (at := body.find(mark, at + 1)) >= 0:
+        found += 1
+        if found > most:
+            return True
+    return False
+
+
+def _decode_messages(body: Body, has_many_brackets: bool) -> DecodedBody:
+    if has_many_brackets:
+        return _decode_in_place(body, _ElementDecoder(PIECE_BYTES), MAX_FIELDS)
+    if len(body) > HUGE_BODY_BYTES:
+        return _decode_in_place(body, _ElementDecoder(len(body)), MAX_FIELDS)
+    if len(body) > LARGE_BODY_BYTES and _has_more(MANY_COMMAS, b",", body):
+        return _decode_in_place(body, _ElementDecoder(len(body)))
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
@@ -252,8 +273,8 @@ def _decode_messages(body: Body) -> DecodedBody:
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
 
-def _decode_message(body: Body) -> DecodedBody:
-    if len(body) <= HUGE_BODY_BYTES:
+def _decode_message(body: Body, has_many_brackets: bool) -> DecodedBody:
+    if len(body) <= HUGE_BODY_BYTES and not has_many_brackets:
         try:
             typed = _typed_single.decode(body)
             return DecodedBody([typed], dry_run=typed.dry_run is True)
@@ -261,17 +282,6 @@ def _decode_message(body: Body) -> DecodedBody:
             pass
     single = _loose_single.decode(body)  # raises ValidationError, a DecodeError, if the body is no object
     return DecodedBody([_message_of(single)], typed=False, dry_run=_is_dry_run(single.dry_run))
-
-
-def _has_many_brackets(body: Body) -> bool:
-    """Return True if a body has more than MANY_BRACKETS of one kind. It has few, or `find` is faster than `count`."""
-    for bracket in (b"[", b"{"):
-        found, at = 0, -1
-        while (at := body.find(bracket, at + 1)) >= 0:
-            found += 1
-            if found > MANY_BRACKETS:
-                return True
-    return False
 
 
 def _check_utf8(body: Body) -> None:
@@ -357,15 +367,15 @@ def _decode_one_by_one(body: Body) -> DecodedBody:
     return _decoded(list(map(decoder.decode, bulk.messages)), bulk.list_number, bulk.dry_run)
 
 
-def _decode_in_place(body: Body, decoder: _ElementDecoder) -> DecodedBody:
-    """Decode a body field by field, and its `messages` element by element.
+def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int = 0) -> DecodedBody:
+    """Decode up to `most_fields` of a body one by one, then the others as a whole; `messages` element by element.
 
     Raises Malformed, RecursionError, or ValidationError if the body is no object.
     """
     start = at = after_spaces(body, 0)
     fields: dict[str, Any] = {}
     room = MAX_ELEMENTS
-    for _ in range(MAX_FIELDS if body[start : start + 1] == b"{" else 0):
+    for _ in range(most_fields if body[start : start + 1] == b"{" else 0):
         name, value_at = _next_key(body, at)
         if name is None:
             break

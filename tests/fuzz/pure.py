@@ -32,11 +32,13 @@ from tests.support.frames import one_by_one
 CHANNEL = 5
 
 
-# With the second, each body takes the path of very many values; with the third, that of one that is slow to parse.
+# With the second, each body takes the path of very many values; with the third, that of one that is slow to parse; with
+# the fourth, that of a huge one.
 LIMITS: tuple[dict[str, Any], ...] = (
     {"LARGE_BODY_BYTES": wire.LARGE_BODY_BYTES},
     {"LARGE_BODY_BYTES": 0, "MANY_COMMAS": -1},
-    {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0},
+    {"LARGE_BODY_BYTES": 0, "MANY_BRACKETS": 0},
+    {"HUGE_BODY_BYTES": 0, "MAX_FIELDS": 2},
 )
 
 

@@ -67,7 +67,7 @@ SMALL, LARGE = (
     b'{"contact_data":{"x":"' + b"x" * WORTH_BYTES + b'"}}',
 )
 # Every body with a bracket then counts as huge, and as slow to parse.
-NO_LIMITS: Any = {"HUGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
+NO_LIMITS: Any = {"LARGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
 
 
 def outcome(body: bytes, decode: Any, *, is_taken_out: bool) -> Any:

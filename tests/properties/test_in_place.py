@@ -61,7 +61,7 @@ def test_in_place_or_as_a_whole(
     body = f"{before}{request}{after}".encode()
     expected = outcome(body)
     limits: dict[str, Any] = {"MAX_FIELDS": most_fields, "MAX_ELEMENTS": most_elements, "LARGE_BODY_BYTES": 0}
-    for large in ({"MANY_COMMAS": -1}, {"HUGE_BODY_BYTES": 0}):
+    for large in ({"MANY_COMMAS": -1}, {"HUGE_BODY_BYTES": 0}, {"MANY_BRACKETS": 0}):
         with patch.multiple(wire, **limits | large):
             assert outcome(body) == expected
 
@@ -77,7 +77,7 @@ def test_what_stands_between_values_is_not_a_part_of_one(before: str, bad: str, 
     """`.5` after a value that was decoded in place would make a number of what stands for it."""
     body = (before + bad + after).encode()
     expected = outcome(body)
-    with patch.multiple(wire, LARGE_BODY_BYTES=0, MANY_COMMAS=-1):
+    with patch.multiple(wire, HUGE_BODY_BYTES=0):
         assert outcome(body) == expected
 
 
