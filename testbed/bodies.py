@@ -128,11 +128,28 @@ def _texts() -> Iterator[tuple[str, Callable[[], bytes]]]:
         yield f"{name} before a bad one as all bodies", functools.partial(_with_a_bad_one, text)
 
 
+def _slow_numbers() -> Iterator[tuple[str, Callable[[], bytes]]]:
+    slow = b"9" * 770 + b"e-1090"  # to convert it takes 30 µs
+    field = b'"to":"+14155551234"'
+    for place, changed in {
+        "to": b'"to":' + slow,
+        "first names": field + b',"contact_data":{"first_name":%b}' % slow,
+        "first names before good ones": field + b',"contact_data":{"first_name":%b,"first_name":""}' % slow,
+    }.items():
+        yield f"slow numbers in {place} as all bodies", functools.partial(_changed, field, changed)
+
+
+def _changed(field: bytes, changed: bytes) -> bytes:
+    """Return a clean body in which a field is longer, and the text is shorter."""
+    extra = b"a" * (len(changed) - len(field))
+    return clean_body().replace(extra + b'"', b'"').replace(field, changed)
+
+
 def _with_a_bad_one(text: bytes) -> bytes:
     """Return a clean body but for the number of the last message, which has the wrong type."""
     before, to, after = clean_body(text).rpartition(b'"+14155551234"')
     return before + b"1" * len(to) + after
 
 
-SHAPES: dict[str, Callable[[], bytes]] = dict([*_shapes(PLACES), *_texts()])
+SHAPES: dict[str, Callable[[], bytes]] = dict([*_shapes(PLACES), *_texts(), *_slow_numbers()])
 SINGLE_SHAPES: dict[str, Callable[[], bytes]] = dict(_shapes(SINGLE_PLACES))  # for POST /api/v2/send

@@ -86,9 +86,11 @@ def is_object(value: Raw) -> bool:
 
 def is_contact_data(value: Raw) -> bool:
     """Return True if a raw value is an object whose known fields, each time the last of its name, have their types."""
+    if not is_object(value):
+        return False  # the decoder would parse a text to its end
     try:
         return _decode(value).is_valid()
-    except (msgspec.ValidationError, RecursionError):
+    except RecursionError:
         return False
 
 

@@ -2,12 +2,13 @@
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest import batch
+from gateway.ingest import batch, contact_data
 from gateway.ingest.batch import Batch
 from gateway.ingest.envelopes import Placement
 from gateway.ingest.wire import decode_bulk
@@ -155,6 +156,22 @@ def test_a_payload_is_the_contracts_to_the_byte() -> None:
         b'"metadata":{"b":1, "a" : [1.50, 1e400]},"accepted_at":"2026-11-23T11:00:00.123Z","request_id":"req-1",'
         b'"index":0}'
     )
+
+
+@pytest.mark.parametrize("first_name", [b"9" * 770 + b"e-1090", b'1e300,"first_name":"J"'])
+def test_only_the_first_number_in_contact_data_is_converted(first_name: bytes) -> None:
+    """To learn that it is no string takes up to 30 µs."""
+    calls = [0]
+
+    def decode_typed(value: Any, decode: Any = contact_data._decode_typed) -> Any:
+        calls[0] += 1
+        return decode(value)
+
+    message = json.dumps(GOOD).encode()[:-1] + b',"contact_data":{"first_name":%b}}' % first_name
+    with patch.object(contact_data, "_decode_typed", decode_typed):
+        draft = batch.validate(decode_bulk(b'{"messages":[%b]}' % b",".join([message] * 1_000)))
+    assert len(draft.messages) == (1_000 if b'"J"' in first_name else 0)
+    assert calls[0] == 1
 
 
 @pytest.mark.parametrize("nothing", [{}, {"contact_data": None, "metadata": None, "wrap_links": None}])

@@ -2,6 +2,9 @@
 
 import json
 import tracemalloc
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from msgspec import UNSET, Raw
@@ -12,6 +15,9 @@ from gateway.ingest import wire
 from gateway.ingest.contact_data import is_null, is_object
 from gateway.ingest.wire import (
     LARGE_BODY_BYTES,
+    MAX_ELEMENTS,
+    MAX_MESSAGES,
+    MAX_MISTYPED,
     PIECE_BYTES,
     Answer,
     ErrorRow,
@@ -303,6 +309,57 @@ def test_a_body_full_of_tiny_elements_is_refused_before_a_list_of_them_is_built(
     finally:
         tracemalloc.stop()
     assert peak < len(body) + 1_000_000  # at most one copy of the body
+
+
+def counted(decoder: Any, calls: list[int]) -> Any:
+    """Return a decoder that adds one to `calls` for each call."""
+
+    def decode(*arguments: Any) -> Any:
+        calls[0] += 1
+        return decoder.decode(*arguments)
+
+    return SimpleNamespace(decode=decode)
+
+
+SLOW = b"9" * 770 + b"e-1090"  # to convert it takes 30 µs
+
+
+@pytest.mark.parametrize("limits", [{"LARGE_BODY_BYTES": 10**9}, {"HUGE_BODY_BYTES": 0}, {"MANY_COMMAS": 0}])
+def test_few_numbers_are_converted_to_learn_that_they_are_no_strings(limits: dict[str, int]) -> None:
+    calls = [0]
+    attempts: dict[str, Any] = {name: counted(getattr(wire, name), calls) for name in ("_message", "_message_in_place")}
+    with patch.multiple(wire, **attempts | limits):
+        messages = decode_bulk(request_of(*[b'{"to":%b}' % SLOW] * 1_000)).messages
+        more = b'"messages":[' + b",".join([b'{"to":%b}' % SLOW] * 999) + b"],"
+        decode_bulk(b"{" + more * 5 + request_of(b'{"to":%b}' % SLOW)[1:])
+    assert {message.to for message in messages} == {wire.WRONG_TYPE}
+    assert 0 < calls[0] <= 2 * MAX_MISTYPED
+
+
+def test_messages_with_the_right_types_stay_fast_beside_some_others() -> None:
+    calls = [0]
+    bad = [b'{"to":5}'] * (MAX_MISTYPED - 1)
+    with patch.multiple(wire, _message=counted(wire._message, calls)):
+        messages = decode_bulk(request_of(*bad, *[GOOD] * 500)).messages
+    assert sum(isinstance(message, Message) for message in messages) == 500
+    assert calls[0] == len(bad) + 500
+
+
+@pytest.mark.parametrize("element", [b"1", b"{}", b"1e300", b'{"to":1e300}', b"[]"])
+def test_no_element_of_too_many_is_decoded(element: bytes) -> None:
+    calls = [0]
+    decoders = {name: counted(getattr(wire, name), calls) for name in ("_message", "_loose_message")}
+    with patch.multiple(wire, **decoders), pytest.raises(TooManyMessages):
+        decode_bulk(request_of(*[element] * 8_000, b"1"))
+    assert calls[0] == 0
+
+
+def test_of_several_messages_up_to_a_bound_are_decoded_twice() -> None:
+    calls = [0]
+    decoders = {name: counted(getattr(wire, name), calls) for name in ("_message_in_place", "_loose_message_in_place")}
+    with patch.multiple(wire, HUGE_BODY_BYTES=0, **decoders):
+        decode_bulk(b"{" + (b'"messages":[' + b"{}," * 998 + b"{}],") * 50 + request_of(GOOD)[1:])
+    assert calls[0] <= MAX_ELEMENTS + 2 * (MAX_MESSAGES + 1)
 
 
 MANY, SIX_HUNDRED = (b"[" + b"{}," * (count - 1) + b"{}]" for count in (200_000, 600))
