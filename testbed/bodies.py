@@ -45,7 +45,7 @@ PLACES = {
     "an unknown field before too many elements": (HEAD + b'{"unknown":', b"}" + b",{}" * 1_000 + TAIL),
     "an unknown field before a fraction": (HEAD + b'{"unknown":', b"},1.5" + TAIL),
     "messages before the last": (b'{"messages":', b',"messages":[1]}'),
-    "an unknown field after four messages": (b"{" + b'"messages":[],' * 3 + HEAD[1:] + b'{"unknown":', b"}" + TAIL),
+    "an unknown field of the fourth messages": (b"{" + b'"messages":[],' * 3 + HEAD[1:] + b'{"unknown":', b"}" + TAIL),
     "an unknown field after an escaped name": (rb'{"m\u0065ssages":[{"unknown":', b"}]}"),
     "an unknown field after two arrays": (
         b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + GOOD + b'],"unknown":',
@@ -61,7 +61,7 @@ PLACES = {
     "contact_data before its end is malformed": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b"!}}" + TAIL),
     "contact_data before many of its name": (
         HEAD + b"{" + FIELDS + b',"contact_data":{"x":',
-        b"}" + b',"contact_data":1' * 10_000 + b"}" + TAIL,
+        b'},"metadata":{"x":[' + b'{"contact_data":1},' * 10_000 + b"1]}}" + TAIL,
     ),
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),

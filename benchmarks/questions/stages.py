@@ -33,7 +33,7 @@ from benchmarks.report.machine import REPOSITORY, Machine
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import AckedRange, Destination, IncomingFrames, PublishFramer, Settled
 from gateway.ingest import batch, wire
-from gateway.ingest.contact_data import ContactData, is_contact_data
+from gateway.ingest.contact_data import is_contact_data, is_contact_data_fast
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
 from gateway.ingest.wire import Answer, Payload
@@ -193,9 +193,8 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     with_objects = _body(size, size, WITH_OBJECTS)
     yield "decode, with objects", False, partial(wire.decode_bulk, with_objects)
     values: list[Any] = [message.contact_data for message in wire.decode_bulk(with_objects).messages]
-    yield "contact_data", False, lambda: [is_contact_data(value) for value in values]
-    fields_of = msgspec.json.Decoder(ContactData).decode
-    yield "its fields as Raw", True, lambda: [fields_of(value).is_valid() for value in values]
+    yield "contact_data", False, lambda: [is_contact_data_fast(value) for value in values]
+    yield "contact_data, beside a bad message", False, lambda: [is_contact_data(value) for value in values]
 
     bodies = {"clean": clean, "one bad": one_bad, "all bad": bad, "all wrong types": wrong_type}
     bodies["with objects"] = with_objects

@@ -15,7 +15,7 @@ from msgspec import UNSET
 from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest.contact_data import is_contact_data, is_null, is_object, is_surely_contact_data
+from gateway.ingest.contact_data import is_contact_data, is_contact_data_fast, is_null, is_object
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
@@ -137,7 +137,7 @@ def _validate_whole(decoded: DecodedBody) -> Draft | None:
     if not clean:
         return None
     with_objects = [m for m in messages if m.contact_data is not UNSET or m.metadata is not UNSET]
-    if any(_refusal_of_objects(message, is_surely_contact_data) for message in with_objects):  # up to the first
+    if any(_refusal_of_objects(message, is_contact_data_fast) for message in with_objects):  # stops at the first
         return None
     indexes = range(len(messages))
     return Draft(messages, recipients, list_numbers, indexes, [], len(messages), decoded.dry_run)  # type: ignore[arg-type]  # all strings
@@ -181,7 +181,7 @@ def _refusal_of_objects(
 ) -> errors.Refusal | None:
     """Return the refusal of `contact_data` or `metadata`, None if both pass. Remove those that are null.
 
-    Null means absent. `check` is that of `contact_data`.
+    Null means absent. `check` checks `contact_data`.
     """
     contact_data, metadata = message.contact_data, message.metadata
     if contact_data is not UNSET and not check(contact_data):

@@ -15,13 +15,12 @@ T = TypeVar("T")
 Body: TypeAlias = bytes | bytearray
 
 _malformed = re.compile(r"JSON is malformed: (.+) \(byte (\d+)\)").fullmatch
-_trailing = re.compile(r"JSON is malformed: trailing characters \(byte (\d+)\)").fullmatch
-_spaces = re.compile(rb"[ \t\r\n]*+")
+_spaces = re.compile(rb"[ \t\r\n]*+").match
 _decode_raw = msgspec.json.Decoder(Raw).decode
 
 
 class Malformed(Exception):
-    """A body is malformed: what is wrong, and the position of it, counted from 0; None if the body ends too early."""
+    """A malformed body: what is wrong, and at which byte, counted from 0; None if the body ends too early."""
 
     def __init__(self, what: str, position: int | None) -> None:
         self.what = what
@@ -29,25 +28,22 @@ class Malformed(Exception):
 
     @classmethod
     def of(cls, error: msgspec.DecodeError, start: int = 0) -> "Malformed":
-        """Return an error of the decoder, which counts from `start`.
+        """Convert an error of the decoder. `start` is added to its position.
 
-        No ValidationError: its text may quote the body. The other texts are constants, with a position.
+        Not for a ValidationError: its text may quote the body. The others are constants, with a position.
         """
         found = _malformed(str(error))
         return cls(found[1], start + int(found[2])) if found else cls("it ends too early", None)
 
 
 class InPlace(Generic[T]):
-    """A decoder of objects of one type, a Struct, where they stand."""
+    """A decoder of objects of one type, a Struct, where they stand. For one thread."""
 
     def __init__(self, kind: type[T]) -> None:
         self._found: list[T] = []
-
-        def keep(decoded: T) -> None:
-            self._found.append(decoded)
-
         # msgspec calls __post_init__ with each object that it has decoded.
-        struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace={"__post_init__": keep})
+        keep = {"__post_init__": self._found.append}
+        struct = msgspec.defstruct(kind.__name__, [], bases=(kind,), namespace=keep)
         self._decode = msgspec.json.Decoder(struct).decode
 
     def decode(self, body: Body, start: int, stop: int | None = None) -> tuple[T, int]:
@@ -56,8 +52,11 @@ class InPlace(Generic[T]):
         Raises Malformed, also if the object does not end before `stop`, RecursionError, or ValidationError if a value
         has another type.
         """
-        end = _end(self._decode, body, start, stop)
-        return self._found.pop(), end
+        try:
+            end = _end(self._decode, body, start, stop)
+            return self._found[0], end
+        finally:
+            self._found.clear()
 
 
 def skip(body: Body, start: int) -> int:
@@ -70,8 +69,9 @@ def skip(body: Body, start: int) -> int:
 
 def after_spaces(body: Body, start: int) -> int:
     """Return the position of the first byte, from `start` on, that is no white space; the body's length if none is."""
-    found = _spaces.match(body, start)
-    return found.end() if found else start
+    found = _spaces(body, start)
+    assert found is not None  # noqa: S101 - it matches everywhere
+    return found.end()
 
 
 def decode_array(
@@ -94,25 +94,18 @@ def decode_array(
             return elements, after_spaces(body, at + 1)
         following = after_spaces(body, at + 1)
         if body[at : at + 1] != b"," or body[following : following + 1] == b"]" or len(elements) == most:
-            rest, removed = rest_of(body, at, b"[null")
-            try:
-                return elements, removed + skip(rest, 0)
-            except Malformed as malformed:
-                raise moved(malformed, removed) from None
+            # It is malformed, or the other elements are to be skipped. The decoder skips them, or says what is wrong.
+            rest, shift = rest_of(body, at, b"[null")
+            return elements, shift + _end(_decode_raw, rest, 0, shift=shift)
         at = following
 
 
 def rest_of(body: Body, at: int, opening: bytes) -> tuple[bytes, int]:
-    """Return `opening` and the body from `at` on, and by how much positions in it are less than those in the body.
+    """Return `opening` with the body from `at` on, and what to add to a position in it to get that in the body.
 
     `opening` must not end with a number: the body may go on with a fraction.
     """
     return b"".join([opening, memoryview(body)[at:]]), at - len(opening)
-
-
-def moved(malformed: Malformed, by: int) -> Malformed:
-    """Return the same error at a later position."""
-    return Malformed(malformed.what, None if malformed.position is None else malformed.position + by)
 
 
 def check(body: Body) -> None:
@@ -123,15 +116,18 @@ def check(body: Body) -> None:
         raise Malformed.of(error) from None
 
 
-def _end(decode: Callable[[memoryview], object], body: Body, start: int, stop: int | None = None) -> int:
+def _end(
+    decode: Callable[[memoryview], object], body: Body, start: int, stop: int | None = None, shift: int = 0
+) -> int:
+    """Return the position after what `decode` decodes. `shift` is added to the position of an error."""
     part = memoryview(body)[start:stop]
     try:
         decode(part)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError as error:
-        found = _trailing(str(error))
-        if not found:
-            raise Malformed.of(error, start) from None
-        return start + int(found[1]) - 1  # the decoder has read the next byte
+        found = _malformed(str(error))
+        if not found or found[1] != "trailing characters":
+            raise Malformed.of(error, start + shift) from None
+        return start + int(found[2]) - 1  # the decoder has read the next byte
     return after_spaces(body, start + len(part))

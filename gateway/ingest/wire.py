@@ -1,8 +1,8 @@
 """The types of requests, answers and payloads, with their JSON codecs. No IO, no clock.
 
-A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, or the body is large,
-it is decoded message by message: an error then concerns one message only, and no more than 1,001 messages are built.
-`contact_data` and `metadata` keep the caller's bytes.
+A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, it is decoded message
+by message: the error then concerns one message only. So is a body that may have very many values, or is slow to parse;
+of too many messages, few are built. `contact_data` and `metadata` keep the caller's bytes.
 """
 
 import codecs
@@ -21,7 +21,6 @@ from gateway.ingest.in_place import (
     Malformed,
     after_spaces,
     decode_array,
-    moved,
     rest_of,
     skip,
 )
@@ -36,13 +35,13 @@ LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
 MANY_BRACKETS = 10_000
 # It takes longer to decode messages one by one, but then a value of the wrong type in a huge body costs no second pass.
 HUGE_BODY_BYTES = 1024 * 1024
-# Of a body in which so many fields stand side by side, or so many elements of `messages` have been decoded, the rest is
-# parsed as a whole first, and its `messages` a second time.
+# Limits on what is decoded one by one. What stands after so many fields is parsed as a whole, and `messages` in it a
+# second time. After so many elements, so is the last of several `messages`.
 MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
-# After so many messages with a value of the wrong type, no further message is expected to have the right types: to
-# learn that a number is no string takes up to 30 µs.
-MAX_MISTYPED = 16
-PIECE_BYTES = 64 * 1024
+# After so many messages that have not the right types, none is expected to have them: to learn that a number is no
+# string takes up to 30 µs. In a body that is slow to parse, so many bytes of a message are tried.
+MAX_MISTYPED, TRIAL_BYTES = 16, 64 * 1024
+PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
 
 
 class Message(msgspec.Struct, gc=False):
@@ -73,6 +72,7 @@ class MistypedMessage(msgspec.Struct, gc=False):
 WRONG_TYPE: Final = object()
 NOT_A_MESSAGE: Final = MistypedMessage()  # stands for an element of `messages` that is no object
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
+_FIELDS = frozenset(("messages", "list_number", "dry_run"))
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
 
@@ -234,9 +234,10 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
         has_many_brackets = len(body) > LARGE_BODY_BYTES and _has_many_brackets(body)
         if has_many_brackets:
             short, taken_out = take_out(body)
-            has_many_brackets = taken_out is None or _has_many_brackets(short)
+            has_many_brackets = taken_out is None or _has_many_brackets(short)  # is it still slow to parse?
         decoded = decode(short, has_many_brackets)
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
+        # An error of `take_out` has its position in the body: `taken_out` is None then.
         raise InvalidJson(_reason(body, error, taken_out)) from None
     decoded.taken_out = taken_out
     return decoded
@@ -259,16 +260,15 @@ def _has_more(most: int, mark: bytes, body: Body) -> bool:
 
 
 def _decode_messages(body: Body, has_many_brackets: bool) -> DecodedBody:
-    if has_many_brackets:
-        return _decode_in_place(body, _ElementDecoder(PIECE_BYTES), MAX_FIELDS)
-    if len(body) > HUGE_BODY_BYTES:
-        return _decode_in_place(body, _ElementDecoder(len(body)), MAX_FIELDS)
+    decoder = _ElementDecoder(TRIAL_BYTES if has_many_brackets else len(body))
+    if has_many_brackets or len(body) > HUGE_BODY_BYTES:
+        return _decode_in_place(body, decoder, MAX_FIELDS)
     if len(body) > LARGE_BODY_BYTES and _has_more(MANY_COMMAS, b",", body):
-        return _decode_in_place(body, _ElementDecoder(len(body)))
+        return _decode_in_place(body, decoder, 0)
     try:
         typed = _typed_bulk.decode(body)
     except msgspec.ValidationError:
-        return _decode_one_by_one(body)
+        return _decode_one_by_one(body, decoder)
     _check_count(len(typed.messages))
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
@@ -323,11 +323,11 @@ def _reason(body: Body, error: Exception, taken_out: TakenOut | None) -> str:
 
 
 class _ElementDecoder:
-    """Decodes the elements of `messages` of one body, at first as messages with the right types."""
+    """Decodes the elements of `messages` of one body, as messages with the right types while few have failed."""
 
-    def __init__(self, most_bytes: int) -> None:
-        """`most_bytes`: a longer message is not expected to have the right types, so as not to parse it twice."""
-        self._most_bytes = most_bytes
+    def __init__(self, trial_bytes: int) -> None:
+        """`trial_bytes`: a message that is longer counts as failed once so many bytes are decoded."""
+        self._trial_bytes = trial_bytes
         self._tries = MAX_MISTYPED
 
     def decode(self, element: Raw) -> _Element:
@@ -342,35 +342,34 @@ class _ElementDecoder:
         return _loose_message.decode(element)
 
     def decode_in_place(self, body: Body, at: int) -> tuple[_Element, int]:
-        """Decode the element at a position, and return the next position. Raises Malformed or RecursionError."""
+        """Return the element at a position, and the position of the next byte. Raises Malformed or RecursionError."""
         if body[at : at + 1] != b"{":
             return None, skip(body, at)
         if self._tries > 0:
             try:
-                return _message_in_place.decode(body, at, at + self._most_bytes)
+                return _message_in_place.decode(body, at, at + self._trial_bytes)
             except (msgspec.ValidationError, Malformed):
                 self._tries -= 1
         return _loose_message_in_place.decode(body, at)
 
 
-def _decode_one_by_one(body: Body) -> DecodedBody:
-    """Decode a body of moderate size in which some value has the wrong type. Raises DecodeError.
+def _decode_one_by_one(body: Body, decoder: _ElementDecoder) -> DecodedBody:
+    """Decode a body in which some value has the wrong type.
 
-    For a third of what it costs in place (scripts/bench stages, "decode, one wrong type").
+    Faster than in place, but it is parsed twice. Raises what _decode_in_place raises, and DecodeError.
     """
-    decoder = _ElementDecoder(len(body))
     try:
         bulk = _listed_bulk.decode(body)
     except msgspec.ValidationError:
-        return _decode_in_place(body, decoder)
+        return _decode_in_place(body, decoder, 0)
     _check_count(len(bulk.messages))
     return _decoded(list(map(decoder.decode, bulk.messages)), bulk.list_number, bulk.dry_run)
 
 
-def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int = 0) -> DecodedBody:
-    """Decode up to `most_fields` of a body one by one, then the others as a whole; `messages` element by element.
+def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> DecodedBody:
+    """Decode the first `most_fields` of a body one by one, the others as a whole, and `messages` element by element.
 
-    Raises Malformed, RecursionError, or ValidationError if the body is no object.
+    Raises Malformed, RecursionError, ValidationError if the body is no object, and what decode_bulk raises.
     """
     start = at = after_spaces(body, 0)
     fields: dict[str, Any] = {}
@@ -384,7 +383,8 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int = 0)
             room -= len(fields[name])
         else:
             at = skip(body, value_at)
-            fields[name] = Raw(memoryview(body)[value_at:at])
+            if name in _FIELDS:
+                fields[name] = Raw(memoryview(body)[value_at:at])
         if body[at : at + 1] != b",":
             break
     fields |= _rest_of_fields(body, at, is_first=at == start)
@@ -396,7 +396,10 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int = 0)
 
 
 def _next_key(body: Body, at: int) -> tuple[str | None, int]:
-    """Return the key after the byte at a position, and the position of its value; None if it is malformed."""
+    """Return the key after the `{` or `,` at a position, and the position of its value; None if there is no key.
+
+    Raises Malformed or RecursionError.
+    """
     start = after_spaces(body, at + 1)
     end = skip(body, start) if body[start : start + 1] == b'"' else start
     if body[end : end + 1] == b":":
@@ -406,17 +409,17 @@ def _next_key(body: Body, at: int) -> tuple[str | None, int]:
 
 
 def _rest_of_fields(body: Body, at: int, *, is_first: bool) -> dict[str, Raw]:
-    """Return the fields of a request that stand at `at`, behind an earlier one or first.
+    """Return the known fields of a request from a position on, its start or the end of a field. Check the body's end.
 
-    Raises Malformed, or ValidationError if the body is no object.
+    Raises Malformed, RecursionError, or ValidationError if the body is no object.
     """
-    rest, removed = (body, 0) if is_first else rest_of(body, at, b'{"":null')
+    rest, shift = (body, 0) if is_first else rest_of(body, at, b'{"":null')
     try:
         bulk = _loose_bulk.decode(rest)
     except msgspec.ValidationError:
         raise
     except msgspec.DecodeError as error:
-        raise moved(Malformed.of(error), removed) from None
+        raise Malformed.of(error, shift) from None
     return {name: value for name, value in msgspec.structs.asdict(bulk).items() if value is not UNSET}
 
 

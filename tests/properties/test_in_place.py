@@ -74,7 +74,7 @@ def test_in_place_or_as_a_whole(
 )
 @pytest.mark.parametrize("after", ["}", "]}", ',"x":1}', ",{}]}"])
 def test_what_stands_between_values_is_not_a_part_of_one(before: str, bad: str, after: str) -> None:
-    """`.5` after a value that was decoded in place would make a number of what stands for it."""
+    """The bytes after a value must not be parsed together with what stands for it (`null`)."""
     body = (before + bad + after).encode()
     expected = outcome(body)
     with patch.multiple(wire, HUGE_BODY_BYTES=0):
