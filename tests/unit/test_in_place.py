@@ -2,10 +2,12 @@
 
 import json
 from typing import Any
+from unittest.mock import patch
 
 import msgspec
 import pytest
 
+from gateway.ingest import in_place
 from gateway.ingest.in_place import Body, InPlace, Malformed, check, decode_array, skip
 
 
@@ -66,6 +68,12 @@ def test_after_an_error_the_next_object_is_decoded() -> None:
         with pytest.raises(error):
             POINT.decode(bad, 0)
         assert POINT.decode(b'{"x":7}', 0)[0].x == 7
+
+
+def test_nothing_is_kept_if_the_decoder_words_its_error_in_another_way() -> None:
+    with patch.object(in_place, "_malformed", lambda _: None), pytest.raises(Malformed):
+        POINT.decode(b'{"x":1},', 0)
+    assert POINT._found == []
 
 
 def decoded(body: bytes, start: int = 0, most: int = 100) -> tuple[list[Any], int]:
