@@ -98,12 +98,12 @@ class _Caller:
         self._threads = Path(f"/proc/{pid}/task")
 
     def send_in_turn(self, body: bytes, path: str, clean: bytes, count: int) -> tuple[list[float], list[float]]:
-        """Return the CPU milliseconds of `count` bodies, sent one after the other, and of as many clean ones.
+        """Return the CPU milliseconds of `count` bodies, sent one after the other, and of as many clean ones before.
 
         The first of each is not counted: the memory that the bodies before have left costs or saves it 10 ms.
         """
-        own = [self.send(body, path) for _ in range(1 + count)]
         clean_own = [self.send(clean) for _ in range(1 + count)]
+        own = [self.send(body, path) for _ in range(1 + count)]
         return own[1:], clean_own[1:]
 
     def send(self, body: bytes, path: str = PATH) -> float:

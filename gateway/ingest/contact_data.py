@@ -17,8 +17,8 @@ from gateway.errors import InvalidJson
 from gateway.ingest.in_place import Body, InPlace, Malformed, check
 
 SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: other types would decode its texts
-# Limits on the work of `take_out`. Only the last MAX_NAMES names are considered. After MANY_VALUES values, one is taken
-# out only if the next name, or the end of the body, is at least WORTH_BYTES away. Otherwise it is faster to parse it.
+# Limits on the work of `take_out`. Only the last MAX_NAMES names are considered. After MANY_VALUES values, it takes one
+# only if the next name, or the end of the body, is at least WORTH_BYTES away. Otherwise it is faster to leave it.
 MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 1024
 TINY_BYTES = 32  # a value of up to this size stays: to put it back may copy megabytes around it
 NESTED_TOO_DEEPLY = "it is nested too deeply"  # of a body: the reason of an InvalidJson
@@ -159,12 +159,13 @@ def take_out(body: Body) -> tuple[Body, TakenOut | None]:
     """
     taken = TakenOut()
     pieces: list[bytes | memoryview] = []
-    whole, copied = memoryview(body), 0
+    whole, copied, parsed = memoryview(body), 0, 0
     for at, following in pairwise([*_ends_of_names(body), len(body)]):
-        is_worth = len(pieces) < 2 * MANY_VALUES or following - at >= WORTH_BYTES
+        is_worth = parsed < MANY_VALUES or following - at >= WORTH_BYTES
         if at < copied or not is_worth or not (found := _to_object(body, at)):
             continue
         start = found.end()
+        parsed += 1
         try:
             value, after = _in_place.decode(body, start)
         except Malformed:

@@ -38,9 +38,9 @@ HUGE_BODY_BYTES = 1024 * 1024
 # Limits on what is decoded one by one. What stands after so many fields is parsed as a whole, and `messages` in it a
 # second time. After so many elements, so is the last of several `messages`.
 MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
-# After so many messages that have not the right types, none is expected to have them: to learn that a number is no
-# string takes up to 30 µs. In a body that is slow to parse, so many bytes of a message are tried.
-MAX_MISTYPED, TRIAL_BYTES = 16, 64 * 1024
+# Bytes of messages that are decoded in vain, as ones with the right types. A message counts as the second, if it is
+# shorter: to learn that a number is no string takes up to 30 µs.
+MAX_FAILED_BYTES, LEAST_FAILED_BYTES = 64 * 1024, 4096
 PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
 
 
@@ -260,7 +260,7 @@ def _has_more(most: int, mark: bytes, body: Body) -> bool:
 
 
 def _decode_messages(body: Body, has_many_brackets: bool) -> DecodedBody:
-    decoder = _ElementDecoder(TRIAL_BYTES if has_many_brackets else len(body))
+    decoder = _ElementDecoder(MAX_FAILED_BYTES if has_many_brackets else len(body))
     if has_many_brackets or len(body) > HUGE_BODY_BYTES:
         return _decode_in_place(body, decoder, MAX_FIELDS)
     if len(body) > LARGE_BODY_BYTES and _has_more(MANY_COMMAS, b",", body):
@@ -328,29 +328,29 @@ class _ElementDecoder:
     def __init__(self, trial_bytes: int) -> None:
         """`trial_bytes`: a message that is longer counts as failed once so many bytes are decoded."""
         self._trial_bytes = trial_bytes
-        self._tries = MAX_MISTYPED
+        self._room = MAX_FAILED_BYTES
 
     def decode(self, element: Raw) -> _Element:
         """Decode an element. Raises DecodeError."""
         if first_byte(element) != b"{":
             return None
-        if self._tries > 0:
+        if self._room > 0:
             try:
                 return _message.decode(element)
             except msgspec.ValidationError:
-                self._tries -= 1
+                self._room -= max(len(element), LEAST_FAILED_BYTES)
         return _loose_message.decode(element)
 
     def decode_in_place(self, body: Body, at: int) -> tuple[_Element, int]:
         """Return the element at a position, and the position of the next byte. Raises Malformed or RecursionError."""
         if body[at : at + 1] != b"{":
             return None, skip(body, at)
-        if self._tries > 0:
-            try:
+        if self._room > 0:
+            with suppress(msgspec.ValidationError, Malformed):
                 return _message_in_place.decode(body, at, at + self._trial_bytes)
-            except (msgspec.ValidationError, Malformed):
-                self._tries -= 1
-        return _loose_message_in_place.decode(body, at)
+        element, end = _loose_message_in_place.decode(body, at)
+        self._room -= max(end - at, LEAST_FAILED_BYTES)
+        return element, end
 
 
 def _decode_one_by_one(body: Body, decoder: _ElementDecoder) -> DecodedBody:

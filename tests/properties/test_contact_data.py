@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +14,7 @@ from msgspec import Raw
 from gateway.errors import GatewayError, InvalidJson
 from gateway.ingest import batch, contact_data, wire
 from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, TINY_BYTES, WORTH_BYTES, is_contact_data, take_out
-from gateway.ingest.in_place import Malformed, check
+from gateway.ingest.in_place import Body, Malformed, check
 from gateway.ingest.wire import decode_bulk, decode_single, encode
 from tests.properties import MORE
 from tests.properties.test_batch import comparable
@@ -135,6 +136,19 @@ def test_with_many_names_only_large_values_are_taken_out(names: int) -> None:
     assert b"xx" not in short
 
 
+def test_of_many_names_few_are_parsed() -> None:
+    parsed = []
+
+    def decode(body: Body, start: int) -> Any:
+        parsed.append(start)
+        return in_place(body, start)
+
+    in_place = contact_data._in_place.decode
+    with patch.object(contact_data, "_in_place", SimpleNamespace(decode=decode)):
+        take_out(b"[" + b'{"contact_data":{}},' * 5_000 + b"1]")
+    assert len(parsed) == MANY_VALUES
+
+
 def test_the_last_names_are_found() -> None:
     short, _ = take_out(b"[" + LARGE + b"," + SMALL * MAX_NAMES + b"1]")
     assert short.count(b"\xff") == MANY_VALUES
@@ -148,12 +162,13 @@ ESCAPED += ["".join(rf"\u00{ord(letter):02X}" for letter in NAME), r"contact_d\u
 
 @pytest.mark.parametrize("name", ESCAPED)
 def test_names_that_are_written_with_escapes_are_found(name: str) -> None:
-    request = f'{{"messages":[{{{FIELDS},"{name}" : {LARGE.decode()}}}]}}'.encode()
+    value = f'{{"x":"{"x" * WORTH_BYTES}"}}'
+    request = f'{{"messages":[{{{FIELDS},"{name}" : {value}}}]}}'.encode()
     short, _ = take_out(request)
     assert b"xx" not in short
     with patch.multiple(wire, **NO_LIMITS):
         (message,) = batch.validate(decode_bulk(request)).messages
-    assert encode(message.contact_data) == LARGE
+    assert encode(message.contact_data) == value.encode()
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,16 @@ def outcome(body: bytes) -> Any:
     after=spaces,
     most_fields=st.sampled_from([0, 1, 2, 1_000]),
     most_elements=st.sampled_from([0, 1, 1_000]),
+    most_failed=st.sampled_from([0, 20, 60, 100, 65_536]),
 )
 def test_in_place_or_as_a_whole(
-    request: str, damage: tuple[int, int, str] | None, before: str, after: str, most_fields: int, most_elements: int
+    request: str,
+    damage: tuple[int, int, str] | None,
+    before: str,
+    after: str,
+    most_fields: int,
+    most_elements: int,
+    most_failed: int,
 ) -> None:
     if damage is not None:
         cut, drop, insert = damage
@@ -61,6 +68,7 @@ def test_in_place_or_as_a_whole(
     body = f"{before}{request}{after}".encode()
     expected = outcome(body)
     limits: dict[str, Any] = {"MAX_FIELDS": most_fields, "MAX_ELEMENTS": most_elements, "LARGE_BODY_BYTES": 0}
+    limits["MAX_FAILED_BYTES"] = most_failed
     for large in ({"MANY_COMMAS": -1}, {"HUGE_BODY_BYTES": 0}, {"MANY_BRACKETS": 0}):
         with patch.multiple(wire, **limits | large):
             assert outcome(body) == expected

@@ -19,7 +19,7 @@ from gateway.ingest.wire import MAX_BODY_BYTES, Answer, decode_bulk, decode_sing
 from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
 
 # Of decoding, validating, building and answering alone. Reading a body costs half as much again, whatever is in it.
-MAX_RATIO = 3.0
+MAX_RATIO = 4.0
 MAX_PEAK_MB = 60.0
 ROUNDS = 2
 MAX_PAIRS = 50

@@ -1,5 +1,6 @@
 """Validation and payloads by example, as docs/api.md states them. Random batches: tests/properties/test_batch.py."""
 
+import bisect
 import json
 from typing import Any
 from unittest.mock import patch
@@ -8,10 +9,11 @@ import pytest
 
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
+from gateway.errors import InvalidJson
 from gateway.ingest import batch, contact_data
 from gateway.ingest.batch import Batch
 from gateway.ingest.envelopes import Placement
-from gateway.ingest.wire import decode_bulk
+from gateway.ingest.wire import decode_bulk, decode_single
 from tests.support.batch_model import (
     GOOD,
     build,
@@ -156,6 +158,33 @@ def test_a_payload_is_the_contracts_to_the_byte() -> None:
         b'"metadata":{"b":1, "a" : [1.50, 1e400]},"accepted_at":"2026-11-23T11:00:00.123Z","request_id":"req-1",'
         b'"index":0}'
     )
+
+
+@pytest.mark.parametrize("size", [10, 4_000, 4_096, 4_097, 100_000])
+@pytest.mark.parametrize("beside", [[], [GOOD | {"to": 5}]])
+def test_contact_data_is_checked_whatever_its_size(size: int, beside: list[Any]) -> None:
+    for field, code in (({"first_name": 1}, "invalid_field"), ({"first_name": "J"}, None)):
+        contact_data = {"x": ""} | field
+        contact_data["x"] = "x" * (size - len(json.dumps(contact_data)))
+        draft = batch.validate(decode_bulk(request_of([GOOD | {"contact_data": contact_data}, *beside])))
+        assert [row.code for row in draft.rows if row.index == 0] == ([code] if code else [])
+
+
+def test_contact_data_of_any_depth_is_valid_or_refused() -> None:
+    """Near the decoder's limit, what is parsed once may be too deep the second time."""
+
+    def outcome(levels: int) -> str:
+        fields = json.dumps(GOOD)[:-1]
+        value = f'{{"z":{"[" * levels}{"]" * levels}}}'
+        try:
+            draft = batch.validate(decode_single(f'{fields},"contact_data":{value}}}'.encode()))
+        except InvalidJson:
+            return "refused"
+        return "valid" if draft.messages else "invalid"
+
+    deepest = bisect.bisect_left(range(20_000), True, key=lambda levels: outcome(levels) != "valid")
+    outcomes = [outcome(levels) for levels in range(deepest - 10, deepest + 20)]
+    assert (outcomes[0], outcomes[-1]) == ("valid", "refused")
 
 
 @pytest.mark.parametrize("first_name", [b"9" * 770 + b"e-1090", b'1e300,"first_name":"J"'])

@@ -10,24 +10,36 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import astuple
 
-from gateway.errors import InvalidJson, MissingMessages, TooManyMessages
+from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import wire
 from gateway.ingest.contact_data import is_null, is_object
 from gateway.ingest.wire import (
     LARGE_BODY_BYTES,
+    LEAST_FAILED_BYTES,
     MAX_ELEMENTS,
+    MAX_FAILED_BYTES,
     MAX_MESSAGES,
-    MAX_MISTYPED,
     PIECE_BYTES,
     Answer,
     ErrorRow,
     Message,
     MistypedMessage,
     decode_bulk,
+    decode_single,
     encode,
 )
 
 GOOD = b'{"to":"+14155551234","list_number":"+18005551000","body":"Hi"}'
+
+
+def counted(decoder: Any, calls: list[int]) -> Any:
+    """Return a decoder that adds one to `calls` for each call."""
+
+    def decode(*arguments: Any) -> Any:
+        calls[0] += 1
+        return decoder.decode(*arguments)
+
+    return SimpleNamespace(decode=decode)
 
 
 def request_of(*messages: bytes, more: bytes = b"") -> bytes:
@@ -168,13 +180,66 @@ def test_a_request_without_messages_says_so(body: bytes) -> None:
         decode_bulk(body)
 
 
+# Each body then takes the path of large ones: with very many values, slow to parse, huge, or huge with many fields.
+PATHS: list[dict[str, int]] = [
+    {"LARGE_BODY_BYTES": 10**9},
+    {"LARGE_BODY_BYTES": 0, "MANY_COMMAS": -1},
+    {"LARGE_BODY_BYTES": 0, "MANY_BRACKETS": 0},
+    {"HUGE_BODY_BYTES": 0},
+    {"HUGE_BODY_BYTES": 0, "MAX_FIELDS": 0},
+    {"HUGE_BODY_BYTES": 0, "MAX_ELEMENTS": 0},
+]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("message", [GOOD, b"{}", b"0", b"null", b"[]"])
-def test_a_thousand_messages_are_taken_and_one_more_is_too_many(message: bytes) -> None:
-    assert len(decode_bulk(request_of(*[message] * 1_000)).messages) == 1_000
-    with pytest.raises(TooManyMessages):
-        decode_bulk(request_of(*[message] * 1_001))
-    with pytest.raises(TooManyMessages):
-        decode_bulk(request_of(*[message] * 1_000, b"5"))
+def test_a_thousand_messages_are_taken_and_one_more_is_too_many(message: bytes, path: dict[str, Any]) -> None:
+    with patch.multiple(wire, **path):
+        assert len(decode_bulk(request_of(*[message] * 1_000)).messages) == 1_000
+        with pytest.raises(TooManyMessages):
+            decode_bulk(request_of(*[message] * 1_001))
+        with pytest.raises(TooManyMessages):
+            decode_bulk(request_of(*[message] * 1_000, b"5"))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+@pytest.mark.parametrize("decode", [decode_bulk, decode_single])
+def test_a_dry_run_is_one_in_every_path(decode: Any, path: dict[str, Any]) -> None:
+    request = request_of(GOOD) if decode is decode_bulk else GOOD
+    with patch.multiple(wire, **path):
+        for value, expected in ((b"true", True), (b"false", False), (b"null", False)):
+            for dry_run in (b',"dry_run":%b}', b',"dry_run" : %b \t\r\n}', b',"dry_run":1,"dry_run":%b ,"x":{}}'):
+                assert decode(request[:-1] + dry_run % value).dry_run == expected
+        for value in (b"1", b'"true"', b"{}", b"[]", b"true1"):
+            with pytest.raises((InvalidDryRun, InvalidJson)):
+                decode(request[:-1] + b',"dry_run":%b}' % value)
+        with pytest.raises(InvalidDryRun):
+            decode(request[:-1] + b',"dry_run":true,"dry_run":0}')
+
+
+@pytest.mark.parametrize("brackets", [b"[", b"{"])
+@pytest.mark.parametrize("more", [0, wire.HUGE_BODY_BYTES])
+def test_brackets_of_one_kind_are_counted(brackets: bytes, more: int) -> None:
+    assert not wire._has_many_brackets(brackets * wire.MANY_BRACKETS + b" " * more)
+    assert wire._has_many_brackets(b" " * more + brackets * (wire.MANY_BRACKETS + 1))
+
+
+def test_a_good_message_is_taken_whatever_its_length() -> None:
+    """Beside many brackets, no more than its first bytes are tried."""
+    brackets = b',"x":[' + b"[]," * wire.MANY_BRACKETS + b"[]]"
+    for length in range(MAX_FAILED_BYTES - 10, MAX_FAILED_BYTES + 10):
+        message = GOOD[:-2] + b"x" * (length - len(GOOD)) + b'"}'
+        for after in (b"", b" \n"):
+            (decoded,) = decode_bulk(request_of(message + after, more=brackets)).messages
+            assert (decoded.to, len(str(decoded.body))) == ("+14155551234", 2 + length - len(GOOD))
+
+
+def test_long_messages_fail_once() -> None:
+    calls = [0]
+    long = GOOD[:-1] + b',"x":"%b","to":1}' % (b"x" * 300_000)
+    with patch.multiple(wire, _message_in_place=counted(wire._message_in_place, calls)):
+        assert len(decode_bulk(request_of(*[long] * 10)).messages) == 10
+    assert calls[0] == 1
 
 
 def test_a_body_full_of_tiny_messages_is_too_many() -> None:
@@ -311,16 +376,7 @@ def test_a_body_full_of_tiny_elements_is_refused_before_a_list_of_them_is_built(
     assert peak < len(body) + 1_000_000  # at most one copy of the body
 
 
-def counted(decoder: Any, calls: list[int]) -> Any:
-    """Return a decoder that adds one to `calls` for each call."""
-
-    def decode(*arguments: Any) -> Any:
-        calls[0] += 1
-        return decoder.decode(*arguments)
-
-    return SimpleNamespace(decode=decode)
-
-
+MAX_FAILED = MAX_FAILED_BYTES // LEAST_FAILED_BYTES  # short messages
 SLOW = b"9" * 770 + b"e-1090"  # to convert it takes 30 µs
 
 
@@ -333,12 +389,12 @@ def test_few_numbers_are_converted_to_learn_that_they_are_no_strings(limits: dic
         more = b'"messages":[' + b",".join([b'{"to":%b}' % SLOW] * 999) + b"],"
         decode_bulk(b"{" + more * 5 + request_of(b'{"to":%b}' % SLOW)[1:])
     assert {message.to for message in messages} == {wire.WRONG_TYPE}
-    assert 0 < calls[0] <= 2 * MAX_MISTYPED
+    assert 0 < calls[0] <= 2 * MAX_FAILED
 
 
 def test_messages_with_the_right_types_stay_fast_beside_some_others() -> None:
     calls = [0]
-    bad = [b'{"to":5}'] * (MAX_MISTYPED - 1)
+    bad = [b'{"to":5}'] * (MAX_FAILED - 1)
     with patch.multiple(wire, _message=counted(wire._message, calls)):
         messages = decode_bulk(request_of(*bad, *[GOOD] * 500)).messages
     assert sum(isinstance(message, Message) for message in messages) == 500
