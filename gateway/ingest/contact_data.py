@@ -204,7 +204,7 @@ def _ends_of_names(body: Body) -> list[int]:
 
 
 def _last(text: bytes, body: Body, most: int) -> list[int]:
-    """Return where a text stands in a body, in order; the last `most` of these positions.
+    """Return where a text stands in a body, from its end on; up to `most` positions.
 
     `find` takes up to 14 ms for 5 MB, with many letters of the text in it; `rfind` 3 ms (scripts/bench bodies).
     """
@@ -212,7 +212,6 @@ def _last(text: bytes, body: Body, most: int) -> list[int]:
     at = len(body)
     while len(found) < most and (at := body.rfind(text, 0, at)) >= 0:
         found.append(at)
-    found.reverse()
     return found
 
 

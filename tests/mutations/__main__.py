@@ -36,7 +36,9 @@ TESTS = {
     "gateway/amqp/publisher.py": ["tests/integration/publisher"],
     "gateway/amqp/transport.py": ["tests/unit/test_transport.py", "tests/integration/publisher"],
     "gateway/cli/admin.py": ["tests/integration/test_least_rights.py", "tests/integration/test_command_line.py"],
-    "gateway/ingest/contact_data.py": ["tests/properties/test_contact_data.py", "tests/unit/test_wire.py"],
+    "gateway/ingest/contact_data.py": [
+        *("tests/unit/test_batch.py", "tests/unit/test_wire.py", "tests/properties/test_contact_data.py"),
+    ],
     "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
     "gateway/ingest/wire.py": [
         *("tests/unit/test_wire.py", "tests/unit/test_answers.py", "tests/properties/test_wire.py"),

@@ -196,6 +196,16 @@ def test_a_tiny_value_stays(size: int) -> None:
     assert (b"xx" in short) == (size == TINY_BYTES)
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_defect_has_its_position_whatever_is_taken_out_before_and_after(bad: int) -> None:
+    elements = [f'{{{FIELDS},"contact_data":{LARGE.decode()}}}' for _ in range(3)]
+    elements.insert(bad, "!")
+    request = f'{{"messages":[{",".join(elements)}]}}'.encode()
+    with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
+        decode_bulk(request)
+    assert str(raised.value).endswith(f" near byte {request.index(b'!')}")
+
+
 MALFORMED = b'"contact_data":{"x":!}'
 
 
