@@ -51,6 +51,12 @@ PLACES = {
         b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + GOOD + b'],"unknown":',
         b"}",
     ),
+    # What stands after so much is parsed twice: decision 0049.
+    "a message after many fields": (b"{" + b'"a":1,' * 1_000 + HEAD[1:] + b'{"unknown":', b"}" + TAIL),
+    "a message after many elements": (
+        b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + b'{"unknown":',
+        b"}" + TAIL,
+    ),
     "to": (HEAD + b'{"to":', b"}" + TAIL),
     "body": (HEAD + b'{"to":"+14155551234","list_number":"%b","body":' % LIST_NUMBER, b"}" + TAIL),
     "metadata": (HEAD + b"{" + FIELDS + b',"metadata":', b"}" + TAIL),
@@ -58,6 +64,10 @@ PLACES = {
     "contact_data": (HEAD + b"{" + FIELDS + b',"contact_data":', b"}" + TAIL),
     "contact_data before a bad message": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b'}},{"to":1}' + TAIL),
     "contact_data with an escaped name": (HEAD + b"{" + FIELDS + rb',"contact_dat\u0061":', b"}" + TAIL),
+    "contact_data with an escaped name before a fraction": (
+        HEAD + b"{" + FIELDS + rb',"contact_dat\u0061":{"x":',
+        b"}},1.5" + TAIL,
+    ),
     "contact_data before its end is malformed": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b"!}}" + TAIL),
     "contact_data before many of its name": (
         HEAD + b"{" + FIELDS + b',"contact_data":{"x":',
