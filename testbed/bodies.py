@@ -51,7 +51,6 @@ PLACES = {
         b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + GOOD + b'],"unknown":',
         b"}",
     ),
-    # What stands after so much is parsed twice: decision 0049.
     "a message after many fields": (b"{" + b'"a":1,' * 1_000 + HEAD[1:] + b'{"unknown":', b"}" + TAIL),
     "a message after many elements": (
         b"{" + (b'"messages":[' + b"{}," * 1_000 + b"{}],") * 2 + HEAD[1:] + b'{"unknown":',
@@ -76,6 +75,9 @@ PLACES = {
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }
+
+# Places behind so much that brackets in them are parsed twice: decision 0049.
+PARSED_TWICE = ("a message after many fields", "a message after many elements", "contact_data before many of its name")
 
 # Places in the body of a single send. It has the form of one element of `messages`.
 SINGLE_PLACES = {"a single send": (b"", b"")} | {

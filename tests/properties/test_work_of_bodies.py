@@ -16,10 +16,10 @@ import pytest
 from gateway.errors import GatewayError
 from gateway.ingest import batch
 from gateway.ingest.wire import MAX_BODY_BYTES, Answer, decode_bulk, decode_single, encode
-from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
+from testbed.bodies import LIST_NUMBER, PARSED_TWICE, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
 
 # Of decoding, validating, building and answering alone. Reading a body costs half as much again, whatever is in it.
-MAX_RATIO = 4.0
+MAX_RATIO, MAX_RATIO_PARSED_TWICE = 4.0, 7.0
 MAX_PEAK_MB = 60.0
 ROUNDS = 2
 MAX_PAIRS = 50
@@ -48,6 +48,7 @@ def cpu_s(body: bytes, shape: str = "") -> float:
 @pytest.mark.parametrize("place", [*PLACES, "all bodies", *SINGLE_PLACES])
 def test_work_is_that_of_a_clean_body(place: str) -> None:
     clean = min([cpu_s(clean_body()) for _ in range(2 * ROUNDS)])
+    most = MAX_RATIO_PARSED_TWICE if place in PARSED_TWICE else MAX_RATIO
     ratios = {}
     for shape, make in ALL_SHAPES.items():
         if shape.endswith(f" as {place}"):
@@ -55,11 +56,11 @@ def test_work_is_that_of_a_clean_body(place: str) -> None:
             assert 0.98 * MAX_BODY_BYTES < len(body) <= MAX_BODY_BYTES
             ratios[shape] = min([cpu_s(body, shape) for _ in range(ROUNDS)]) / clean
             pairs: list[tuple[float, float]] = []
-            while ratios[shape] > MAX_RATIO and len(pairs) < MAX_PAIRS:  # a busy machine: measure the two in turn
+            while ratios[shape] > most and len(pairs) < MAX_PAIRS:  # a busy machine: measure the two in turn
                 pairs += [(cpu_s(body, shape), cpu_s(clean_body())) for _ in range(5)]
                 ratios[shape] = min(dirty for dirty, _ in pairs) / min(clean for _, clean in pairs)
     print(*(f"{ratio:.2f} of a clean body: {shape}" for shape, ratio in ratios.items()), sep="\n")
-    assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
+    assert {shape: ratio for shape, ratio in ratios.items() if ratio > most} == {}
 
 
 def test_no_body_takes_much_memory() -> None:
