@@ -117,6 +117,9 @@ BAD_ARRAYS = [
     b"[1,2,]",
     b"[1,2,}",
     b"[1,2",
+    b"[1 , ]",
+    # The rest of an array is not parsed alone: what stands before it must not become a part of it.
+    *[b"[{}" + bad + b"]" for bad in (b".5", b"e5", b"E+1", b"0", b" .5", b"x", b'"', b"{}", b"null", b"1")],
 ]
 
 
