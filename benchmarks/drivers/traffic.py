@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from gateway.ingest import wire
+from gateway.ingest import decoding
 from gateway.ingest.batch import BatchIds, Origin, build, validate
 
 SEED = 20261123
@@ -73,7 +73,7 @@ def payloads(count: int, *, body_length: int = BODY_LENGTH) -> list[bytes]:
     body = msgspec.json.encode({"messages": messages(count, [number], body_length=body_length)})
     origin = Origin(42, "0123456789abcdef" * 2, "2026-11-23T11:00:00.123Z")
     ids = BatchIds([f"{n:08}" for n in range(count)], [])
-    return list(build(validate(wire.decode_bulk(body)), {number: 7}, ids, origin).outgoing.payloads)
+    return list(build(validate(decoding.decode_bulk(body)), {number: 7}, ids, origin).outgoing.payloads)
 
 
 def envelopes(single: Sequence[bytes], sms_per_message: int) -> list[bytes]:

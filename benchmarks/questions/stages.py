@@ -32,7 +32,7 @@ from benchmarks.report.figures import Figure, short
 from benchmarks.report.machine import REPOSITORY, Machine
 from gateway.amqp.confirms import ConfirmTracker
 from gateway.amqp.frames import AckedRange, Destination, IncomingFrames, PublishFramer, Settled
-from gateway.ingest import batch, wire
+from gateway.ingest import batch, decoding, wire
 from gateway.ingest.contact_data import is_contact_data, is_contact_data_fast
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.message_ids import ALPHABET, BASE, LeasedIds
@@ -186,26 +186,26 @@ def compare_rounds(
 def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
     """Yield the stages of a batch of `size`: the name, True for a plain form, and the work."""
     clean, one_bad, bad, wrong_type = _body(size), _body(size, 1), _body(size, size), _body(size, size, TYPE)
-    yield "decode", False, partial(wire.decode_bulk, clean)
-    yield "decode, one wrong type", False, partial(wire.decode_bulk, _body(size, 1, TYPE))
-    yield "decode, all wrong types", False, partial(wire.decode_bulk, wrong_type)
+    yield "decode", False, partial(decoding.decode_bulk, clean)
+    yield "decode, one wrong type", False, partial(decoding.decode_bulk, _body(size, 1, TYPE))
+    yield "decode, all wrong types", False, partial(decoding.decode_bulk, wrong_type)
 
     with_objects = _body(size, size, WITH_OBJECTS)
-    yield "decode, with objects", False, partial(wire.decode_bulk, with_objects)
-    values: list[Any] = [message.contact_data for message in wire.decode_bulk(with_objects).messages]
+    yield "decode, with objects", False, partial(decoding.decode_bulk, with_objects)
+    values: list[Any] = [message.contact_data for message in decoding.decode_bulk(with_objects).messages]
     yield "contact_data", False, lambda: [is_contact_data_fast(value) for value in values]
     yield "contact_data, beside a bad message", False, lambda: [is_contact_data(value) for value in values]
 
     bodies = {"clean": clean, "one bad": one_bad, "all bad": bad, "all wrong types": wrong_type}
     bodies["with objects"] = with_objects
     for name, body in bodies.items():
-        yield f"validate, {name}", False, partial(batch.validate, wire.decode_bulk(body))
+        yield f"validate, {name}", False, partial(batch.validate, decoding.decode_bulk(body))
 
     yield "ids", False, _ids(size)
     numbers = range(10**12, 10**12 + size)
     yield "arithmetic per id", True, lambda: [_arithmetic_id(number) for number in numbers]
 
-    draft, ids = batch.validate(wire.decode_bulk(clean)), LeasedIds(0).take(size).ids
+    draft, ids = batch.validate(decoding.decode_bulk(clean)), LeasedIds(0).take(size).ids
     yield "build", False, partial(_build, draft, ids)
     objects = _payload_objects(draft, ids)
     yield "build: its encoding alone", False, lambda: [wire.encode(one) for one in objects]
@@ -226,7 +226,7 @@ def _stages(size: int) -> Iterator[tuple[str, bool, Work]]:
 
     loop.close()
 
-    rows = batch.validate(wire.decode_bulk(bad)).rows
+    rows = batch.validate(decoding.decode_bulk(bad)).rows
     yield "answer, clean", False, partial(wire.encode, Answer(size, 0, []))
     yield "answer, all bad", False, partial(wire.encode, Answer(0, size, rows))
 
@@ -428,11 +428,11 @@ def _refusing(size: int) -> list[Refusing]:
     take_ids = _ids(size)
 
     def accept() -> None:
-        built = _build(batch.validate(wire.decode_bulk(clean)), take_ids())  # type: ignore[arg-type]
+        built = _build(batch.validate(decoding.decode_bulk(clean)), take_ids())  # type: ignore[arg-type]
         framer.pack(built.outgoing.ids, built.outgoing.payloads)
 
     def refuse(body: bytes) -> None:
-        draft = batch.validate(wire.decode_bulk(body))
+        draft = batch.validate(decoding.decode_bulk(body))
         wire.encode(Answer(0, len(draft.rows), draft.rows))
 
     found = []

@@ -16,11 +16,11 @@ from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
 from gateway.ingest.contact_data import is_contact_data, is_contact_data_fast, is_null, is_object
+from gateway.ingest.decoding import DecodedBody
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
     MAX_ECHO,
     NOT_A_MESSAGE,
-    DecodedBody,
     ErrorRow,
     Message,
     MistypedMessage,

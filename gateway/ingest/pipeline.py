@@ -24,20 +24,18 @@ from gateway.errors import (
 )
 from gateway.ingest.admission import Slot
 from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, drop_unresolved, validate
+from gateway.ingest.decoding import DecodedBody, decode_bulk, decode_single
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
 from gateway.ingest.idempotency import Claim, Idempotency, Submission
 from gateway.ingest.message_ids import ids_at
 from gateway.ingest.wire import (
     Answer,
-    DecodedBody,
     DryRunAnswer,
     ErrorRow,
     SingleAnswer,
     SingleDryRunAnswer,
     decode_answer,
-    decode_bulk,
-    decode_single,
     encode,
     encode_with_ids,
 )

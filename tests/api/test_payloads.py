@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from aio_pika import DeliveryMode
 
-from gateway.ingest.wire import HUGE_BODY_BYTES
+from gateway.ingest.decoding import HUGE_BODY_BYTES
 from tests.support.gateways import GatewayUnderTest
 from tests.support.outbound_queue import OutboundQueue
 

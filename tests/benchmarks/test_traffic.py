@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from benchmarks.drivers import traffic
-from gateway.ingest import batch, wire
+from gateway.ingest import batch, decoding
 
 LISTS = ["+18005551000", "+18005552000"]
 
@@ -15,7 +15,7 @@ def test_the_share_of_bad_messages_holds_over_all_bodies(kinds: int, count: int,
     bodies = traffic.request_bodies(kinds, count, LISTS, bad_share=share)
     assert sum(good for _, good in bodies) == round(kinds * count * (1 - share))
     for body, good in bodies:
-        draft = batch.validate(wire.decode_bulk(body))
+        draft = batch.validate(decoding.decode_bulk(body))
         assert len(draft.messages) == good
 
 

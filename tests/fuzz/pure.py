@@ -23,7 +23,7 @@ from pamqp.heartbeat import Heartbeat
 with atheris.instrument_imports(include=["gateway"], enable_loader_override=False):
     from gateway.amqp import frames
     from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-    from gateway.ingest import batch, wire
+    from gateway.ingest import batch, decoding, wire
 
 from tests.fuzz.requests import Requests
 from tests.support.batch_model import OWNED, assert_as_the_model_says, build, model_code, model_payload
@@ -35,7 +35,7 @@ CHANNEL = 5
 # With the second, each body takes the path of very many values; with the third, that of one that is slow to parse; with
 # the fourth, that of a huge one.
 LIMITS: tuple[dict[str, Any], ...] = (
-    {"LARGE_BODY_BYTES": wire.LARGE_BODY_BYTES},
+    {"LARGE_BODY_BYTES": decoding.LARGE_BODY_BYTES},
     {"LARGE_BODY_BYTES": 0, "MANY_COMMAS": -1},
     {"LARGE_BODY_BYTES": 0, "MANY_BRACKETS": 0},
     {"HUGE_BODY_BYTES": 0, "MAX_FIELDS": 2},
@@ -45,7 +45,7 @@ LIMITS: tuple[dict[str, Any], ...] = (
 def try_request(body: bytes) -> None:
     """Try a body as that of a batch and as that of a single send, under all limits."""
     for limits in LIMITS:
-        with patch.multiple(wire, **limits):
+        with patch.multiple(decoding, **limits):
             try_single(body)
             try_bulk(body)
 
@@ -53,7 +53,7 @@ def try_request(body: bytes) -> None:
 def try_bulk(body: bytes) -> None:
     """Check that a body gives messages or one of four refusals, and that Python's own json reads it alike."""
     try:
-        bulk = wire.decode_bulk(body)
+        bulk = decoding.decode_bulk(body)
     except InvalidJson:
         assert read_strictly(body) is None, "refused, but it is JSON"
         return
@@ -82,7 +82,7 @@ def try_single(body: bytes) -> None:
     """Check that a body gives one message or a refusal, as the model of a batch of one says."""
     request = read_strictly(body)
     try:
-        bulk = wire.decode_single(body)
+        bulk = decoding.decode_single(body)
     except InvalidJson:
         assert request is None, "refused, but it is JSON"
         return

@@ -37,13 +37,13 @@ TESTS = {
     "gateway/amqp/transport.py": ["tests/unit/test_transport.py", "tests/integration/publisher"],
     "gateway/cli/admin.py": ["tests/integration/test_least_rights.py", "tests/integration/test_command_line.py"],
     "gateway/ingest/contact_data.py": [
-        *("tests/unit/test_batch.py", "tests/unit/test_wire.py", "tests/properties/test_contact_data.py"),
+        *("tests/unit/test_batch.py", "tests/unit/test_decoding.py", "tests/properties/test_contact_data.py"),
     ],
-    "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
-    "gateway/ingest/wire.py": [
-        *("tests/unit/test_wire.py", "tests/unit/test_answers.py", "tests/properties/test_wire.py"),
+    "gateway/ingest/decoding.py": [
+        *("tests/unit/test_decoding.py", "tests/properties/test_decoding.py"),
         *("tests/properties/test_in_place.py", "tests/properties/test_batch.py"),
     ],
+    "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
     "gateway/postgres/pool.py": ["tests/unit/test_pool.py", "tests/integration/test_database.py"],
     "gateway/postgres/rights.py": ["tests/integration/test_least_rights.py"],
     "gateway/postgres/queries.py": ["tests/unit/test_queries.py", "tests/api/test_idempotency.py"],

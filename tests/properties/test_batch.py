@@ -9,9 +9,9 @@ import msgspec
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.ingest import batch, wire
+from gateway.ingest import batch, decoding
 from gateway.ingest.batch import Draft
-from gateway.ingest.wire import DecodedBody, decode_bulk
+from gateway.ingest.decoding import DecodedBody, decode_bulk
 from tests.properties import MORE
 from tests.support.batch_model import (
     GOOD,
@@ -124,7 +124,7 @@ def test_the_fast_path_and_the_slow_path_agree(sent: list[Any], top_level: dict[
 @example(sent=[[1], {"to": 5}, {}], top_level={})
 def test_a_body_with_very_many_values_is_decoded_as_any_other(sent: list[Any], top_level: dict[str, Any]) -> None:
     body = request_of(sent, **top_level)
-    with patch.multiple(wire, LARGE_BODY_BYTES=-1, MANY_COMMAS=-1):
+    with patch.multiple(decoding, LARGE_BODY_BYTES=-1, MANY_COMMAS=-1):
         large = batch.validate(decode_bulk(body))
     assert comparable(large) == comparable(batch.validate(decode_bulk(body)))
 

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from msgspec import Raw
 
 from gateway.errors import GatewayError, InvalidJson
-from gateway.ingest import batch, contact_data, wire
+from gateway.ingest import batch, contact_data, decoding
 from gateway.ingest.contact_data import MANY_VALUES, MAX_NAMES, TINY_BYTES, WORTH_BYTES, is_contact_data, take_out
+from gateway.ingest.decoding import decode_bulk, decode_single
 from gateway.ingest.in_place import Body, Malformed, check
-from gateway.ingest.wire import decode_bulk, decode_single, encode
+from gateway.ingest.wire import encode
 from tests.properties import MORE
 from tests.properties.test_batch import comparable
 
@@ -73,9 +74,9 @@ NO_LIMITS: Any = {"LARGE_BODY_BYTES": 0, "MANY_BRACKETS": 0}
 
 def outcome(body: bytes, decode: Any, *, is_taken_out: bool) -> Any:
     """Return all that comes of a body that counts as large: its payloads and rows, or the type of the refusal."""
-    keep: Any = patch.object(wire, "take_out", lambda whole: (whole, None))
+    keep: Any = patch.object(decoding, "take_out", lambda whole: (whole, None))
     tiny = patch.object(contact_data, "TINY_BYTES", 0)
-    with patch.multiple(wire, **NO_LIMITS), tiny, nullcontext() if is_taken_out else keep:
+    with patch.multiple(decoding, **NO_LIMITS), tiny, nullcontext() if is_taken_out else keep:
         try:
             return comparable(batch.validate(decode(body)))
         except GatewayError as refusal:
@@ -116,7 +117,7 @@ def test_large_values_are_taken_out_and_put_back(more: str) -> None:
     short, taken_out = take_out(request)
     assert taken_out is not None
     assert len(short) < 600
-    with patch.multiple(wire, **NO_LIMITS):
+    with patch.multiple(decoding, **NO_LIMITS):
         draft = batch.validate(decode_bulk(request))
     assert [encode(message.contact_data) for message in draft.messages] == [value.encode(), b"{}"]
 
@@ -124,7 +125,7 @@ def test_large_values_are_taken_out_and_put_back(more: str) -> None:
 def test_nothing_of_a_body_is_kept() -> None:
     large = b'{"first_name":"A","x":[' + b"{}," * 2_000 + b"{}]}"
     body = bytearray(b'{"messages":[{' + FIELDS.encode() + b',"contact_data":' + large + b"}]}")
-    with patch.multiple(wire, **NO_LIMITS):
+    with patch.multiple(decoding, **NO_LIMITS):
         assert len(batch.validate(decode_bulk(body)).messages) == 1
     body.clear()  # raises BufferError as long as anything refers to it
 
@@ -166,7 +167,7 @@ def test_names_that_are_written_with_escapes_are_found(name: str) -> None:
     request = f'{{"messages":[{{{FIELDS},"{name}" : {value}}}]}}'.encode()
     short, _ = take_out(request)
     assert b"xx" not in short
-    with patch.multiple(wire, **NO_LIMITS):
+    with patch.multiple(decoding, **NO_LIMITS):
         (message,) = batch.validate(decode_bulk(request)).messages
     assert encode(message.contact_data) == value.encode()
 
@@ -201,7 +202,7 @@ def test_a_defect_has_its_position_whatever_is_taken_out_before_and_after(bad: i
     elements = [f'{{{FIELDS},"contact_data":{LARGE.decode()}}}' for _ in range(3)]
     elements.insert(bad, "!")
     request = f'{{"messages":[{",".join(elements)}]}}'.encode()
-    with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
+    with patch.multiple(decoding, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
         decode_bulk(request)
     assert str(raised.value).endswith(f" near byte {request.index(b'!')}")
 
@@ -217,7 +218,7 @@ def test_the_first_defect_is_named(before: str, flaw: str) -> None:
     request = start + MALFORMED + b"}]}"
     with pytest.raises(Malformed) as expected:
         check(request)
-    with patch.multiple(wire, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
+    with patch.multiple(decoding, **NO_LIMITS), pytest.raises(InvalidJson) as raised:
         decode_bulk(request)
     assert str(raised.value).endswith(f" near byte {expected.value.position}")
 
@@ -234,7 +235,7 @@ def test_objects_that_are_nested_too_deeply_together_are_refused() -> None:
 
 def is_accepted(field: str, value: str) -> bool:
     request = f'{{"messages":[{{{FIELDS},"{field}":{value}}}]}}'.encode()
-    with patch.multiple(wire, **NO_LIMITS):
+    with patch.multiple(decoding, **NO_LIMITS):
         try:
             return bool(batch.validate(decode_bulk(request)).messages)
         except InvalidJson as refusal:

@@ -17,8 +17,9 @@ from gateway.amqp.confirms import Outcome
 from gateway.errors import GatewayError
 from gateway.ingest import batch
 from gateway.ingest.batch import BatchIds, Origin
+from gateway.ingest.decoding import decode_bulk
 from gateway.ingest.pipeline import answer_for
-from gateway.ingest.wire import decode_bulk, encode
+from gateway.ingest.wire import encode
 from tests.properties import MORE
 from tests.support.batch_model import (
     ACCEPTED_AT,

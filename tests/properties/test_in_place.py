@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.errors import GatewayError
-from gateway.ingest import batch, in_place, wire
-from gateway.ingest.wire import decode_bulk
+from gateway.ingest import batch, decoding, in_place
+from gateway.ingest.decoding import decode_bulk
 from tests.properties.test_batch import comparable
 from tests.properties.test_contact_data import EXAMPLES, FIELDS, arrays_of, damages, names, scalars, spaces, values
 
@@ -70,7 +70,7 @@ def test_in_place_or_as_a_whole(
     limits: dict[str, Any] = {"MAX_FIELDS": most_fields, "MAX_ELEMENTS": most_elements, "LARGE_BODY_BYTES": 0}
     limits["MAX_FAILED_BYTES"] = most_failed
     for large in ({"MANY_COMMAS": -1}, {"HUGE_BODY_BYTES": 0}, {"MANY_BRACKETS": 0}):
-        with patch.multiple(wire, **limits | large):
+        with patch.multiple(decoding, **limits | large):
             assert outcome(body) == expected
 
 
@@ -85,7 +85,7 @@ def test_what_stands_between_values_is_not_a_part_of_one(before: str, bad: str, 
     """The bytes after a value must not be parsed together with what stands for it (`null`)."""
     body = (before + bad + after).encode()
     expected = outcome(body)
-    with patch.multiple(wire, HUGE_BODY_BYTES=0):
+    with patch.multiple(decoding, HUGE_BODY_BYTES=0):
         assert outcome(body) == expected
 
 
@@ -113,6 +113,6 @@ def test_what_was_decoded_in_place_is_not_parsed_again(request_: str, is_parsed_
         bodies.append(within)
         return in_place.decode_array(within, *rest)
 
-    with patch.multiple(wire, LARGE_BODY_BYTES=0, HUGE_BODY_BYTES=0, decode_array=decode_array):
+    with patch.multiple(decoding, LARGE_BODY_BYTES=0, HUGE_BODY_BYTES=0, decode_array=decode_array):
         outcome(body)
     assert (bodies[-1] is not body) == is_parsed_again

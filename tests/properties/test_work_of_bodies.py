@@ -15,7 +15,8 @@ import pytest
 
 from gateway.errors import GatewayError
 from gateway.ingest import batch
-from gateway.ingest.wire import MAX_BODY_BYTES, Answer, decode_bulk, decode_single, encode
+from gateway.ingest.decoding import decode_bulk, decode_single
+from gateway.ingest.wire import MAX_BODY_BYTES, Answer, encode
 from testbed.bodies import LIST_NUMBER, PARSED_TWICE, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
 
 # Of decoding, validating, building and answering alone. Reading a body costs half as much again, whatever is in it.

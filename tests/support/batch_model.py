@@ -10,7 +10,7 @@ from typing import Any
 
 from gateway.ingest import batch
 from gateway.ingest.batch import Batch, BatchIds, Draft, Origin
-from gateway.ingest.wire import decode_bulk
+from gateway.ingest.decoding import decode_bulk
 
 ACCOUNT_ID = 42
 ACCEPTED_AT = "2026-11-23T11:00:00.123Z"

@@ -12,8 +12,8 @@ from gateway.amqp.outgoing import Outgoing
 from gateway.errors import InvalidJson
 from gateway.ingest import batch, contact_data
 from gateway.ingest.batch import Batch
+from gateway.ingest.decoding import decode_bulk, decode_single
 from gateway.ingest.envelopes import Placement
-from gateway.ingest.wire import decode_bulk, decode_single
 from tests.support.batch_model import (
     GOOD,
     build,

@@ -8,7 +8,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 
 import gateway
 from gateway import errors
-from gateway.ingest import batch, contact_data, idempotency, wire
+from gateway.ingest import batch, contact_data, decoding, idempotency, wire
 from gateway.web import answers, api
 from tests.support.openapi_document import (
     COMPONENTS,
@@ -139,7 +139,7 @@ def test_the_fields_are_those_of_the_wire() -> None:
         ("SingleAnswer", (wire.SingleAnswer, wire.SingleDryRunAnswer)),
     ):
         assert set(schemas[schema]["properties"]) == {name for kind in kinds for name in kind.__struct_fields__}
-    assert set(schemas["Bulk"]["properties"]) == set(wire.DecodedBody.__struct_fields__) - {"typed", "taken_out"}
+    assert set(schemas["Bulk"]["properties"]) == set(decoding.DecodedBody.__struct_fields__) - {"typed", "taken_out"}
 
 
 def test_the_headers_are_the_gateways() -> None:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.errors import GatewayError, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.wire import decode_bulk
+from gateway.ingest.decoding import decode_bulk
 from tests.properties import MORE
 
 # The whole vocabulary: nothing of it can be a part of the body.
