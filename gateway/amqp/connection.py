@@ -64,7 +64,8 @@ class PublishConnection:
     Where the broker has closed only the channel, a new object opens the next channel on the same socket (`successor`).
 
     States: open → blocked (a broker alarm) → open; open → overdue (the oldest written batch is past its deadline);
-    any → lost. half_open: one batch at a time until the first confirm, because the connection replaces an overdue one.
+    any → lost. half_open: one batch at a time until the first confirm, because the connection replaces an overdue one,
+    or a half-open one that was lost.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PublishConnection:
     ) -> None:
         """`count_late` is called with the number of messages that were confirmed after their deadline."""
         self.node = node
-        self._half_open = half_open
+        self.is_half_open = half_open  # of a lost one: the connection after it starts half-open
         self.confirmed_written_at = float("-inf")  # of the confirmed batch that was written last
         self._settings = settings
         self._count_late = count_late
@@ -141,7 +142,7 @@ class PublishConnection:
 
     def successor(self) -> "PublishConnection":
         """Return an object for the next channel on the same socket; call its open()."""
-        successor = PublishConnection(self._settings, self.node, self._count_late)
+        successor = PublishConnection(self._settings, self.node, self._count_late, half_open=self.is_half_open)
         successor._transport, successor._connection = self._transport, self._connection
         successor._channel = self._channel
         successor._transport.report_to(successor._on_event, successor._on_lost)
@@ -216,7 +217,7 @@ class PublishConnection:
             or self._transport.is_closing
             or self.is_overdue()
             or self._is_retiring
-            or (self._half_open and self._written)
+            or (self.is_half_open and self._written)
         )
 
     @property
@@ -228,7 +229,7 @@ class PublishConnection:
             return "blocked"
         if self.is_overdue():
             return "overdue"
-        return "half_open" if self._half_open else "open"
+        return "half_open" if self.is_half_open else "open"
 
     @property
     def blocked_s(self) -> float:
@@ -439,6 +440,7 @@ class PublishConnection:
 
     def _lose(self, outcome: Outcome = Outcome.UNKNOWN) -> None:
         if not self._lost.done():
+            self.is_half_open = self.is_half_open or self.is_overdue()
             self._lost.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
@@ -452,7 +454,7 @@ class PublishConnection:
             self.unconfirmed_bytes -= batch.size
             if not self.is_lost:
                 self.confirmed_written_at = max(self.confirmed_written_at, batch.written_at)
-                self._half_open = False
+                self.is_half_open = False
             if not batch.ended.done():
                 batch.ended.set_result(None)
             elif not self.is_lost:

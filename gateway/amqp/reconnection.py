@@ -200,16 +200,19 @@ class PublishConnections:
         return successor
 
     async def _replace(self, connection: PublishConnection) -> bool:
-        """Take the connection out of use. Return True if its successor starts half-open."""
+        """Take the connection out of use. Return True if the next one starts half-open.
+
+        It has to show that batches are confirmed again, if this one was overdue or has not shown it either.
+        """
         self.open = [other for other in self.open if other is not connection]
-        is_overdue = connection.is_overdue()  # then the successor has to show that batches are confirmed again
+        is_overdue = connection.is_overdue()
         connection.refuse_waiting()  # Publisher gives these batches to another connection
         if is_overdue and not connection.is_blocked and not self.is_closed:
             self._draining.add(connection)
             self._start(asyncio.create_task(self._drain(connection), name="amqp-draining"))
         else:
             await self._discard(connection)
-        return is_overdue
+        return is_overdue or connection.is_half_open
 
     async def _serve(self, connection: PublishConnection) -> None:
         """Return when the connection is lost or is to be replaced.

@@ -13,7 +13,10 @@ from tests.support.eventually import eventually
 from tests.support.publishing import (
     ACKED,
     UNKNOWN,
+    Script,
+    close_channel,
     connected,
+    drop,
     is_idle,
     publish,
     usable_connections,
@@ -129,6 +132,58 @@ async def test_the_replacement_takes_one_batch_until_it_has_shown_that_there_are
         await broker.wait_published(5)
         broker.sessions[1].ack(4, multiple=True)
         assert [list(await other) for other in others] == [[ACKED]] * 3
+
+
+async def test_after_a_failed_connect_the_replacement_still_takes_one_batch(broker: ScriptedBroker) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.2) as publisher:
+        broker.refuse_connections = True
+        assert list(await publish(publisher, 1, "A")) == [UNKNOWN]
+        await eventually(lambda: publisher.connections.connect_failures > 0)
+        broker.refuse_connections = False
+        await eventually(publisher.connections.is_usable)
+        assert publisher.connections.states()["half_open"] == 1
+
+
+@pytest.mark.parametrize("lose", [drop, close_channel])
+async def test_a_replacement_that_is_lost_before_its_first_confirm_has_shown_nothing(
+    broker: ScriptedBroker, lose: Script
+) -> None:
+    broker.mode = "silent"
+    async with connected(broker.url, confirm_timeout_s=0.5) as publisher:
+        assert list(await publish(publisher, 1, "A")) == [UNKNOWN]
+        await eventually(publisher.connections.is_usable)
+        for _ in range(2):
+            (replacement,) = publisher.connections.open
+            lose(broker.sessions[-1])
+            await replacement.wait_lost(timeout=5.0)
+            await eventually(publisher.connections.is_usable)
+            assert publisher.connections.states()["half_open"] == 1
+        probe = publish(publisher, 1, "B")
+        await broker.wait_published(2)
+        assert not publisher.connections.is_usable()
+        last = broker.published[-1]
+        broker.sessions[last.connection].ack(last.delivery_tag, channel=last.channel)
+        assert list(await probe) == [ACKED]
+        assert publisher.connections.states()["open"] == 1
+
+
+@pytest.mark.parametrize("lose", [drop, close_channel])
+async def test_a_connection_that_is_lost_while_it_is_overdue_is_replaced_by_a_half_open_one(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch, lose: Script
+) -> None:
+    """Before the check of every quarter second has seen that it is overdue."""
+    async with connected(broker.url, confirm_timeout_s=0.2) as publisher:
+        (first,) = publisher.connections.open
+        monkeypatch.setattr(reconnection, "WATCH_INTERVAL_S", 60.0)
+        await asyncio.sleep(0.3)  # the longer wait has begun
+        broker.mode = "silent"
+        assert list(await publish(publisher, 1, "A")) == [UNKNOWN]
+        assert first.is_overdue()
+        lose(broker.sessions[0])
+        await first.wait_lost(timeout=5.0)
+        await eventually(publisher.connections.is_usable)
+        assert publisher.connections.states()["half_open"] == 1
 
 
 async def test_under_an_alarm_an_overdue_connection_is_not_replaced(broker: ScriptedBroker) -> None:
