@@ -421,6 +421,7 @@ class PublishConnection:
 
     def _on_channel_closed(self, reply: str) -> None:
         self._channel_reply = reply
+        self._transport.listen_to(None)  # aiormq may give the channel's number to another channel
         if found := _size_limit(reply):
             self.has_refused_size, self.max_payload_bytes = True, int(found[1])
         self._lose(Outcome.NACKED if self._may_not_publish(reply) else Outcome.UNKNOWN)

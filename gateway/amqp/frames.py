@@ -194,12 +194,14 @@ class IncomingFrames:
 
     @property
     def channel(self) -> int | None:
-        """The publish channel; None until it is open."""
+        """The publish channel; None while none is open."""
         return self._channel
 
     @channel.setter
-    def channel(self, number: int) -> None:
+    def channel(self, number: int | None) -> None:
         self._channel = number
+        if number is None:
+            return
         self._ack_start = _frame_start.pack(_METHOD, number, _method.size + _settlement.size) + _method.pack(*_ACK)
         self._match_acks = re.compile(b"(?:%b.{8}[\0\1]%b)+" % (re.escape(self._ack_start), END), re.DOTALL).match
 

@@ -125,8 +125,8 @@ class TappedTransport(TransportFactory):
         self._transport = transport
         return reader, asyncio.StreamWriter(transport, tap, reader, loop)
 
-    def listen_to(self, channel: int) -> None:
-        """Take the confirms of this channel out of the stream from now on."""
+    def listen_to(self, channel: int | None) -> None:
+        """Take the confirms of this channel out of the stream from now on; None: of no channel."""
         assert self._tap is not None  # noqa: S101 - the channel was opened through it
         self._tap.frames.channel = channel
 

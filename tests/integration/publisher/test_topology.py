@@ -113,6 +113,21 @@ async def test_without_the_right_to_configure_nacks_are_unknown_and_one_warning_
     assert "ACCESS_REFUSED - access to Queue.Declare" in caplog.text
 
 
+async def test_a_refusal_to_configure_is_no_loss_of_the_next_channel(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The library gives the number of a closed channel to the next one, on which the topology is verified."""
+    broker.on_declare = lambda declare: None if declare.passive else (403, "ACCESS_REFUSED - access to the queue")
+    async with connected(broker.url, amqp_topology="check") as publisher:
+        (first,) = publisher.connections.open
+        close_channel(broker.sessions[0])
+        await first.wait_lost(timeout=5.0)
+        await eventually(publisher.connections.is_usable)
+        assert list(await publish(publisher, 1)) == [ACKED]
+    assert caplog.text.count("lost the channel") == 1
+    assert first.close_reply.startswith("404")
+
+
 async def test_a_queue_that_is_not_as_expected_is_not_accepted(
     broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
 ) -> None:
