@@ -48,7 +48,7 @@ class Publisher:
         """End the waits of all batches, shortly before the process ends.
 
         Written messages that are not settled are unknown. Batches that wait for room on the socket, or for a channel or
-        a connection, are refused.
+        a connection, are refused, as are those that come later.
         """
         self.connections.end_waits()
         for connection in self.connections.all:
@@ -141,6 +141,8 @@ class Publisher:
     async def _publish(self, outgoing: Outgoing, deadline: float) -> bytes:
         if not outgoing:
             return b""
+        if self.connections.has_ended_waits:  # the process may end before the confirms arrive, and nobody ends the wait
+            raise QueueUnavailable
         clock = asyncio.get_running_loop().time
         if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
