@@ -147,11 +147,10 @@ class Publisher:
         if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
         connection = await self._choose(outgoing, deadline)
-        load, unconfirmed = self.load_of(outgoing), self._load()
+        load, unconfirmed, published_at = self.load_of(outgoing), self._load(), clock()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
         while True:
-            published_at = clock()
             try:
                 outcomes = await connection.publish(outgoing, deadline)
                 break
@@ -166,6 +165,7 @@ class Publisher:
                 fitting = self._fitting(outgoing)
                 if len(fitting) < len(outgoing):
                     return await self._publish_only(fitting, outgoing, deadline)
+                unconfirmed, published_at = self._load(), clock()
         if not connection.is_lost:
             self.window.adapt(load, unconfirmed=unconfirmed + load, published_at=published_at, now=clock())
         elif Outcome.UNKNOWN in outcomes:

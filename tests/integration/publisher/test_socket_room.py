@@ -374,3 +374,31 @@ async def test_the_limit_is_the_same_after_batches_have_waited_and_were_refused(
                 session.ack(len(broker.published), multiple=True)
                 await asyncio.sleep(0.02)
             await asyncio.gather(*batches, return_exceptions=True)
+
+
+async def test_a_batch_that_goes_to_another_connection_adapts_the_window_by_what_it_finds_there(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load of the lost connection is gone, and the wait there says nothing about the confirms."""
+    monkeypatch.setattr(connection_module, "SOCKET_BYTES", 1)
+    broker.mode = "silent"
+    adapted: list[tuple[int, float]] = []
+    async with connected(broker.url) as publisher:
+        (lost,) = publisher.connections.open
+        first = start_on(lost, "A", 500, within_s=5)
+        await broker.wait_published(500)
+        waiting = publish(publisher, 1, "B")
+        await eventually(lambda: publisher.unconfirmed_messages == 501)
+
+        def adapt(_load: int, *, unconfirmed: int, published_at: float, now: float) -> None:
+            adapted.append((unconfirmed, published_at))
+
+        monkeypatch.setattr(publisher.window, "adapt", adapt)
+        broker.mode = "ack"
+        lost_at = asyncio.get_running_loop().time()
+        broker.sessions[0].drop()
+        assert list(await waiting) == [ACKED]
+        ((unconfirmed, published_at),) = adapted
+        assert unconfirmed == 1
+        assert published_at > lost_at
+        await first
