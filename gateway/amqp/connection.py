@@ -290,7 +290,7 @@ class PublishConnection:
         published = self._tracker.add(batch.ids)
         try:
             self._transport.write(batch.buffer)
-        except (OSError, RuntimeError) as error:
+        except ConnectionResetError as error:
             self._tracker.withdraw(published)
             raise QueueUnavailable from error
         batch.buffer = b""  # 5 MB less to hold until the broker has confirmed it

@@ -5,6 +5,7 @@ itself, and the tap takes the confirms of the publish channel out of what the br
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -17,6 +18,8 @@ from yarl import URL
 from gateway import tls
 from gateway.amqp.frames import HEARTBEAT_FRAME, Event, IncomingFrames
 from gateway.config import Settings
+
+log = logging.getLogger(__name__)
 
 # aiormq sees no confirms, and would consider a broker that sends nothing else dead. The tap gives it heartbeats.
 HEARTBEAT_EVERY_S = 1.0
@@ -92,8 +95,10 @@ class _Tap(asyncio.StreamReaderProtocol):
             super().data_received(passed_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.on_lost()
-        super().connection_lost(exc)
+        try:
+            self.on_lost()
+        finally:
+            super().connection_lost(exc)
 
 
 class TappedTransport(TransportFactory):
@@ -162,16 +167,20 @@ class TappedTransport(TransportFactory):
             asyncio.get_running_loop().call_soon(self._send)
 
     def _send(self) -> None:
-        """Write the collected buffers. A closing connection drops them: the outcome of their messages is unknown."""
+        """Write the collected buffers.
+
+        Where that fails, or the connection is closing, they are lost. The outcome of their messages is unknown: a part
+        of the bytes may have left.
+        """
         unsent, self._unsent, self._unsent_bytes = self._unsent, [], 0
         if unsent and self._transport is not None and not self._transport.is_closing():
             try:
                 self._transport.write(b"".join(unsent))
-            except BaseException:
+            except Exception as error:
                 # Buffers that are lost on an open connection would shift all later delivery tags: a message could then
                 # count as queued by the ack of another one.
+                log.error("closing a connection to the broker, because a write failed: %s", reason(error))
                 self.abort()
-                raise
 
     def abort(self) -> None:
         """Close the socket at once, without writing what is buffered."""

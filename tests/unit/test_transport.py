@@ -32,9 +32,15 @@ class Wire(asyncio.Transport):
         super().__init__()
         self.written: list[bytes] = []
         self.closing = False
+        self.error: Exception | None = None  # of writes
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self.error is not None:
+            raise self.error
         self.written.append(bytes(data))
+
+    def abort(self) -> None:
+        self.closing = True
 
     def is_closing(self) -> bool:
         return self.closing
@@ -86,6 +92,19 @@ async def test_a_closing_connection_takes_no_buffer_and_drops_those_it_has(
     assert wire.written == []
     with pytest.raises(ConnectionResetError):
         TappedTransport().write(b"before it is opened")
+
+
+@pytest.mark.parametrize("size", [1, 64 * 1024])
+async def test_a_write_that_fails_closes_the_connection_and_raises_nothing(
+    transport: TappedTransport, wire: Wire, size: int
+) -> None:
+    """A part of the bytes may have left: that is no refusal to take them."""
+    wire.error = MemoryError()
+    transport.write(b"x" * size)
+    await asyncio.sleep(0)
+    assert wire.closing
+    with pytest.raises(ConnectionResetError):
+        transport.write(b"y")
 
 
 @pytest.mark.parametrize("scheme", ["amqp", "amqps"])
@@ -160,6 +179,18 @@ async def test_the_loss_of_the_socket_is_reported_and_ends_the_librarys_reading(
     tapped.tap.on_lost = lambda: lost.append(True)
     tapped.tap.connection_lost(None)
     assert lost == [True]
+    assert tapped.reader.at_eof()
+
+
+async def test_an_error_in_the_report_of_the_loss_does_not_keep_it_from_the_library() -> None:
+    tapped = Tapped()
+
+    def fail() -> None:
+        raise KeyError
+
+    tapped.tap.on_lost = fail
+    with pytest.raises(KeyError):
+        tapped.tap.connection_lost(None)
     assert tapped.reader.at_eof()
 
 

@@ -13,6 +13,7 @@ from tests.support.publishing import (
     connected,
     ids,
     ids_of,
+    is_idle,
     payloads,
     publish,
     publish_batch,
@@ -110,9 +111,30 @@ async def test_buffers_lost_on_their_way_to_the_socket_shift_no_confirm(
             raise MemoryError
 
         monkeypatch.setattr(transport, "write", fail_once)
-        asyncio.get_running_loop().set_exception_handler(lambda loop, context: None)
         lost = [publish(publisher, 1), publish(publisher, 1)]
         await asyncio.sleep(0.05)
         async with asyncio.timeout(8):
             outcomes = [await batch for batch in [*lost, publish(publisher, 1)]]
         assert b"".join(outcomes).count(ACKED) == len(broker.published) == 3
+
+
+async def test_a_large_batch_whose_write_fails_half_way_is_unknown_and_published_again(
+    broker: ScriptedBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first messages may be queued, although the write has raised an error."""
+    large = [b"x" * 1_000] * 100
+    async with connected(broker.url) as publisher:
+        (connection,) = publisher.connections.open
+        transport = transport_of(connection)
+        write = transport.write
+
+        def fail_half_way(data: bytes) -> None:
+            write(data[: len(data) // 2])
+            raise MemoryError
+
+        monkeypatch.setattr(transport, "write", fail_half_way)
+        async with asyncio.timeout(8):
+            assert list(await publish(publisher, large)) == [ACKED] * 100
+        assert connection.is_lost
+        assert publisher.republished == 100
+        assert is_idle(publisher)
