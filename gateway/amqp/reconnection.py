@@ -58,7 +58,7 @@ class PublishConnections:
             self._start(asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}"))
 
     def _start(self, task: asyncio.Task[None]) -> None:
-        task.add_done_callback(_log_if_ended)
+        task.add_done_callback(_log_if_failed)
         task.add_done_callback(self._tasks.discard)
         self._tasks.add(task)
 
@@ -165,8 +165,8 @@ class PublishConnections:
                 half_open = await self._replace(connection)
             await asyncio.sleep(reconnect_delay_s(attempt))
 
-    async def _open(self, connection: PublishConnection) -> bool:
-        """Open the connection. Return False, after a line in the log, if that fails."""
+    async def _open(self, connection: PublishConnection, done: str = "connected") -> bool:
+        """Open the connection, or only its channel. `done` is logged; or the failure is, and False returned."""
         node = address(connection.node)
         try:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
@@ -177,7 +177,7 @@ class PublishConnections:
             self._failure_logs[node].note(self.last_failure)
             self.connect_failures += 1
             return False
-        log.info("connected to the broker at %s%s", node, self._failure_logs[node].end())
+        log.info("%s to the broker at %s%s", done, node, self._failure_logs[node].end())
         if connection.unverified and not self._has_warned_of_rights:
             log.warning(UNVERIFIED, node, connection.unverified)
             self._has_warned_of_rights = True
@@ -193,7 +193,7 @@ class PublishConnections:
         if self.is_closed or not (lost.is_lost and lost.is_reopening):
             return None
         successor = lost.successor()
-        if not await self._open(successor):
+        if not await self._open(successor, "reopened the channel"):
             return None
         self.open = [successor if other is lost else other for other in self.open]
         self._changed.set()
@@ -289,9 +289,9 @@ class PublishConnections:
         self.late_confirms += count
 
 
-def _log_if_ended(task: asyncio.Task[None]) -> None:
+def _log_if_failed(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        log.critical("%s ended: its connection will not come back", task.get_name(), exc_info=task.exception())
+        log.critical("the task %s has failed", task.get_name(), exc_info=task.exception())
 
 
 def reconnect_delay_s(failures: int) -> float:

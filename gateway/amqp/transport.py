@@ -199,10 +199,11 @@ def address(node: URL) -> str:
 def reason(error: BaseException, close_reply: str = "") -> str:
     """Return a line for the log: the kind of error, its text, and what to do about it.
 
-    `close_reply`: the broker's own words, where it has closed the connection. The library's error does not have them.
+    `close_reply`: the broker's own words, where it has closed the connection or the channel. The library's error does
+    not have them.
     """
     if close_reply:
-        return f"the broker has closed the connection: {close_reply}"
+        return f"closed by the broker: {close_reply}"
     if isinstance(error, aiormq.exceptions.ChannelPreconditionFailed):
         return (
             f"{error}. It exists with other arguments than the gateway's. Set GATEWAY_AMQP_QUEUE_TYPE to its type, or "

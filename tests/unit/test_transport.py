@@ -247,7 +247,7 @@ def test_an_address_has_the_port_also_where_the_url_leaves_it_out(node: str, exp
 @pytest.mark.parametrize(
     ("error", "close_reply", "advice"),
     [
-        (OSError("no"), "320 CONNECTION_FORCED", "the broker has closed the connection: 320 CONNECTION_FORCED"),
+        (OSError("no"), "320 CONNECTION_FORCED", "closed by the broker: 320 CONNECTION_FORCED"),
         (aiormq.exceptions.ChannelPreconditionFailed("no"), "", "Set GATEWAY_AMQP_QUEUE_TYPE"),
         (aiormq.exceptions.ChannelAccessRefused("no"), "", "GATEWAY_AMQP_TOPOLOGY=check"),
         (OSError("no"), "", "OSError no"),

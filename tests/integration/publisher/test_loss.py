@@ -76,7 +76,9 @@ async def test_only_the_unknown_are_published_once_more_elsewhere_with_the_same_
         assert is_idle(publisher)
 
 
-async def test_after_a_closed_channel_the_connection_gets_a_new_one(broker: ScriptedBroker) -> None:
+async def test_after_a_closed_channel_the_connection_gets_a_new_one(
+    broker: ScriptedBroker, caplog: pytest.LogCaptureFixture
+) -> None:
     selected = []
 
     def listen(session: Session, channel: int, frame: Frame) -> bool:
@@ -92,6 +94,8 @@ async def test_after_a_closed_channel_the_connection_gets_a_new_one(broker: Scri
             await broker.wait_until(partial(lambda opened: len(selected) > opened, opened))
             assert list(await publish(publisher, 2, str(n))) == [ACKED] * 2
         assert len(broker.sessions) == 1
+    logged = [record.message.partition(" to the broker")[0] for record in caplog.records]
+    assert logged == ["connected", *["lost the channel", "reopened the channel"] * 3]
 
 
 async def test_under_an_alarm_a_closed_channel_costs_its_connection(broker: ScriptedBroker) -> None:
