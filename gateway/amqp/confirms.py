@@ -155,7 +155,7 @@ class ConfirmTracker:
         return lost
 
     def is_untouched(self) -> bool:
-        """Return True if the broker has settled and returned nothing since the channel was opened."""
+        """Return True if messages were written on the channel, and the broker has settled and returned none of them."""
         return bool(self._ranges) and self._ranges[0].first_tag == 1 and not any(any(r.states) for r in self._ranges)
 
     def oldest(self) -> PublishedRange | None:
@@ -164,5 +164,5 @@ class ConfirmTracker:
 
     def _forget_settled(self) -> None:
         # Only from the front: the ranges must stay contiguous for bisect.
-        kept = next((n for n, published in enumerate(self._ranges) if published.unsettled), len(self._ranges))
-        del self._ranges[:kept]
+        first_unsettled = next((n for n, each in enumerate(self._ranges) if each.unsettled), len(self._ranges))
+        del self._ranges[:first_unsettled]

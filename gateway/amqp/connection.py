@@ -87,7 +87,8 @@ class PublishConnection:
         self._lost = self._loop.create_future()
         self._channel: AbstractChannel | None = None
         self._channel_reply = ""
-        self._nacked_since = self._first_nack_at = NEVER  # the former: since the last ack
+        self._nacked_since = NEVER  # the first nack after the last ack
+        self._first_nack_at = NEVER
         self._is_retiring = False
         self.has_returned = False  # the broker has returned a message; reset when the topology is restored
         self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
@@ -196,7 +197,10 @@ class PublishConnection:
 
     @property
     def close_reply(self) -> str:
-        """Code and text with which the broker has closed the channel or the connection; "" if it has not."""
+        """Code and text with which the broker has closed the channel or the connection; "" if it has not.
+
+        Of a retired channel: why it was given up.
+        """
         return self._channel_reply or self._transport.close_reply
 
     async def wait_lost(self, *, timeout: float) -> bool:
@@ -248,9 +252,9 @@ class PublishConnection:
         return oldest is not None and oldest.deadline < self._loop.time()
 
     def is_stalled(self, latest: float) -> bool:
-        """Return True if the oldest unsettled batch was written more than STALLED_S before `latest`.
+        """Return True if the oldest written batch is unsettled, and was written more than STALLED_S before `latest`.
 
-        `latest`: the greatest `confirmed_written_at` of all connections.
+        `latest`: the greatest `confirmed_written_at` of the usable connections.
         """
         oldest = self._oldest()
         return oldest is not None and oldest.written_at + STALLED_S < latest

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 ASK_EVERY_S = 15.0
 KNOWN_FOR_S = 60.0  # after it, an answer is too old to be shown
-REFUSED_FOR_S = 60.0  # a refused question is asked again after it: the broker logs each as an error
+REFUSED_FOR_S = 60.0  # for so long a refused question is not asked again: the broker logs each refusal as an error
 WATCH_S = 1.0
 OUTBOUND, DEAD_LETTERS = KINDS = ("outbound", "dead_letters")
 
@@ -75,10 +75,8 @@ class QueueDepths:
     async def watch_for_ever(self) -> None:
         """Ask for all depths every ASK_EVERY_S, while a publish connection is usable; return at the end of a drain."""
         while self.all and await self._connections.wait_usable():
-            usable = [connection for connection in self._connections.open if connection.is_usable()]
-            if usable:
-                await self._ask_until_lost(usable[0])
-                await asyncio.sleep(ASK_EVERY_S)
+            await self._ask_until_lost(self._connections.usable()[0])
+            await asyncio.sleep(ASK_EVERY_S)
 
     async def _ask_until_lost(self, connection: PublishConnection) -> None:
         """Ask, without a time limit, until all is answered or the connection is lost.

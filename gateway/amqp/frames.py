@@ -240,7 +240,7 @@ class IncomingFrames:
         return b"".join(passed_on), events
 
     def _end_of_acks(self, start: int) -> int:
-        """Return the end of the acks that begin at `start`; 0 if there are not at least two."""
+        """Return the end of the whole acks that begin at `start`; 0 if there is none, or no start of a second one."""
         if not self._channel or not self._buffer.startswith(self._ack_start, start + _ack.size):
             return 0
         acks = self._match_acks(self._buffer, start)
