@@ -8,9 +8,11 @@ the caller down. An account alone may use the whole window.
 The wait is limited as in CoDel (Nichols and Jacobson, ACM Queue 2012), in Facebook's adaptive form (Maurer, "Fail at
 Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter limit.
 
-No account can take all slots or bytes. Each may hold up to SHARE times the free part: three quarters for an account
+No account can take all slots or all bytes. Each may hold up to SHARE times what is free: three quarters for an account
 alone, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account, and no need
-to know which accounts are active.)
+to know which accounts are active.) For slots, the request's own slot still counts as free: SHARE requests always fit.
+For bytes, what the request takes is not free any more. The only body of an account needs no share: it may take all
+bytes that are free.
 """
 
 import asyncio
@@ -118,8 +120,8 @@ class Admission:
 
         The only body of an account needs no share.
         """
-        held, free = self.bytes_of[slot.account_id], self.max_bytes - self.reserved_bytes
-        return size <= free and (held == slot.reserved or held + size <= SHARE * free)
+        held, left = self.bytes_of[slot.account_id], self.max_bytes - self.reserved_bytes - size
+        return left >= 0 and (held == slot.reserved or held + size <= SHARE * left)
 
     def refuse_bytes(self, slot: "Slot", size: int) -> None:
         """Raise Overloaded unless the slot may hold `size` bytes more."""

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import struct
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from urllib.parse import urlsplit
 
 import msgspec
@@ -16,6 +16,7 @@ from gateway.amqp import publisher
 from gateway.cli.admin import open_admin
 from gateway.ingest.admission import Slot
 from gateway.ingest.pipeline import SendRequest
+from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.telemetry.counters import READ
 from gateway.telemetry.requests import RequestRecord
 from tests.support.callers import Caller, make_caller
@@ -125,6 +126,24 @@ async def test_another_accounts_request_is_next_however_many_wait(
         assert (await first)[0] == 200
         assert [status for status, _, _ in await asyncio.gather(*crowd)] == [200] * len(crowd)
         assert msgspec.json.decode(broker.published[2 * FULL].body)["account_id"] == other.account_id
+
+
+async def test_large_bodies_of_one_account_leave_bytes_for_another(
+    start_gateway: StartGateway, make_settings: MakeSettings
+) -> None:
+    gateway = await start_gateway(make_settings(max_bytes_in_flight=3 * MAX_BODY_BYTES))
+    admission = gateway.runtime.admission
+    async with open_admin(gateway.runtime.settings.database_url) as admin:
+        other = await make_caller(admin)
+    head = f"POST /api/v2/send/bulk HTTP/1.1\r\nHost: x\r\nX-Api-Key: {gateway.caller.key}\r\n"
+    chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()  # counts as the largest body
+    async with AsyncExitStack() as conversations:
+        for _ in range(3):
+            await (await conversations.enter_async_context(connect(gateway.url))).send(chunked)
+        await eventually(lambda: admission.requests_of[gateway.caller.account_id] == 3)
+        assert (admission.reserved_bytes, admission.waiting) == (2 * MAX_BODY_BYTES, 1)
+        assert await post_as(gateway, other) == 200
+        assert admission.waiting == 1
 
 
 async def post_as(gateway: GatewayUnderTest, caller: Caller) -> int:

@@ -83,6 +83,39 @@ async def test_one_accounts_large_bodies_leave_room_for_others() -> None:
     assert_empty(admission)
 
 
+async def test_one_account_leaves_bytes_free_when_its_bodies_are_large() -> None:
+    admission = admission_of(max_bytes=1_500)
+    async with AsyncExitStack() as house:
+        assert await fill(house, admission, 500, A) == 2, "a third body would take all bytes"
+        async with waiting(admission, 500, A), entered(admission, 500, B):
+            assert dict(admission.bytes_of) == {A: 1_000, B: 500}
+    assert_empty(admission)
+
+
+async def test_a_body_that_turns_out_costly_leaves_bytes_free() -> None:
+    admission = admission_of(max_bytes=1_500)
+    async with entered(admission, 500, A), entered(admission, 500, A) as second:
+        with pytest.raises(Overloaded):
+            second.reserve_total(1_000)
+        async with entered(admission, 500, B):
+            assert dict(admission.bytes_of) == {A: 1_000, B: 500}
+    assert_empty(admission)
+
+
+@pytest.mark.parametrize("size", [500, 1_000])
+async def test_a_body_as_large_as_all_bytes_is_served_once_they_are_free(size: int) -> None:
+    """With the smallest setting, one body of the maximum takes all bytes."""
+    admission = admission_of(max_bytes=1_000)
+    async with AsyncExitStack() as first:
+        slot = await first.enter_async_context(entered(admission, size, A))
+        slot.reserve_total(1_000)
+        async with waiting(admission, 1_000, A) as served:
+            await first.aclose()
+            await eventually(lambda: len(served) == 1)
+            assert admission.reserved_bytes == 1_000
+    assert_empty(admission)
+
+
 async def test_a_released_share_can_be_taken_again() -> None:
     admission = admission_of(max_requests=8, max_bytes=1_000)
     for _ in range(3):
