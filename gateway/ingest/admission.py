@@ -92,13 +92,13 @@ class Admission:
         self.requests += 1
         return Slot(self)
 
-    def refuse_again(self, key: str) -> None:
+    def check_refused_key(self, key: str) -> None:
         """Raise Overloaded, without a query, if the key's account was over its share of slots and still is."""
         account_id = self._refused_keys.pop(hash(key), NO_ACCOUNT)
         if account_id != NO_ACCOUNT:
-            self.refuse_beyond_share(account_id, key)
+            self.check_share(account_id, key)
 
-    def refuse_beyond_share(self, account_id: int, key: str) -> None:
+    def check_share(self, account_id: int, key: str) -> None:
         """Raise Overloaded if the account holds its share of slots. SHARE requests always fit."""
         requests = self.requests_of[account_id] + 1
         if requests > SHARE * (self._max_requests - self.requests + 1):
@@ -123,7 +123,7 @@ class Admission:
         held, left = self.bytes_of[slot.account_id], self.max_bytes - self.reserved_bytes - size
         return left >= 0 and (held == slot.reserved or held + size <= SHARE * left)
 
-    def refuse_bytes(self, slot: "Slot", size: int) -> None:
+    def check_bytes(self, slot: "Slot", size: int) -> None:
         """Raise Overloaded unless the slot may hold `size` bytes more."""
         if not self.fits(slot, size):
             raise self._overloaded("bytes")
@@ -132,15 +132,18 @@ class Admission:
         """Return the load at the broker of a body of `size` bytes that has not been read."""
         return self._broker.weigh(min(size // MESSAGE_BYTES + 1, MAX_MESSAGES), size)
 
-    def may_enter(self, slot: "Slot") -> bool:
-        """Give the slot a grant and return True, if nobody waits and there is room."""
+    def try_enter(self, slot: "Slot") -> bool:
+        """Give the slot a grant if nobody waits and there is room. Return False otherwise."""
         if self._waiting or not self._fits_slot(slot) or not self._has_room(slot.load):
             return False
         self._grant(slot)
         return True
 
-    def may_publish(self, slot: "Slot", load: int) -> bool:
-        """Return True if a batch of this load may be written at once: its slot has a grant, and there is room."""
+    def use_grant(self, slot: "Slot", load: int) -> bool:
+        """End the slot's grant. Return True if a batch of this load may be written at once.
+
+        There must be room, and the grant must not have ended before, unless nobody waits.
+        """
         if self._waiting:
             # The load may be less than was expected: offer the rest to those that wait.
             asyncio.get_running_loop().call_soon(self.wake)
@@ -152,8 +155,13 @@ class Admission:
         return load <= self._broker.room(self._granted_load) or not self._broker.is_usable()
 
     def _fits_slot(self, slot: "Slot") -> bool:
-        """Return True if there is room for the body, and the account's slow bodies leave room for other accounts."""
-        if slot.is_read:
+        """Return True if there is room for the body, and the account's slow bodies leave room for other accounts.
+
+        All grants of an account, this one included, may take as much room at the broker as the grants so far have
+        left: for an account alone, about half of it. An account's first grant only needs room. A batch that is built
+        has its bytes, and will not be slow.
+        """
+        if slot.has_batch:
             return True
         mine = self._granted_of[slot.account_id]
         return self.fits(slot, slot.wanted) and (not mine or mine + slot.load <= self._broker.room(self._granted_load))
@@ -171,7 +179,7 @@ class Admission:
             self._standing_since = loop.time()
         self._timer = self._timer or loop.call_later(TICK_S, self._tick)
         granted = self._waiting[slot] = loop.create_future()
-        self._queue.add(slot.account_id, slot.load, slot, first=slot.is_read)
+        self._queue.add(slot.account_id, slot.load, slot, first=slot.has_batch)
         self._end_late_grants()
         self.wake()  # other requests may wait for bytes or for their account's share, and this one may fit
         try:
@@ -237,8 +245,8 @@ class Admission:
             self._timer = loop.call_later(TICK_S, self._tick)
 
     def abandon(self, slot: "Slot") -> None:
-        """End the wait of a request whose caller has hung up. A body that has arrived is published all the same."""
-        if slot in self._waiting and not slot.is_read:
+        """End the wait of a request whose caller has hung up. A batch that is built is published all the same."""
+        if slot in self._waiting and not slot.has_batch:
             self._refuse(slot, MalformedHttp())
 
     def _refuse(self, slot: "Slot", refusal: GatewayError) -> None:
@@ -280,7 +288,7 @@ class Slot:
         "_admitted_at",
         "_is_held",
         "account_id",
-        "is_read",
+        "has_batch",
         "load",
         "reserved",
         "waited_s",
@@ -298,7 +306,7 @@ class Slot:
         self.load = 0  # at the broker: expected, later exact
         self.wanted = 0  # bytes to reserve with the grant
         self.was_granted = False
-        self.is_read = False  # True: it waits once more, with its body
+        self.has_batch = False  # True: its body was read and its batch built before this wait
         self.waits_since = 0.0  # as if all its waiting had been without a break
         self.waited_s = 0.0  # in total
 
@@ -308,10 +316,10 @@ class Slot:
         Raises Overloaded, QueueUnavailable, Draining at the end of a drain, or MalformedHttp if the caller hangs up.
         """
         admission = self._admission
-        admission.refuse_beyond_share(account_id, key)
+        admission.check_share(account_id, key)
         self.account_id, self.wanted, self.load = account_id, size, admission.expected_load(size)
         admission.change(account_id, 1, 0)
-        if not admission.may_enter(self):
+        if not admission.try_enter(self):
             await admission.wait(self)
 
     async def enter_window(self, load: int) -> None:
@@ -319,8 +327,8 @@ class Slot:
 
         Raises Overloaded or QueueUnavailable. Write the batch before the next await.
         """
-        while not self._admission.may_publish(self, load):
-            self.load, self.wanted, self.is_read = load, 0, True
+        while not self._admission.use_grant(self, load):
+            self.load, self.wanted, self.has_batch = load, 0, True
             await self._admission.wait(self)
 
     def reserve(self, size: int) -> None:
@@ -334,7 +342,7 @@ class Slot:
         """
         size = min(size, self._admission.max_bytes)
         if size > self.reserved:
-            self._admission.refuse_bytes(self, size - self.reserved)
+            self._admission.check_bytes(self, size - self.reserved)
         self._change_to(size)
 
     def hold_answer(self, size: int) -> None:
@@ -348,7 +356,7 @@ class Slot:
             self.reserved = size
 
     def abandon(self) -> None:
-        """End a wait: the caller has hung up."""
+        """End a wait for room before the batch is built: the caller has hung up."""
         self._admission.abandon(self)
 
     def give_back(self) -> None:

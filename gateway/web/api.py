@@ -70,7 +70,7 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
     keys = request.headers.getall(API_KEY_HEADER, [])
     for key in keys:
-        runtime.admission.refuse_again(key)
+        runtime.admission.check_refused_key(key)
     key_sha256 = auth.digest(keys)
     body = read_arrived(request)
     draft = draft_early(body, form) if body else None

@@ -274,7 +274,7 @@ def test_an_account_may_hold_its_share_to_the_last_slot() -> None:
         admission.admit()
         admission.change(account_id, 1, 0)
     admission.admit()
-    admission.refuse_beyond_share(A, KEY)  # its third of four, of which one is free with it
+    admission.check_share(A, KEY)  # its third of four, of which one is free with it
 
 
 def test_the_keys_of_all_refused_requests_are_remembered() -> None:
@@ -284,11 +284,11 @@ def test_the_keys_of_all_refused_requests_are_remembered() -> None:
         admission.change(A, 1, 0)
     for key in ("one", "two", "three"):
         with pytest.raises(Overloaded):
-            admission.refuse_beyond_share(A, key)
+            admission.check_share(A, key)
     for key in ("one", "two", "three"):
         with pytest.raises(Overloaded):
-            admission.refuse_again(key)
-    admission.refuse_again("another")
+            admission.check_refused_key(key)
+    admission.check_refused_key("another")
 
 
 def test_waits_are_parts_of_the_deadline() -> None:
@@ -342,7 +342,7 @@ async def test_a_batch_that_takes_less_than_was_expected_makes_room_at_once(monk
     room = BrokerRoom(1_000)
     admission = admission_of(room=room)
     async with entered(admission, BATCH_BYTES - 1, A) as slot, waiting(admission, BATCH_BYTES // 2, B) as served:
-        assert admission.may_publish(slot, 10)
+        assert admission.use_grant(slot, 10)
         room.unconfirmed = 10
         await eventually(lambda: len(served) == 1)
 
@@ -350,10 +350,10 @@ async def test_a_batch_that_takes_less_than_was_expected_makes_room_at_once(monk
 async def test_a_batch_without_a_grant_does_not_pass_those_that_wait() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 900, A) as slot:
-        assert admission.may_publish(slot, 1)
+        assert admission.use_grant(slot, 1)
         async with waiting(admission, 500, B):
-            assert not admission.may_publish(slot, 1), "its grant has been used"
-        assert admission.may_publish(slot, 1)
+            assert not admission.use_grant(slot, 1), "its grant has been used"
+        assert admission.use_grant(slot, 1)
 
 
 async def test_an_account_alone_may_use_the_whole_window() -> None:
@@ -516,7 +516,7 @@ async def test_a_batch_that_has_been_read_needs_no_bytes() -> None:
         batch = asyncio.create_task(slot.enter_window(1))
         await eventually(lambda: admission.waiting == 1)
         slot.abandon()
-        assert admission.waiting == 1, "its body has arrived: it is published although the caller has hung up"
+        assert admission.waiting == 1, "its batch is built: it is published although the caller has hung up"
         room.unconfirmed = 0
         await batch
         assert slot not in admission._granted
@@ -565,7 +565,7 @@ async def test_quick_refusals_do_not_shorten_retry_after() -> None:
         await fill(house, admission, 0, A)
         for _ in range(200):
             with held_slot(admission), pytest.raises(Overloaded):
-                admission.refuse_again(KEY)
+                admission.check_refused_key(KEY)
         assert admission.held_s == 3.2
 
 
@@ -594,15 +594,15 @@ async def test_a_cancelled_request_leaves_the_queue() -> None:
 
 async def test_a_key_whose_account_is_over_its_share_is_refused_again_without_a_query() -> None:
     admission = admission_of(max_requests=4)
-    admission.refuse_again(KEY)
+    admission.check_refused_key(KEY)
     async with AsyncExitStack() as house:
         assert await fill(house, admission, 0, A) == 3
         for refusals in (2, 3):
             with held_slot(admission), pytest.raises(Overloaded):
-                admission.refuse_again(KEY)
+                admission.check_refused_key(KEY)
             assert admission.shed == {"account_share": refusals}
-        admission.refuse_again("another key")
-    admission.refuse_again(KEY)
+        admission.check_refused_key("another key")
+    admission.check_refused_key(KEY)
     assert admission.shed == {"account_share": 3}
 
 
@@ -613,5 +613,5 @@ async def test_remembered_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         await fill(house, admission, 0, A)
         for number in range(100):
             with held_slot(admission), pytest.raises(Overloaded):
-                admission.refuse_beyond_share(A, f"key {number}")
+                admission.check_share(A, f"key {number}")
             assert len(vars(admission)["_refused_keys"]) <= 10
