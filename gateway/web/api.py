@@ -24,9 +24,9 @@ ALLOWED = {SEND: "POST", SEND_BULK: "POST", openapi.PATH: openapi.METHODS}
 ALLOWED_METHODS = web.AppKey("allowed_methods", dict[str, str])
 API_KEY_HEADER = "X-Api-Key"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
-REPLAYED = {"Idempotent-Replayed": "true"}
+REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 PREFER_HEADER = "Prefer"
-PREFERENCE_APPLIED = {"Preference-Applied": "return=representation"}
+PREFERENCE_HEADERS = {"Preference-Applied": "return=representation"}
 # A comma or a semicolon in a quoted string does not separate (RFC 9110, 5.6.4). A string that is not closed ends with
 # its header line. Each pattern takes linear time, because callers choose the text.
 _preferences_in = re.compile(r'(?:[^",]+|"(?:[^"\\]|\\.?)*"?)+').findall
@@ -89,9 +89,9 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     del body, draft  # the pipeline alone holds them: it can let go of them
     answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
-    headers = REPLAYED if record.is_replayed else {}
+    headers = REPLAYED_HEADERS if record.is_replayed else {}
     if received.wants_ids and not record.is_dry_run:  # a dry run takes no ids
-        headers = headers | PREFERENCE_APPLIED
+        headers = headers | PREFERENCE_HEADERS
     return DirectAnswer(answer, headers)
 
 
@@ -105,13 +105,13 @@ async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int
     record.body_bytes = len(body)
     slot.reserve_total(memory_cost(body))
     deadline = asyncio.get_running_loop().time() + settings.confirm_timeout_s - slot.waited_s
-    wants_ids = form is BULK and PREFER_HEADER in request.headers and prefers_representation(request.headers)
+    wants_ids = form is BULK and prefers_representation(request.headers)
     return SendRequest(form, account_id, slot, request[REQUEST_ID], body, key, deadline, wants_ids=wants_ids)
 
 
 def prefers_representation(headers: CIMultiDictProxy[str]) -> bool:
     """Return True if the first `return` among the preferences is `return=representation` (RFC 7240)."""
-    for line in headers.getall(PREFER_HEADER):
+    for line in headers.getall(PREFER_HEADER, ()):
         for preference in _preferences_in(line):
             if _is_return(preference):
                 value = _value_of_return(preference)
@@ -123,10 +123,14 @@ def _unquote(word: str) -> str:
     return re.sub(r"\\(.)", r"\1", word[1:-1]) if word.startswith('"') else word
 
 
+def _path_of(request: web.Request) -> str:
+    """Return the path that the router compares: `send%2Fbulk` is not `send/bulk`, as it is in `request.path`."""
+    return request.rel_url.path_safe
+
+
 async def refuse_route(request: web.Request) -> web.Response:
     """Refuse every other path and method. aiohttp's own refusals would first answer an `Expect` header."""
-    # Not `path`, which is decoded: the router takes `send%2Fbulk` for another path, with any method.
-    allowed = request.app[ALLOWED_METHODS].get(request.rel_url.raw_path)
+    allowed = request.app[ALLOWED_METHODS].get(_path_of(request))
     raise MethodNotAllowed(allowed) if allowed else NotFound
 
 
@@ -135,7 +139,8 @@ async def record_every_request(request: web.Request, handler: Handler) -> web.St
     """Keep a record of each request; at its end, write its trace and its line in the request log."""
     runtime = request.app[RUNTIME]
     record = request[RECORD] = RequestRecord(runtime.counters)
-    route = request.path if request.path in (SEND_BULK, SEND) else ""
+    path = _path_of(request)
+    route = path if path in (SEND_BULK, SEND) else ""
     runtime.tracing.begin(record, request.method, route, request.headers)
     status, code = 0, ""
     try:

@@ -4,15 +4,19 @@ import asyncio
 import gzip
 import hashlib
 import time
+from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from typing import Any
 
 import asyncpg
 import msgspec
 import pytest
+from yarl import URL
 
 from gateway.cli.admin import Admin
 from gateway.errors import InvalidJson
+from gateway.telemetry.requests import RequestRecord
+from gateway.telemetry.tracing import NoTracing
 from gateway.web import openapi
 from tests.support.admission import entered, held_slot
 from tests.support.eventually import eventually
@@ -159,6 +163,7 @@ async def test_deactivating_a_list_takes_effect_on_the_next_request_and_so_does_
         ("GET", "/api/v2/send/bulk", 405, "method_not_allowed"),
         ("PUT", "/api/v2/send/bulk", 405, "method_not_allowed"),
         ("DELETE", "/api/v2/send/bulk", 405, "method_not_allowed"),
+        ("GET", "/api/v2/%73end/bulk", 405, "method_not_allowed"),  # a letter that is quoted is the same letter
         ("POST", "/api/v2/sends", 404, "not_found"),
         ("GET", "/", 404, "not_found"),
         ("POST", "/api/v2/send/bulk/", 404, "not_found"),
@@ -169,9 +174,33 @@ async def test_deactivating_a_list_takes_effect_on_the_next_request_and_so_does_
 async def test_other_paths_and_methods(
     gateway: GatewayUnderTest, method: str, path: str, status: int, code: str
 ) -> None:
-    async with gateway.session.request(method, gateway.api_url + path) as response:
+    async with gateway.session.request(method, URL(gateway.api_url + path, encoded=True)) as response:
         await assert_refused((response.status, await response.json(), None), status, code)
         assert response.headers.get("Allow") == ("POST" if status == 405 else None)
+
+
+@pytest.mark.parametrize(
+    ("path", "route"),
+    [
+        ("/api/v2/send/bulk", "/api/v2/send/bulk"),
+        ("/api/v2/send", "/api/v2/send"),
+        ("/api/v2/%73end", "/api/v2/send"),
+        ("/api/v2/send%2Fbulk", ""),
+    ],
+)
+async def test_a_trace_has_the_route_of_the_calls_that_send_alone(
+    gateway: GatewayUnderTest, path: str, route: str
+) -> None:
+    routes = list[str]()
+
+    class NotedRoutes(NoTracing):
+        def begin(self, _record: RequestRecord, _method: str, route: str, _headers: Mapping[str, str]) -> None:
+            routes.append(route)
+
+    gateway.runtime.tracing = NotedRoutes()
+    async with gateway.session.post(URL(gateway.api_url + path, encoded=True)) as response:
+        assert response.status == (401 if route else 404)
+    assert routes == [route]
 
 
 async def test_a_body_that_does_not_arrive_is_not_waited_for(

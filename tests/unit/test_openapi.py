@@ -145,7 +145,7 @@ def test_the_fields_are_those_of_the_wire() -> None:
 def test_the_headers_are_the_gateways() -> None:
     assert COMPONENTS["securitySchemes"]["ApiKey"]["name"] == api.API_KEY_HEADER
     assert set(COMPONENTS["parameters"]) == {api.IDEMPOTENCY_HEADER, api.PREFER_HEADER, answers.REQUEST_ID_HEADER}
-    assert api.REPLAYED.keys() | api.PREFERENCE_APPLIED.keys() <= RESPONSES["200"]["headers"].keys()
+    assert api.REPLAYED_HEADERS.keys() | api.PREFERENCE_HEADERS.keys() <= RESPONSES["200"]["headers"].keys()
     assert set(resolved(RESPONSES["405"]["headers"]["Allow"])["schema"]["enum"]) == set(api.ALLOWED.values())
     for kind in ERRORS:
         sent = kind("POST") if kind is errors.MethodNotAllowed else kind()
