@@ -144,7 +144,16 @@ def _validate_whole(decoded: DecodedBody) -> Draft | None:
 
 
 def _validate_each(decoded: DecodedBody) -> Draft:
-    draft = Draft([], [], [], indexes := [], [], len(decoded.messages), decoded.dry_run)
+    indexes: list[int] = []
+    draft = Draft(
+        messages=[],
+        recipients=[],
+        list_numbers=[],
+        indexes=indexes,
+        rows=[],
+        size=len(decoded.messages),
+        dry_run=decoded.dry_run,
+    )
     for index, message in enumerate(decoded.messages):
         list_number = message.list_number or decoded.list_number
         refusal = _refusal(message, list_number)
@@ -292,7 +301,8 @@ def drop_unresolved(
 
     The row of a message to one of `lost_lists` says that the message is unknown, and has its id from `ids`.
     """
-    kept = Draft([], [], [], indexes := [], list(draft.rows), draft.size, draft.dry_run)
+    indexes: list[int] = []
+    kept = draft._replace(messages=[], recipients=[], list_numbers=[], indexes=indexes, rows=list(draft.rows))
     for message, recipient, list_number, index in zip(
         draft.messages, draft.recipients, draft.list_numbers, draft.indexes, strict=True
     ):
@@ -302,13 +312,15 @@ def drop_unresolved(
             kept.list_numbers.append(list_number)
             indexes.append(index)
         elif list_number in lost_lists:
-            message_id = ids.messages[index]
-            kept.rows.append(
-                ErrorRow(index, recipient, *errors.OUTCOME_UNKNOWN, may_be_queued=True, message_id=message_id)
-            )
+            kept.rows.append(unknown_row(index, recipient, ids.messages[index]))
         else:
             kept.rows.append(_row(index, recipient, errors.LIST_NOT_FOUND))
     return kept
+
+
+def unknown_row(index: int, recipient: str, message_id: str) -> ErrorRow:
+    """Return the row of a valid message that may be queued."""
+    return ErrorRow(index, recipient, *errors.OUTCOME_UNKNOWN, may_be_queued=True, message_id=message_id)
 
 
 def _row(index: int, to: object, refusal: errors.Refusal) -> ErrorRow:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from gateway.errors import (
     DatabaseUnavailable,
+    GatewayError,
     IdempotencyInProgress,
     IdempotencyKeyReused,
     InvalidIdempotencyKey,
@@ -140,29 +141,31 @@ class KeyedClaim(Claim):
         Raises IdempotencyInProgress, IdempotencyKeyReused, TooManyIdempotencyKeys or DatabaseUnavailable.
         """
         await super().__aenter__()
-        requests = self._idempotency.requests
         has_room = self._idempotency.has_room(self._account_id)
         known = await self._hold(may_insert=has_room and bool(self.lists))
         if isinstance(known, HeldKey):
             self._note_held(known)
         elif known is None and not self.lists:  # no run has queued anything, and neither will this one
-            requests["first"] += 1
-        elif known is None and not has_room:
-            requests["too_many"] += 1
-            raise TooManyIdempotencyKeys
-        elif known is None:  # the row was removed between the two queries: a retry finds the key free
-            requests["in_progress"] += 1
-            raise IdempotencyInProgress
-        elif not known.is_same_body:
-            requests["conflict"] += 1
-            raise IdempotencyKeyReused
-        elif known.answer is None:
-            requests["in_progress"] += 1
-            raise IdempotencyInProgress
-        else:
-            requests["replayed"] += 1
+            self._idempotency.requests["first"] += 1
+        elif known is not None and known.is_same_body and known.answer is not None:
+            self._idempotency.requests["replayed"] += 1
             self.kept_answer, self.kept_first_id = known.answer, known.first_id
+        else:
+            raise self._refusal(known, has_room=has_room)
         return self
+
+    def _refusal(self, known: KnownKey | None, *, has_room: bool) -> GatewayError:
+        """Count and return the refusal of a request that neither holds its key nor finds its stored answer."""
+        requests = self._idempotency.requests
+        if known is not None and not known.is_same_body:
+            requests["conflict"] += 1
+            return IdempotencyKeyReused()
+        if known is None and not has_room:
+            requests["too_many"] += 1
+            return TooManyIdempotencyKeys()
+        # Another run holds the key, or its row was removed between the two queries: a retry finds the key free.
+        requests["in_progress"] += 1
+        return IdempotencyInProgress()
 
     async def _hold(self, *, may_insert: bool) -> HeldKey | KnownKey | None:
         sent = self._submission
@@ -204,7 +207,7 @@ class KeyedClaim(Claim):
 
     async def keep(self, answer: Answer, encoded: bytes) -> None:
         """Store the encoded answer, unless a message is unknown, none is queued, or it is too long."""
-        if not answer.queued_count:  # all are too large for the queue
+        if not answer.queued_count:  # no message could be published, or all are too large for the queue
             await self._end(is_forgotten=not self.is_retry)
         elif len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
             await self._end()

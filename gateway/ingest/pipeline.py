@@ -14,7 +14,6 @@ import msgspec
 from gateway.amqp.confirms import REFUSED_IS_UNKNOWN, Outcome
 from gateway.amqp.publisher import Publisher
 from gateway.errors import (
-    OUTCOME_UNKNOWN,
     QUEUE_REJECTED,
     TOO_LARGE,
     GatewayError,
@@ -23,7 +22,7 @@ from gateway.errors import (
     QueueUnavailable,
 )
 from gateway.ingest.admission import Slot
-from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, drop_unresolved, validate
+from gateway.ingest.batch import Batch, BatchIds, Draft, Origin, build, drop_unresolved, unknown_row, validate
 from gateway.ingest.decoding import DecodedBody, decode_bulk, decode_single
 from gateway.ingest.envelopes import Layout
 from gateway.ingest.id_supply import IdSupply
@@ -225,11 +224,12 @@ def answer_for(batch: Batch, outcomes: bytes) -> Answer:
     """
     queued = outcomes.count(Outcome.ACKED)
     rows = batch.rows
-    if not queued and (Outcome.UNKNOWN in outcomes or any(row.may_be_queued for row in rows)):
-        raise OutcomeUnknown
-    if queued < len(outcomes):
-        if not queued and outcomes.count(Outcome.TOO_LARGE) < len(outcomes):
+    if not queued:
+        if Outcome.UNKNOWN in outcomes or any(row.may_be_queued for row in rows):
+            raise OutcomeUnknown
+        if outcomes.count(Outcome.TOO_LARGE) < len(outcomes):
             raise QueueUnavailable
+    if queued < len(outcomes):
         rows = rows + [
             _unqueued_row(batch, position, outcome)
             for position, outcome in enumerate(outcomes)
@@ -241,6 +241,5 @@ def answer_for(batch: Batch, outcomes: bytes) -> Answer:
 def _unqueued_row(batch: Batch, position: int, outcome: int) -> ErrorRow:
     index, to = batch.indexes[position], batch.recipients[position]
     if outcome == Outcome.UNKNOWN:
-        code, sentence = OUTCOME_UNKNOWN
-        return ErrorRow(index, to, code, sentence, may_be_queued=True, message_id=batch.ids[position])
+        return unknown_row(index, to, batch.ids[position])
     return ErrorRow(index, to, *(TOO_LARGE if outcome == Outcome.TOO_LARGE else QUEUE_REJECTED))
