@@ -1,6 +1,6 @@
 """The Idempotency-Key: a request sent again gets the first answer, or runs again with the same message ids.
 
-    absent ──hold──→ held ──keep──→ answered: the answer is stored for 24 hours ──sweep──→ absent
+    absent ──hold──→ held ──store──→ answered: the answer is stored for 24 hours ──sweep──→ absent
                       ├── nothing queued in the first run ──→ absent
                       └── unknown outcome, or the process died ──→ free: the next run takes the same ids
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 HOLD_MARGIN_S = 2.0  # beyond the longest run
 LATE_SETTLE_S = 0.25  # how long an answer that is due waits until its row is settled
 SWEEP_INTERVAL_S = 60.0
-MAX_KEPT_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
+MAX_STORED_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
 
 
@@ -53,64 +53,55 @@ def parse_key(values: Sequence[str]) -> str | None:
 
 
 class Submission(NamedTuple):
-    """One request with an Idempotency-Key. A repetition has the same account, key and body."""
+    """The facts about a request that a claim needs. A repetition has the same account, key and body."""
 
     account_id: int
-    key: str
-    body_sha256: bytes  # with the salt of the form
+    key: str  # "" without an Idempotency-Key
+    body_sha256: bytes  # with the salt of the form; b"" without a key
     size: int  # messages in the request
     list_numbers: list[str]  # distinct
-    lists: Mapping[str, int] | None  # as in SendRequest
+    lists: Mapping[str, int] | None  # as in SendRequest; None: looked up on entry
     deadline: float  # as in SendRequest
 
 
 class Claim:
-    """A run of a request without an Idempotency-Key. Enter it before the batch is published, and end with `keep`.
+    """One run of a request, with its lists and message ids. KeyedClaim is a run with an Idempotency-Key.
+
+    Enter the claim before the batch is published, and end with `store`:
 
     async with claim:
-        if claim.kept_answer is None:
+        if claim.stored_answer is None:
             …  # build and publish with claim.lists and claim.ids
-            await claim.keep(answer, encoded)
+            await claim.store(answer, encoded)
     """
 
     __slots__ = (
-        "_account_id",
-        "_known_lists",
-        "_numbers",
         "_queries",
+        "_submission",
+        "first_position",
         "ids",
         "is_retry",
-        "kept_answer",
-        "kept_first_id",
         "lists",
         "lost_lists",
+        "stored_answer",
     )
 
-    def __init__(
-        self,
-        queries: Queries,
-        account_id: int,
-        list_numbers: list[str],
-        lists: Mapping[str, int] | None,
-        ids: BatchIds,
-    ) -> None:
-        """Without `lists` (list number → list id, of the account), `list_numbers` are looked up on entry."""
+    def __init__(self, queries: Queries, submission: Submission, ids: BatchIds) -> None:
         self._queries = queries
-        self._account_id = account_id
-        self._numbers = list_numbers
-        self._known_lists = lists
+        self._submission = submission
         self.ids = ids
         self.lists: Mapping[str, int] = {}  # list number → list id: the account's active lists
         self.is_retry = False  # an earlier run may have published messages
         self.lost_lists: Collection[str] = ()  # numbers not in `lists`, to which an earlier run may have published
-        self.kept_answer: bytes | None = None  # of an earlier run, encoded
-        self.kept_first_id = 0  # position of the first message id of that run
+        self.stored_answer: bytes | None = None  # of an earlier run, encoded
+        self.first_position = 0  # of the message ids in the stored answer
 
     async def __aenter__(self) -> "Claim":
-        if self._known_lists is not None:
-            self.lists = self._known_lists
+        sent = self._submission
+        if sent.lists is not None:
+            self.lists = sent.lists
         else:
-            self.lists = await self._queries.resolve_lists(self._account_id, self._numbers)
+            self.lists = await self._queries.resolve_lists(sent.account_id, sent.list_numbers)
         return self
 
     async def __aexit__(
@@ -118,19 +109,18 @@ class Claim:
     ) -> None:
         pass
 
-    async def keep(self, answer: Answer, encoded: bytes) -> None:
+    async def store(self, answer: Answer, encoded: bytes) -> None:
         """Do nothing: without a key, no answer is stored."""
 
 
 class KeyedClaim(Claim):
     """A run of a request with an Idempotency-Key: its row is held until the run has ended."""
 
-    __slots__ = ("_block", "_holder", "_idempotency", "_is_held", "_submission")
+    __slots__ = ("_block", "_holder", "_idempotency", "_is_held")
 
     def __init__(self, idempotency: "Idempotency", submission: Submission, block: IdBlock, ids: BatchIds) -> None:
-        super().__init__(idempotency.queries, submission.account_id, submission.list_numbers, submission.lists, ids)
+        super().__init__(idempotency.queries, submission, ids)
         self._idempotency = idempotency
-        self._submission = submission
         self._block = block
         self._holder = secrets.randbits(63)
         self._is_held = False
@@ -141,7 +131,7 @@ class KeyedClaim(Claim):
         Raises IdempotencyInProgress, IdempotencyKeyReused, TooManyIdempotencyKeys or DatabaseUnavailable.
         """
         await super().__aenter__()
-        has_room = self._idempotency.has_room(self._account_id)
+        has_room = self._idempotency.has_room(self._submission.account_id)
         known = await self._hold(may_insert=has_room and bool(self.lists))
         if isinstance(known, HeldKey):
             self._note_held(known)
@@ -149,7 +139,7 @@ class KeyedClaim(Claim):
             self._idempotency.requests["first"] += 1
         elif known is not None and known.is_same_body and known.answer is not None:
             self._idempotency.requests["replayed"] += 1
-            self.kept_answer, self.kept_first_id = known.answer, known.first_id
+            self.stored_answer, self.first_position = known.answer, known.first_position
         else:
             raise self._refusal(known, has_room=has_room)
         return self
@@ -175,7 +165,7 @@ class KeyedClaim(Claim):
                 sent.account_id,
                 sent.key,
                 sent.body_sha256,
-                self._block.first,
+                self._block.first_position,
                 self._holder,
                 self._idempotency.hold_s,
                 not_found,
@@ -184,15 +174,16 @@ class KeyedClaim(Claim):
         )
 
     def _note_held(self, held: HeldKey) -> None:
+        sent = self._submission
         self._is_held = True
-        self.is_retry = held.first_id != self._block.first
+        self.is_retry = held.first_position != self._block.first_position
         self._idempotency.requests["again" if self.is_retry else "first"] += 1
         if self.is_retry:
             # Envelopes always get new ids: the layout may have changed.
-            self.ids = BatchIds(ids_at(held.first_id, self._submission.size), self.ids.envelopes)
-            self.lost_lists = set(self._numbers).difference(self.lists, held.not_found)
+            self.ids = BatchIds(ids_at(held.first_position, sent.size), self.ids.envelopes)
+            self.lost_lists = set(sent.list_numbers).difference(self.lists, held.not_found)
         else:
-            self._idempotency.stored[self._account_id] += 1
+            self._idempotency.stored_keys[sent.account_id] += 1
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -205,14 +196,14 @@ class KeyedClaim(Claim):
             # Nothing of this run is queued, but the first run may have queued it all.
             raise OutcomeUnknown from error
 
-    async def keep(self, answer: Answer, encoded: bytes) -> None:
+    async def store(self, answer: Answer, encoded: bytes) -> None:
         """Store the encoded answer, unless a message is unknown, none is queued, or it is too long."""
         if not answer.queued_count:  # no message could be published, or all are too large for the queue
             await self._end(is_forgotten=not self.is_retry)
-        elif len(encoded) > MAX_KEPT_BYTES or any(row.may_be_queued for row in answer.errors):
+        elif len(encoded) > MAX_STORED_BYTES or any(row.may_be_queued for row in answer.errors):
             await self._end()
         else:
-            self._idempotency.stored[self._account_id] += len(encoded) // ANSWER_UNIT
+            self._idempotency.stored_keys[self._submission.account_id] += len(encoded) // ANSWER_UNIT
             await self._end(encoded)
 
     async def _end(self, answer: bytes | None = None, *, is_forgotten: bool = False) -> None:
@@ -221,7 +212,7 @@ class KeyedClaim(Claim):
             return
         sent = self._submission
         self._is_held = False
-        self._idempotency.stored[self._account_id] -= is_forgotten
+        self._idempotency.stored_keys[sent.account_id] -= is_forgotten
         ended = EndedRun(sent.account_id, sent.key, self._holder, answer, is_forgotten)
         await self._idempotency.settle(ended, sent.deadline)
 
@@ -236,17 +227,19 @@ class Idempotency:
         self._longest_settle_s = longest_settle_s
         self._max_keys = max_keys
         self._settling: set[asyncio.Task[None]] = set()
-        self.stored: Counter[int] = Counter()  # account → keys: at the last count, and of this process since
+        self.stored_keys: Counter[int] = Counter()  # account → keys: at the last count, and of this process since
         self.requests: Counter[str] = Counter()  # requests with a key, by result
         self.unsettled = 0  # answers given before their row was settled
 
-    def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> KeyedClaim:
-        """Return the claim of a request with a key. Its first run uses `ids`, which come from `block`."""
+    def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> Claim:
+        """Return the claim in which a request runs. A first run uses `ids`, which come from `block`."""
+        if not submission.key:
+            return Claim(self.queries, submission, ids)
         return KeyedClaim(self, submission, block, ids)
 
     def has_room(self, account_id: int) -> bool:
         """Return True if the account may store another key."""
-        return self.stored[account_id] < self._max_keys
+        return self.stored_keys[account_id] < self._max_keys
 
     async def sweep_for_ever(self) -> None:
         """Remove expired rows, and count the others, at random intervals; a task of each process."""
@@ -255,7 +248,7 @@ class Idempotency:
             try:
                 while await self.queries.sweep_keys():
                     pass
-                self.stored = Counter(await self.queries.count_keys())
+                self.stored_keys = Counter(await self.queries.count_keys())
             except DatabaseUnavailable:
                 log.warning("expired idempotency keys stay until the next sweep")
 

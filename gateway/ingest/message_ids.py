@@ -53,9 +53,9 @@ def row_ids(row: int) -> list[str]:
 
 
 class IdBlock(NamedTuple):
-    """Ids of neighbouring positions. `first` is the position of the first id."""
+    """Ids of neighbouring positions."""
 
-    first: int
+    first_position: int
     ids: list[str]
 
 

@@ -134,9 +134,9 @@ class Pipeline:
         draft, request.draft = request.draft, None
         assert draft is not None  # noqa: S101 - `run` sets it
         async with claim:
-            if claim.kept_answer is not None:
+            if claim.stored_answer is not None:
                 record.is_replayed = True
-                return _with_kept_ids(claim.kept_answer, claim) if request.wants_ids else claim.kept_answer
+                return _with_ids(claim.stored_answer, claim) if request.wants_ids else claim.stored_answer
             if request.lists is None or request.idempotency_key is not None:
                 record.mark(RESOLVE_LISTS)
             origin = Origin(request.account_id, request.request_id, f"{utc(time())}Z")
@@ -163,7 +163,7 @@ class Pipeline:
             if answer.errors:
                 record.errors = Counter([row.code for row in answer.errors])
             encoded = encode(answer) if request.form is BULK else _single_answer(answer, claim)
-            await claim.keep(answer, encoded)
+            await claim.store(answer, encoded)
             if request.form is SINGLE and answer.errors:
                 raise _refusal_of(answer.errors[0])
             return encode_with_ids(answer, claim.ids.messages) if request.wants_ids else encoded
@@ -186,29 +186,26 @@ class Pipeline:
         """Take message ids, and return the claim in which the batch runs."""
         block = await self._ids.take(draft.size + self._layout.most_envelopes(draft.list_numbers))
         ids = BatchIds(block.ids[: draft.size], block.ids[draft.size :])
-        list_numbers = draft.distinct_list_numbers()
-        if request.idempotency_key is None:
-            return Claim(self._queries, request.account_id, list_numbers, request.lists, ids)
         submission = Submission(
             request.account_id,
-            request.idempotency_key,
+            request.idempotency_key or "",
             body_sha256,
             draft.size,
-            list_numbers,
+            draft.distinct_list_numbers(),
             request.lists,
             request.deadline,
         )
         return self._idempotency.claim(submission, block, ids)
 
 
-def _with_kept_ids(kept_answer: bytes, claim: Claim) -> bytes:
+def _with_ids(stored_answer: bytes, claim: Claim) -> bytes:
     """Return the stored answer to a batch with the ids of its first run."""
-    answer = decode_answer(kept_answer)
-    return encode_with_ids(answer, ids_at(claim.kept_first_id, answer.queued_count + answer.error_count))
+    answer = decode_answer(stored_answer)
+    return encode_with_ids(answer, ids_at(claim.first_position, answer.queued_count + answer.error_count))
 
 
 def _single_answer(answer: Answer, claim: Claim) -> bytes:
-    """Return the encoded answer to a single send; b"" if its message is not queued: `keep` stores no such answer."""
+    """Return the encoded answer to a single send; b"" if its message is not queued: `store` stores no such answer."""
     return encode(SingleAnswer(True, claim.ids.messages[0], "queued")) if answer.queued_count else b""
 
 

@@ -63,7 +63,7 @@ LEASE_MESSAGE_IDS = "SELECT nextval('message_id_leases')"
 # the key has an answer, or where the body is another one. Rows are locked in the order of the primary key, here and in
 # SETTLE_KEYS: statements of several processes would otherwise deadlock.
 HOLD_KEYS = """
-    INSERT INTO idempotency_keys AS kept (account_id, key, body_sha256, first_id, holder, held_until, not_found)
+    INSERT INTO idempotency_keys AS stored (account_id, key, body_sha256, first_id, holder, held_until, not_found)
     SELECT account_id, key, body_sha256, first_id, holder, now() + hold_s * interval '1 second',
         string_to_array(not_found, ',')
     FROM unnest(
@@ -76,35 +76,35 @@ HOLD_KEYS = """
     ON CONFLICT (account_id, key) DO UPDATE SET
         holder = EXCLUDED.holder,
         held_until = EXCLUDED.held_until,
-        not_found = ARRAY(SELECT unnest(kept.not_found) INTERSECT SELECT unnest(EXCLUDED.not_found))
-    WHERE kept.answer IS NULL AND kept.held_until < now() AND kept.body_sha256 = EXCLUDED.body_sha256
+        not_found = ARRAY(SELECT unnest(stored.not_found) INTERSECT SELECT unnest(EXCLUDED.not_found))
+    WHERE stored.answer IS NULL AND stored.held_until < now() AND stored.body_sha256 = EXCLUDED.body_sha256
     RETURNING holder, first_id, not_found
 """
 
 FIND_KEYS = """
-    SELECT wanted.holder, kept.body_sha256 = wanted.body_sha256 AS is_same_body, answer, first_id
+    SELECT wanted.holder, stored.body_sha256 = wanted.body_sha256 AS is_same_body, answer, first_id
     FROM unnest($1::bigint[], $2::text[], $3::bytea[], $4::bigint[])
         AS wanted (account_id, key, body_sha256, holder)
-    JOIN idempotency_keys AS kept USING (account_id, key)
+    JOIN idempotency_keys AS stored USING (account_id, key)
 """
 
 # A row without an answer is kept for a later run with the same ids, or forgotten. Only the run that holds a row changes
 # it: a late run must not touch the row of the next one.
 SETTLE_KEYS = """
     WITH ended AS (
-        SELECT kept.account_id, kept.key, run.answer, run.is_forgotten
+        SELECT stored.account_id, stored.key, run.answer, run.is_forgotten
         FROM unnest($1::bigint[], $2::text[], $3::bigint[], $4::bytea[], $5::boolean[])
             AS run (account_id, key, holder, answer, is_forgotten)
-        JOIN idempotency_keys AS kept USING (account_id, key, holder)
-        ORDER BY kept.account_id, kept.key
-        FOR UPDATE OF kept
+        JOIN idempotency_keys AS stored USING (account_id, key, holder)
+        ORDER BY stored.account_id, stored.key
+        FOR UPDATE OF stored
     ), forgotten AS (
-        DELETE FROM idempotency_keys AS kept USING ended
-        WHERE ended.is_forgotten AND kept.account_id = ended.account_id AND kept.key = ended.key
+        DELETE FROM idempotency_keys AS stored USING ended
+        WHERE ended.is_forgotten AND stored.account_id = ended.account_id AND stored.key = ended.key
     )
-    UPDATE idempotency_keys AS kept SET answer = ended.answer, held_until = '-infinity'
+    UPDATE idempotency_keys AS stored SET answer = ended.answer, held_until = '-infinity'
     FROM ended
-    WHERE NOT ended.is_forgotten AND kept.account_id = ended.account_id AND kept.key = ended.key
+    WHERE NOT ended.is_forgotten AND stored.account_id = ended.account_id AND stored.key = ended.key
 """
 
 MAX_RUNS = 128  # per statement of holds or settles: when it returns, all its requests go on at once
@@ -145,7 +145,7 @@ class Hold(NamedTuple):
     account_id: int
     key: str
     body_sha256: bytes
-    first_id: int  # position of the first message id, should this be the first run
+    first_position: int  # of the first message id, should this be the first run
     holder: int  # unique for each run
     hold_s: float
     not_found: Sequence[str]  # list numbers
@@ -155,7 +155,7 @@ class Hold(NamedTuple):
 class HeldKey(NamedTuple):
     """An Idempotency-Key that this run holds."""
 
-    first_id: int  # position of the first message id of the first run
+    first_position: int  # of the first message id of the first run
     not_found: Sequence[str]  # list numbers that no run has found
 
 
@@ -164,7 +164,7 @@ class KnownKey(NamedTuple):
 
     is_same_body: bool
     answer: bytes | None  # None: another run holds the key
-    first_id: int  # position of the first message id of the first run
+    first_position: int  # of the first message id of the first run
 
 
 class EndedRun(NamedTuple):
@@ -173,7 +173,7 @@ class EndedRun(NamedTuple):
     account_id: int
     key: str
     holder: int
-    answer: bytes | None  # to be kept for requests that repeat the key; None: another run may hold the key
+    answer: bytes | None  # to be stored for requests that repeat the key; None: another run may hold the key
     is_forgotten: bool  # True: the row is deleted, as if the key had never been sent
 
 
@@ -274,7 +274,7 @@ class Queries:
         return [found.get(hold.holder) for hold in holds]
 
     async def settle_key(self, run: EndedRun) -> None:
-        """Keep, release or forget the row of a key, unless another run has taken it."""
+        """Store the answer of a run, or release or forget its row, unless another run has taken it."""
         await self._ends.get(run)
 
     async def _settle_keys(self, runs: Sequence[EndedRun]) -> list[None]:

@@ -233,7 +233,7 @@ async def test_after_a_503_nothing_is_remembered(start_gateway: StartGateway, ma
         broker.on_publish = lambda session, published: session.nack(published.delivery_tag)
         assert (await gateway.post(batch(gateway), Idempotency_Key="k"))[0] == 503
         assert await keys_of(gateway) == []
-        assert gateway.runtime.idempotency.stored[gateway.caller.account_id] == 0
+        assert gateway.runtime.idempotency.stored_keys[gateway.caller.account_id] == 0
         broker.on_publish, broker.mode = None, "ack"
         assert (await gateway.post(batch(gateway, 2), Idempotency_Key="k"))[0] == 200
 
@@ -329,9 +329,9 @@ async def test_an_answer_that_is_too_long_is_not_stored(gateway: GatewayUnderTes
     assert one["id"] == other["id"]
 
 
-def hold_of(gateway: GatewayUnderTest, first_id: int, hold_s: float = HOLD_FOR_A_MINUTE, **changes: Any) -> Hold:
-    """Return a hold of the key `k` by the run that `first_id` stands for."""
-    hold = Hold(gateway.caller.account_id, "k", bytes(32), first_id, first_id, hold_s, (), may_insert=True)
+def hold_of(gateway: GatewayUnderTest, first_position: int, hold_s: float = HOLD_FOR_A_MINUTE, **changes: Any) -> Hold:
+    """Return a hold of the key `k` by the run that `first_position` stands for."""
+    hold = Hold(gateway.caller.account_id, "k", bytes(32), first_position, first_position, hold_s, (), may_insert=True)
     return hold._replace(**changes)
 
 
@@ -342,9 +342,9 @@ def end_of(
     return EndedRun(gateway.caller.account_id, "k", holder, answer, is_forgotten)
 
 
-def known_key(first_id: int, answer: bytes | None = None, *, is_same_body: bool = True) -> KnownKey:
+def known_key(first_position: int, answer: bytes | None = None, *, is_same_body: bool = True) -> KnownKey:
     """Return what a run is told whose key another run holds, or has ended."""
-    return KnownKey(is_same_body, answer, first_id)
+    return KnownKey(is_same_body, answer, first_position)
 
 
 async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTest) -> None:
@@ -361,14 +361,14 @@ async def test_the_hold_of_a_dead_process_ends_by_itself(gateway: GatewayUnderTe
     assert await queries.hold_key(hold_of(gateway, 400)) == known_key(100, b"in time")
 
 
-async def test_a_kept_answer_outlives_its_hold(gateway: GatewayUnderTest) -> None:
+async def test_a_stored_answer_outlives_its_hold(gateway: GatewayUnderTest) -> None:
     """Also in a row of which the hold has ended: another run would publish the batch again."""
     queries = gateway.runtime.queries
     await queries.hold_key(hold_of(gateway, 100, 0.1))
-    await queries.settle_key(end_of(gateway, 100, b"kept"))
+    await queries.settle_key(end_of(gateway, 100, b"stored"))
     await asyncio.sleep(0.2)
     for _ in range(2):
-        assert await queries.hold_key(hold_of(gateway, 200)) == known_key(100, b"kept")
+        assert await queries.hold_key(hold_of(gateway, 200)) == known_key(100, b"stored")
 
 
 @pytest.mark.parametrize("is_forgotten", [True, False], ids=["forget", "release"])
@@ -394,7 +394,7 @@ async def test_a_run_does_not_touch_another_accounts_row(
     await queries.hold_key(theirs)
     await queries.hold_key(hold_of(gateway, 200))
     await queries.settle_key(end_of(gateway, 200, None if is_forgotten else b"mine", is_forgotten=is_forgotten))
-    assert await queries.hold_key(theirs._replace(holder=300)) == known_key(theirs.first_id)
+    assert await queries.hold_key(theirs._replace(holder=300)) == known_key(theirs.first_position)
 
 
 async def test_a_second_run_that_ends_with_an_error_or_queues_nothing_keeps_the_row(gateway: GatewayUnderTest) -> None:
@@ -409,7 +409,7 @@ async def test_a_second_run_that_ends_with_an_error_or_queues_nothing_keeps_the_
     assert claim.is_retry
     block = await runtime.ids.take(1)
     async with runtime.idempotency.claim(sent, block, BatchIds(block.ids, [])) as claim:
-        await claim.keep(Answer(0, 1, [ErrorRow(0, "bad", "invalid_phone", "bad")]), b"")
+        await claim.store(Answer(0, 1, [ErrorRow(0, "bad", "invalid_phone", "bad")]), b"")
     (row,) = await keys_of(gateway)
     assert row["answer"] is None
 
@@ -472,8 +472,8 @@ async def test_holds_and_ends_of_several_processes_do_not_deadlock(
     other = await start_gateway(gateway.runtime.settings)
     names = [f"{number:03}" for number in range(200)]
 
-    async def take_turns(queries: Queries, order: list[str], first_id: int) -> None:
-        for number in range(first_id, first_id + 10):
+    async def take_turns(queries: Queries, order: list[str], first_position: int) -> None:
+        for number in range(first_position, first_position + 10):
             held = await queries._hold_keys(
                 [hold_of(gateway, number * 1_000 + n, key=key) for n, key in enumerate(order)]
             )
@@ -643,8 +643,8 @@ async def test_an_account_stores_a_bounded_number_of_keys_and_may_repeat_them_be
             assert (await gateway.post(batch(gateway, to="bad"), Idempotency_Key="4"))[0] == 200, "it stores nothing"
             assert (await gateway.post(batch(gateway)))[0] == 200
             if not counted:
-                gateway.runtime.idempotency.stored.clear()
-                gateway.runtime.idempotency.stored.update(await gateway.runtime.queries.count_keys())
+                gateway.runtime.idempotency.stored_keys.clear()
+                gateway.runtime.idempotency.stored_keys.update(await gateway.runtime.queries.count_keys())
         assert (await gateway.post(batch(gateway), Idempotency_Key="1"))[2]["Idempotent-Replayed"] == "true"
         async with asyncio.timeout(10):  # the connection with the unconfirmed messages is replaced meanwhile
             while (await gateway.post(batch(gateway), Idempotency_Key="2"))[0] == 504:  # noqa: ASYNC110
@@ -658,7 +658,7 @@ async def test_a_long_answer_counts_as_several_keys(gateway: GatewayUnderTest, q
     messages = [gateway.message(), *([gateway.message(to="bad")] * 999)]
     assert (await gateway.post(msgspec.json.encode({"messages": messages}), Idempotency_Key="k"))[0] == 200
     (row,) = await keys_of(gateway)
-    assert idempotency.stored[account_id] == 1 + len(row["answer"]) // ANSWER_UNIT > 10
+    assert idempotency.stored_keys[account_id] == 1 + len(row["answer"]) // ANSWER_UNIT > 10
     assert (await gateway.runtime.queries.count_keys())[account_id] > 1, "PostgreSQL compresses it"
 
 

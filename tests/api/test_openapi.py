@@ -188,7 +188,7 @@ async def idempotency_key_reused(stage: Stage) -> RawAnswer:
 
 
 async def too_many_idempotency_keys(stage: Stage) -> RawAnswer:
-    stage.gateway.runtime.idempotency.stored[stage.gateway.caller.account_id] = 1_000_000
+    stage.gateway.runtime.idempotency.stored_keys[stage.gateway.caller.account_id] = 1_000_000
     return await stage.post(None, "Idempotency-Key: k")
 
 

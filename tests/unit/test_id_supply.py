@@ -45,7 +45,7 @@ async def test_those_that_wait_share_one_lease_and_the_next_comes_ahead_of_time(
     supply, leases = opened()
     blocks = await asyncio.gather(*(supply.take(2) for _ in range(3)))
     await settle()
-    assert [block.first for block in blocks] == [0, 2, 4]
+    assert [block.first_position for block in blocks] == [0, 2, 4]
     assert (leases.asked, supply.leases, supply.available) == (2, 2, 2 * LEASE - 6)
 
 
@@ -53,8 +53,8 @@ async def test_a_lease_is_used_to_its_last_id() -> None:
     supply, leases = opened()
     await supply.take(LEASE - 1)
     await settle()
-    assert (await supply.take(1)).first == LEASE - 1
-    assert (await supply.take(1)).first == LEASE
+    assert (await supply.take(1)).first_position == LEASE - 1
+    assert (await supply.take(1)).first_position == LEASE
     await settle()
     assert leases.asked == 3
 
@@ -67,7 +67,7 @@ async def test_who_waits_for_a_lease_does_not_lose_it_with_another_caller() -> N
     one.cancel()
     await settle()
     leases.may_answer.set()
-    assert (await other).first == 0
+    assert (await other).first_position == 0
     assert leases.asked == 2, "the second is the next lease"
     await supply.close()
 
@@ -78,7 +78,7 @@ async def test_after_a_failure_the_next_batch_asks_again() -> None:
     with pytest.raises(DatabaseUnavailable):
         await supply.take(1)
     leases.fails = False
-    assert (await supply.take(1)).first == LEASE
+    assert (await supply.take(1)).first_position == LEASE
     await supply.close()
 
 

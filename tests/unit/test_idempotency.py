@@ -42,7 +42,7 @@ class Rows:
         return dict.fromkeys(numbers, account_id)
 
     async def hold_key(self, hold: Hold) -> HeldKey:
-        return HeldKey(hold.first_id, hold.not_found)
+        return HeldKey(hold.first_position, hold.not_found)
 
     async def settle_key(self, run: EndedRun) -> None:
         self.ended.append(run)
@@ -66,10 +66,10 @@ async def test_the_sweep_removes_all_expired_rows_counts_the_others_and_outlives
     rows = Rows()
     rows.sweeps = [DatabaseUnavailable(), True, True, False, False]
     keys = opened(rows)
-    keys.stored.update({1: 5, 3: 7})
+    keys.stored_keys.update({1: 5, 3: 7})
     sweeping = asyncio.create_task(keys.sweep_for_ever())
     await eventually(lambda: not rows.sweeps, timeout=5.0)
-    assert keys.stored == {1: 10}
+    assert keys.stored_keys == {1: 10}
     assert [record.message for record in caplog.records] == ["expired idempotency keys stay until the next sweep"]
     assert not sweeping.done()
     sweeping.cancel()
@@ -117,7 +117,7 @@ async def test_a_run_that_is_cancelled_while_its_answer_is_stored_settles_its_ro
     async def run() -> None:
         sent = Submission(7, "key", bytes(32), 1, ["+18005551000"], None, now() + 60.0)
         async with keys.claim(sent, IdBlock(0, ["00000000"]), BatchIds(["00000000"], [])) as claim:
-            await claim.keep(Answer(1, 0, []), b"encoded")
+            await claim.store(Answer(1, 0, []), b"encoded")
 
     running = asyncio.create_task(run())
     await eventually(lambda: bool(rows.ended), timeout=5.0)

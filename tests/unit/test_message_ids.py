@@ -74,8 +74,8 @@ def test_a_block_is_found_again_by_its_first_position(before: int, count: int) -
     leased = LeasedIds(11)
     leased.take(before)
     block = leased.take(count)
-    assert block.first == 11 * LEASE_ROWS * COLUMNS + before
-    assert ids_at(block.first, count) == block.ids
+    assert block.first_position == 11 * LEASE_ROWS * COLUMNS + before
+    assert ids_at(block.first_position, count) == block.ids
 
 
 def test_a_lease_holds_all_its_rows_and_not_one_id_more() -> None:
