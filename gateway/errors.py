@@ -1,4 +1,4 @@
-"""All refusals of the gateway: of a whole request (an exception), or of one message (a code in an error row).
+"""All that the gateway refuses: a whole request (by an exception), or one message (by the error in its row).
 
 GatewayError                    status  code                    the caller may send it again
 ├── MissingMessages             400     missing_messages        corrected
@@ -82,14 +82,17 @@ class InvalidDryRun(GatewayError):
 
 
 class MalformedHttp(GatewayError):
-    """The request cannot be parsed as HTTP/1.1."""
+    """The request is not valid HTTP/1.1 or 1.0, its head is too large, or its Transfer-Encoding is not `chunked`.
+
+    Also raised if the caller hangs up before its body has been read. Nobody gets that answer.
+    """
 
     status, code = 400, "malformed_http"
     sentence = "The request is not valid HTTP"
 
 
 class MissingApiKey(GatewayError):
-    """The request has no X-Api-Key header."""
+    """The request has no X-Api-Key header, or only empty ones."""
 
     status, code, sentence = 401, "missing_api_key", "API key required in the header X-Api-Key"
 
@@ -256,32 +259,32 @@ class MessageRefused(GatewayError):
         self.code = code
 
 
-class Refusal(NamedTuple):
-    """The refusal of one message: `code` and `error` of its row."""
+class RowError(NamedTuple):
+    """The error of one message: `code` and `error` of its row."""
 
     code: str
     sentence: str
 
 
-MISSING_TO = Refusal("missing_to", "to is required")
-NOT_A_MESSAGE = Refusal("missing_to", "A message must be an object with to, list_number and body")
-MISSING_LIST_NUMBER = Refusal("missing_list_number", "list_number is required")
-MISSING_BODY = Refusal("missing_body", "body is required and must be a non-empty string")
-INVALID_PHONE = Refusal("invalid_phone", "to must be an E.164 phone number such as +14155551234")
-INVALID_LIST_NUMBER = Refusal("invalid_list_number", "list_number must be an E.164 phone number such as +18005551000")
-INVALID_WRAP_LINKS = Refusal("invalid_field", "wrap_links must be true or false")
-INVALID_CONTACT_DATA = Refusal(
+MISSING_TO = RowError("missing_to", "to is required")
+NOT_A_MESSAGE = RowError("missing_to", "A message must be an object with to, list_number and body")
+MISSING_LIST_NUMBER = RowError("missing_list_number", "list_number is required")
+MISSING_BODY = RowError("missing_body", "body is required and must be a non-empty string")
+INVALID_PHONE = RowError("invalid_phone", "to must be an E.164 phone number such as +14155551234")
+INVALID_LIST_NUMBER = RowError("invalid_list_number", "list_number must be an E.164 phone number such as +18005551000")
+INVALID_WRAP_LINKS = RowError("invalid_field", "wrap_links must be true or false")
+INVALID_CONTACT_DATA = RowError(
     "invalid_field",
     "contact_data must be an object; first_name, last_name and timezone strings, custom_fields an object",
 )
-INVALID_METADATA = Refusal("invalid_field", "metadata must be an object")
-LIST_NOT_FOUND = Refusal("list_not_found", "No active list of this account has this list_number")
-QUEUE_REJECTED = Refusal(
+INVALID_METADATA = RowError("invalid_field", "metadata must be an object")
+LIST_NOT_FOUND = RowError("list_not_found", "No active list of this account has this list_number")
+QUEUE_REJECTED = RowError(
     "queue_rejected",
     "The queue refused this message; it is not queued. Send it again in a new batch, with a new Idempotency-Key",
 )
-TOO_LARGE = Refusal("queue_rejected", "This message is larger than the queue accepts; it is not queued. Shorten it")
-OUTCOME_UNKNOWN = Refusal("outcome_unknown", "The queue did not confirm this message: it may or may not be queued")
+TOO_LARGE = RowError("queue_rejected", "This message is larger than the queue accepts; it is not queued. Shorten it")
+OUTCOME_UNKNOWN = RowError("outcome_unknown", "The queue did not confirm this message: it may or may not be queued")
 
 
 def drop_tracebacks(error: BaseException | None) -> None:
@@ -300,9 +303,9 @@ def kinds() -> list[type[GatewayError]]:
     return [kind for kind in _below(GatewayError) if hasattr(kind, "code")]
 
 
-def refusals() -> list[Refusal]:
-    """Return all refusals of a single message."""
-    return [value for value in globals().values() if isinstance(value, Refusal)]
+def row_errors() -> list[RowError]:
+    """Return all errors of a single message."""
+    return [value for value in globals().values() if isinstance(value, RowError)]
 
 
 def _below(kind: type[GatewayError]) -> list[type[GatewayError]]:

@@ -137,7 +137,7 @@ def _validate_whole(decoded: DecodedBody) -> Draft | None:
     if not clean:
         return None
     with_objects = [m for m in messages if m.contact_data is not UNSET or m.metadata is not UNSET]
-    if any(_refusal_of_objects(message, is_contact_data_fast) for message in with_objects):  # stops at the first
+    if any(_error_in_objects(message, is_contact_data_fast) for message in with_objects):  # stops at the first
         return None
     indexes = range(len(messages))
     return Draft(messages, recipients, list_numbers, indexes, [], len(messages), decoded.dry_run)  # type: ignore[arg-type]  # all strings
@@ -156,19 +156,19 @@ def _validate_each(decoded: DecodedBody) -> Draft:
     )
     for index, message in enumerate(decoded.messages):
         list_number = message.list_number or decoded.list_number
-        refusal = _refusal(message, list_number)
-        if refusal is None:
+        error = _first_error(message, list_number)
+        if error is None:
             draft.messages.append(message)  # type: ignore[arg-type]  # every field was checked: it has a Message's types
             draft.recipients.append(message.to)  # type: ignore[arg-type]  # checked above
             draft.list_numbers.append(list_number)  # type: ignore[arg-type]  # checked above
             indexes.append(index)
         else:
-            draft.rows.append(_row(index, message.to, refusal))
+            draft.rows.append(_row(index, message.to, error))
     return draft
 
 
-def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.Refusal | None:
-    """Return the first check that fails, in the contract's order; None if all pass."""
+def _first_error(message: Message | MistypedMessage, list_number: object) -> errors.RowError | None:
+    """Return the error of the first check that fails, in the contract's order; None if all pass."""
     to, body = message.to, message.body
     if to is None or to == "":
         return errors.NOT_A_MESSAGE if message is NOT_A_MESSAGE else errors.MISSING_TO
@@ -182,13 +182,13 @@ def _refusal(message: Message | MistypedMessage, list_number: object) -> errors.
         return errors.INVALID_LIST_NUMBER
     if message.wrap_links not in (True, False, None):
         return errors.INVALID_WRAP_LINKS
-    return _refusal_of_objects(message, is_contact_data)
+    return _error_in_objects(message, is_contact_data)
 
 
-def _refusal_of_objects(
+def _error_in_objects(
     message: Message | MistypedMessage, check: Callable[[msgspec.Raw], bool]
-) -> errors.Refusal | None:
-    """Return the refusal of `contact_data` or `metadata`, None if both pass. Remove those that are null.
+) -> errors.RowError | None:
+    """Return the error in `contact_data` or `metadata`, None if both pass. Remove those that are null.
 
     Null means absent. `check` checks `contact_data`.
     """
@@ -323,5 +323,5 @@ def unknown_row(index: int, recipient: str, message_id: str) -> ErrorRow:
     return ErrorRow(index, recipient, *errors.OUTCOME_UNKNOWN, may_be_queued=True, message_id=message_id)
 
 
-def _row(index: int, to: object, refusal: errors.Refusal) -> ErrorRow:
-    return ErrorRow(index, to[:MAX_ECHO] if isinstance(to, str) else None, refusal.code, refusal.sentence)
+def _row(index: int, to: object, error: errors.RowError) -> ErrorRow:
+    return ErrorRow(index, to[:MAX_ECHO] if isinstance(to, str) else None, error.code, error.sentence)

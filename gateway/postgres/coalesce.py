@@ -36,8 +36,8 @@ class Coalescer(Generic[K, V]):
     ) -> None:
         """`fetch_all` returns one value per key, in order. By default all keys have one owner.
 
-        What it raises, every lookup of its query raises as a copy of its own, without the cause. A traceback holds all
-        frames up to the request's body: one exception for all lookups would hold the bodies of all.
+        If it raises, each lookup of that query raises its own copy of the exception, without the cause. A traceback
+        holds all frames up to the request's body: one exception for all lookups would hold the bodies of all.
         """
         self._fetch_all = fetch_all
         self._weigh = weigh

@@ -1,6 +1,7 @@
 """A pool of connections to the primary, whichever host that is. All failures are raised as DatabaseUnavailable.
 
-After a query without an answer, new queries are refused at once. One task probes the database until it answers.
+An outage begins when a query fails by one of OUTAGE_ERRORS and none has succeeded for database_timeout_s. New queries
+are then refused at once, while one task probes the database until it answers.
 """
 
 import asyncio
@@ -100,7 +101,7 @@ class Pool:
 
     @property
     def is_up(self) -> bool:
-        """False from the first query that no host answered until a host answers again."""
+        """False from the beginning of an outage until a host answers again."""
         return self._recovery is None
 
     @property
@@ -115,7 +116,7 @@ class Pool:
 
     @asynccontextmanager
     async def connection(self) -> "AsyncIterator[PoolConnectionProxy]":
-        """Yield a connection for one query, for at most database_timeout_s, the wait for the connection included.
+        """Yield a connection for a few statements: for at most database_timeout_s, the wait for it included.
 
         Raises DatabaseUnavailable from the original error.
         """

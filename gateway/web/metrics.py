@@ -33,7 +33,7 @@ WORKER = "worker"  # the label that tells the processes of `serve --workers` apa
 _REQUESTS = [(200, OK), CANCELLED, *((kind.status, kind.code) for kind in errors.kinds())]
 # Error rows, and the refusals that can follow the decoding: 409, 422, 429, 5xx.
 _MESSAGES = sorted(
-    {QUEUED, REPLAYED, *(refusal.code for refusal in errors.refusals())}
+    {QUEUED, REPLAYED, *(error.code for error in errors.row_errors())}
     | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422, 429)}
 )
 _SHED_REASONS = ("account_share", "bytes", "confirm_window", "slots")

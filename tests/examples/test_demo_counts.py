@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from examples import demo
-from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, refusals
+from gateway.errors import OUTCOME_UNKNOWN, QUEUE_REJECTED, row_errors
 from testbed import Servers
 from tests.support.outbound_queue import OutboundQueue
 
@@ -38,7 +38,7 @@ def test_the_messages_that_the_demo_counts_are_in_the_queue(amqp_url: str, capsy
     assert shown.count('\n  {"id":"') == 3, "payloads"
     assert asyncio.run(demo.look_into_queue(amqp_url))[0] == GOOD, "they stay in the queue"
     of_the_queue = {QUEUE_REJECTED.code, OUTCOME_UNKNOWN.code}
-    assert set(re.findall(r'"code": "(\w+)"', shown)) == {each.code for each in refusals()} - of_the_queue
+    assert set(re.findall(r'"code": "(\w+)"', shown)) == {each.code for each in row_errors()} - of_the_queue
 
 
 def test_a_message_that_is_not_in_the_queue_ends_the_demo_with_exit_code_1(

@@ -18,7 +18,7 @@ SETTINGS = (ROOT / "docs/settings.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
-REFUSALS = {value.code for value in vars(errors).values() if isinstance(value, errors.Refusal)}
+REFUSALS = {value.code for value in vars(errors).values() if isinstance(value, errors.RowError)}
 REQUEST_ERRORS = {
     kind.code
     for kind in vars(errors).values()
@@ -109,7 +109,7 @@ def test_every_code_is_documented(code: str) -> None:
 
 def test_every_sentence_of_a_refusal_is_documented_with_its_code() -> None:
     refusals = [(kind.code, kind.sentence) for kind in errors.kinds()]
-    refusals += [(refusal.code, refusal.sentence) for refusal in errors.refusals()]
+    refusals += [(error.code, error.sentence) for error in errors.row_errors()]
     assert [row for row in refusals if f"| `{row[0]}` | {row[1]}" not in API] == []
 
 

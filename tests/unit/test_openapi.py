@@ -26,7 +26,7 @@ ERRORS = {
     for kind in vars(errors).values()
     if isinstance(kind, type) and issubclass(kind, errors.GatewayError) and hasattr(kind, "code")
 }
-ROWS = {value for value in vars(errors).values() if isinstance(value, errors.Refusal)}
+ROWS = {value for value in vars(errors).values() if isinstance(value, errors.RowError)}
 REFUSED = {status: response for status, response in RESPONSES.items() if status != "200"}
 
 
