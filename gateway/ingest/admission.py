@@ -8,11 +8,11 @@ the caller down. An account alone may use the whole window.
 The wait is limited as in CoDel (Nichols and Jacobson, ACM Queue 2012), in Facebook's adaptive form (Maurer, "Fail at
 Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter limit.
 
-No account can take all slots or all bytes. Each may hold up to SHARE times what is free: three quarters for an account
-alone, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account, and no need
-to know which accounts are active.) For slots, the request's own slot still counts as free: SHARE requests always fit.
-For bytes, what the request takes is not free any more. The only body of an account needs no share: it may take all
-bytes that are free.
+An account leaves slots and bytes to the others: it may hold up to SHARE times what is free. That is three quarters for
+an account alone, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account,
+and no need to know which accounts are active.) Of slots, the request's own counts as free: while there is a slot, SHARE
+requests of an account always fit. Of bytes, those that the request takes count as held. The only body of an account
+needs no share: a body of any allowed size is served.
 """
 
 import asyncio
