@@ -92,6 +92,15 @@ async def test_one_account_leaves_bytes_free_when_its_bodies_are_large() -> None
     assert_empty(admission)
 
 
+async def test_a_large_body_beside_a_small_one_of_its_account_leaves_a_quarter_free() -> None:
+    admission = admission_of(max_bytes=1_000)
+    async with entered(admission, 100, A), waiting(admission, 651, A), entered(admission, 250, B):
+        assert dict(admission.bytes_of) == {A: 100, B: 250}
+    async with entered(admission, 100, A), entered(admission, 650, A):
+        assert dict(admission.bytes_of) == {A: 750}
+    assert_empty(admission)
+
+
 async def test_a_body_that_turns_out_costly_leaves_bytes_free() -> None:
     admission = admission_of(max_bytes=1_500)
     async with entered(admission, 500, A), entered(admission, 500, A) as second:
@@ -520,6 +529,7 @@ async def test_a_batch_that_has_been_read_needs_no_bytes() -> None:
         room.unconfirmed = 0
         await batch
         assert slot not in admission._granted
+        assert slot.reserved == 500
     assert_empty(admission)
 
 
@@ -549,6 +559,8 @@ async def test_a_caller_that_hangs_up_leaves_the_queue() -> None:
     room.unconfirmed = 1_000
     admission = admission_of(room=room)
     with held_slot(admission) as slot:
+        slot.abandon()
+        assert admission.requests == 1, "it does not wait yet"
         request = asyncio.create_task(slot.enter(A, 100, KEY))
         await eventually(lambda: admission.waiting == 1)
         slot.abandon()
