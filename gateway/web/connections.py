@@ -295,6 +295,7 @@ class _Server(web.Server):
                     await asyncio.wait(tasks)
 
     def _sweep(self) -> None:
+        self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
         now = self.loop.time()
         for connection in self._connections:
             if connection.head_due < now:
@@ -304,7 +305,6 @@ class _Server(web.Server):
         self._evictable.clear()  # some may be in a request by now
         self._is_full = False
         self.refusals.log_counts()
-        self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
 
     def refuse(self, error: GatewayError, cause: BaseException | None = None) -> web.Response:
         """Return the answer to a request that no handler sees, and report it."""
@@ -325,11 +325,12 @@ class _Server(web.Server):
         return False
 
     def bound_heads(self) -> None:
-        """Evict the connections with the most expensive incomplete heads, if all heads together are too expensive."""
+        """Close the connections with the most expensive heads while all incomplete heads together are too expensive."""
         if self.cost_of_heads > MAX_COST_OF_HEADS:
-            waiting = [connection for connection in self._connections if connection.is_waiting]
-            for connection in nlargest(1 + len(waiting) // EVICTION_SHARE, waiting, key=_Connection.cost_of_head):
-                connection.evict()
+            heads = [connection for connection in self._connections if connection.cost_of_head()]
+            for connection in nlargest(1 + len(heads) // EVICTION_SHARE, heads, key=_Connection.cost_of_head):
+                if self.cost_of_heads > MAX_COST_OF_HEADS:
+                    connection.drop_head()
 
 
 class _Connection(RequestHandler):
@@ -342,6 +343,7 @@ class _Connection(RequestHandler):
         "_bytes_ahead",
         "_head_bytes",
         "_head_cost",
+        "_head_lines",
         "_is_half_closed",
         "_server",
         "_unread",
@@ -354,6 +356,7 @@ class _Connection(RequestHandler):
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self._head_bytes = 0  # of an incomplete head
+        self._head_lines = 0
         self._head_cost = 0  # in bytes of memory
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
         self._answered = 0  # requests
@@ -374,28 +377,26 @@ class _Connection(RequestHandler):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
+        if self._close or self._force_close:
+            return  # aiohttp discards it
         if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
             return  # the parser has failed, and each further error of it would quote the data
-        request = self._current_request
-        # Otherwise the data is the request's own body, at least at first.
-        is_ahead = request is not None and request.content.is_eof()
-        queued = len(self._messages)
+        if isinstance(self._payload_parser, _DiscardingParser):
+            super().data_received(data)
+            return
+        queued, is_behind = len(self._messages), self._is_in_request
+        is_of_head = self._body.is_eof()  # otherwise the data is of the body, at least at first
         super().data_received(data)
         if len(self._messages) > queued:
             self._note_arrival()
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            self._bound_head(data)
-        elif self.head_due != NEVER:
-            if self._request_count:  # the head is complete
-                self.head_due = NEVER
-                self._forget_head()
-            else:  # the data arrived before aiohttp's task began to wait for it
-                self._count_head(data)
-        elif is_ahead or self._messages:
-            self._bound_bytes_ahead(data)
-        elif self._head_bytes:  # the head began behind the previous request, and is complete now
+            self.head_due = NEVER
             self._forget_head()
+            if not is_behind:
+                self._bytes_ahead = 0
+        elif is_of_head and data:
+            self._bound_head(data)
+        if self._messages and is_behind:
+            self._bound_bytes_ahead(data)
 
     def _note_arrival(self) -> None:
         """Keep the body that the next data belongs to. After an error of the parser, end the body that it was in."""
@@ -418,53 +419,61 @@ class _Connection(RequestHandler):
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols return bool | None
         """Keep the connection open for the answers to complete requests (RFC 9112, 9.6). With TLS that cannot be."""
         self._is_half_closed = (
-            self._request_count > self._answered
-            and self._body.is_eof()
-            and self._payload_parser is None
-            and self.ssl_context is None
+            self._is_in_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None
         )
         return self._is_half_closed
 
-    def _count_head(self, data: bytes) -> None:
-        cost = COST_OF_BYTE * len(data) + COST_OF_LINE * data.count(b"\n")
+    def _bound_head(self, data: bytes) -> None:
+        """Bound the time and the size of an incomplete head, and the size of all of them.
+
+        The time of a head that begins behind a request starts with the answer to that request.
+        """
+        if self.head_due == NEVER and not self._is_in_request:
+            self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         self._head_bytes += len(data)
-        self._head_cost += cost
-        self._server.cost_of_heads += cost
+        self._head_lines += data.count(b"\n")
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_large_head()
+            return
+        # aiohttp refuses a head with more headers.
+        self._set_head_cost(COST_OF_BYTE * self._head_bytes + COST_OF_LINE * min(self._head_lines, self.max_headers))
         self._server.bound_heads()
 
-    def _forget_head(self) -> None:
-        self._server.cost_of_heads -= self._head_cost
-        self._head_bytes = self._head_cost = 0
+    def _refuse_large_head(self) -> None:
+        self._server.refusals.note("request head refused: too large")
+        self.head_due = NEVER
+        self._forget_head()
+        if self._is_in_request:
+            self.close()  # after the answer in progress
+            return
+        refusal = MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes")
+        self._messages.append((_ErrInfo(refusal.status, refusal, ""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
-    def _bound_head(self, data: bytes) -> None:
-        """Start the timeout of a head at its first byte, and refuse a head that is too large."""
-        if self.head_due == NEVER:
-            self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
-        self._count_head(data)
-        if self._head_bytes > MAX_HEAD_BYTES:
-            self._server.refusals.note("request head refused: too large")
-            refusal = MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes")
-            self._messages.append((_ErrInfo(refusal.status, refusal, ""), EMPTY_PAYLOAD))
-            if self._waiter is not None and not self._waiter.done():
-                self._waiter.set_result(None)
+    def _forget_head(self) -> None:
+        self._head_bytes = self._head_lines = 0
+        self._set_head_cost(0)
+
+    def _set_head_cost(self, cost: int) -> None:
+        self._server.cost_of_heads += cost - self._head_cost
+        self._head_cost = cost
 
     def _bound_bytes_ahead(self, data: bytes) -> None:
         """Bound pipelined requests: aiohttp would read 32 of them ahead, each with up to 512 kB of body."""
-        if self._messages:
-            self._forget_head()
-            self._bytes_ahead += len(data)
-            if self._bytes_ahead > MAX_BYTES_AHEAD and not self._buffer_paused:
-                self._pause_reading_for_buffer()  # until the last of them has its turn
-        else:
-            self._count_head(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._server.refusals.note("request head refused: too large")
-                self.close()  # after the answer in progress
+        self._bytes_ahead += len(data)
+        if self._bytes_ahead > MAX_BYTES_AHEAD and not self._buffer_paused:
+            self._pause_reading_for_buffer()  # until the last of them has its turn
 
     def _resume_reading_if_drained(self) -> None:
         if not self._messages:  # aiohttp would read on while there are few: each may have a large body
             self._bytes_ahead = 0
             super()._resume_reading_if_drained()
+
+    @property
+    def _is_in_request(self) -> bool:
+        """True while a request that has arrived is not answered."""
+        return self._request_count > self._answered
 
     @property
     def is_waiting(self) -> bool:
@@ -491,6 +500,15 @@ class _Connection(RequestHandler):
         self._server.refusals.note("connection closed to make room for another")
         self._refuse_head(Overloaded(TOO_MANY))
         return True
+
+    def drop_head(self) -> None:
+        """Close this connection because of its incomplete head: at once, or after the answer in progress."""
+        self._server.refusals.note("connection closed: all incomplete heads are too large")
+        if self._is_in_request:
+            self._forget_head()
+            self.close()
+        else:
+            self._refuse_head(Overloaded(TOO_MANY))
 
     def close_if_idle(self) -> None:
         """Close this connection if no byte of a request has arrived."""
@@ -551,6 +569,8 @@ class _Connection(RequestHandler):
             self._answer_timer = None
 
     def _make_error_handler(self, err_info: _ErrInfo) -> Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]:
+        self._payload_parser = _DiscardingParser()  # what arrives from now on is no request
+
         async def answer_and_linger(request: web.BaseRequest) -> web.StreamResponse:
             response = self.handle_error(request, err_info.status, err_info.exc, err_info.message)
             with suppress(ConnectionError):  # the caller has hung up, and aiohttp notices by itself
@@ -574,6 +594,8 @@ class _Connection(RequestHandler):
         is_body_broken = request.content.exception() is not None
         if is_body_broken:
             self._end_unread()
+        if self._head_bytes and not self._is_in_request:  # the head began behind this request
+            self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         if self._is_half_closed and not self._messages:
             self.close()
         if (

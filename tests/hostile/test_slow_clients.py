@@ -5,7 +5,7 @@ import selectors
 import socket
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -27,6 +27,7 @@ TIMEOUT_S = 5.0
 SWEEP_S = 1.0
 PEAK_OF_ONE_MB = 30.0  # a request takes some five times its body
 LINGER_S = 5.0
+HEADER_OF_1_KB = b"X-A: " + b"a" * 1_017 + b"\r\n"
 ROOM_S = 20.0  # for a busy test machine
 UNDISTURBED_S = 2.0
 BOUND_MS = 1_000.0  # of a neighbour's p99: some ten times its value on two cores shared with the clients
@@ -318,3 +319,61 @@ async def test_connections_whose_callers_hang_up_after_the_answer_are_closed(ser
 
         await asyncio.gather(*(asyncio.to_thread(call) for _ in range(4)))
         await eventually(lambda: gateway.descriptors() <= before + 2, timeout=10)
+
+
+async def test_a_refused_head_that_goes_on_does_not_end_the_timeouts_of_other_heads(servers: Servers) -> None:
+    """The refused head became due while the rest was discarded. The sweep then failed, and never ran again."""
+    async with open_gateway(servers, header_timeout_s="1") as gateway:
+        parts = urlsplit(gateway.url)
+
+        def call() -> bytes:
+            with socket.create_connection((parts.hostname, parts.port), timeout=ROOM_S) as large:
+                large.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n" + HEADER_OF_1_KB * 31)
+                time.sleep(0.5)
+                large.sendall(HEADER_OF_1_KB * 2)
+                for _ in range(25):
+                    time.sleep(0.1)
+                    large.sendall(b"a")
+                return large.recv(65536)
+
+        answers = await asyncio.to_thread(call)
+        assert (answers.count(b" 400 Bad Request"), answers.count(b"HTTP/1.")) == (1, 1)
+        async with connect(gateway.url) as slow:
+            await slow.send(b"POST / HT")
+            assert (await slow.read_answer()).status == 408
+        assert gateway.alarms() == []
+
+
+async def test_heads_of_one_caller_do_not_close_the_idle_connections_of_others(servers: Servers) -> None:
+    """Line feeds before a request line are skipped, and cost no memory. Each was counted as a header."""
+    async with open_gateway(servers) as gateway, AsyncExitStack() as stack:
+        request = send_one(await make_caller(gateway.admin))
+        others = [await stack.enter_async_context(connect(gateway.url)) for _ in range(32)]
+        for one in others:
+            await one.send(request)
+            assert (await one.read_answer()).status == 200
+        for beginning in (b"", b"GET / HTTP/1.1\r\nHost: x\r\n" + HEADER_OF_1_KB * 33):
+            async with connect(gateway.url) as attacker:
+                await attacker.send(beginning)
+                for _ in range(4):
+                    await attacker.send(b"\n" * 250_000)
+                    await asyncio.sleep(0.05)
+        for one in others:
+            await one.send(request)
+            assert (await one.read_answer()).status == 200
+
+
+async def test_what_follows_malformed_http_is_discarded_while_it_arrives(servers: Servers) -> None:
+    """A close with unread data makes the kernel send a reset, which can take the answer from the caller."""
+    async with open_gateway(servers) as gateway:
+        parts = urlsplit(gateway.url)
+
+        def call() -> bytes:
+            with socket.create_connection((parts.hostname, parts.port), timeout=ROOM_S) as calling:
+                calling.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nBad header\r\n\r\n")
+                for _ in range(15):
+                    calling.sendall(b"a" * 64 * 1024)
+                    time.sleep(0.1)
+                return calling.recv(65536)
+
+        assert b"400 Bad Request" in await asyncio.to_thread(call)

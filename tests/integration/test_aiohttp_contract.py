@@ -315,6 +315,14 @@ async def _(opened: Opened) -> None:
     assert opened.counts["_handle_request"] == 2, "errors of the parser take the same path"
 
 
+@relied_on("RequestHandler._close")
+async def _(opened: Opened) -> None:
+    opened.protocol.close()
+    assert opened.protocol._close
+    await opened.receive(GET)
+    assert opened.requests == [], "what arrives after the close would be served"
+
+
 @relied_on("RequestHandler._force_close")
 async def _(opened: Opened) -> None:
     assert opened.protocol._force_close is False
