@@ -18,6 +18,9 @@ connections evict each other. A new connection is refused only if every other on
 
 In a drain, idle connections are closed. A request of which a byte has arrived is read to its end and answered.
 
+A head behind a request is bounded too. Its timeout starts after the answer to that request. If its first bytes arrive
+in one read with the end of that request, they are not noticed: the connection counts as idle until more bytes arrive.
+
 tests/integration/test_aiohttp_contract.py names every private name used here, and fails when aiohttp drops one.
 """
 
