@@ -18,8 +18,7 @@ connections evict each other. A new connection is refused only if every other on
 
 In a drain, idle connections are closed. A request of which a byte has arrived is read to its end and answered.
 
-A head behind a request is bounded too. Its timeout starts after the answer to that request. If its first bytes arrive
-in one read with the end of that request, they are not noticed: the connection counts as idle until more bytes arrive.
+A head behind a request is bounded too. Its timeout starts after the answer to that request.
 
 tests/integration/test_aiohttp_contract.py names every private name used here, and fails when aiohttp drops one.
 """
@@ -30,17 +29,18 @@ import os
 import ssl
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from heapq import nlargest, nsmallest
+from itertools import islice
 from math import inf
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import (
@@ -346,7 +346,9 @@ class _Connection(RequestHandler):
         "_bytes_ahead",
         "_head_bytes",
         "_head_cost",
+        "_head_end",
         "_head_lines",
+        "_is_chunked",
         "_is_half_closed",
         "_server",
         "_unread",
@@ -360,10 +362,12 @@ class _Connection(RequestHandler):
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self._head_bytes = 0  # of an incomplete head
         self._head_lines = 0
+        self._head_end = b""  # its last three bytes
         self._head_cost = 0  # in bytes of memory
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
+        self._is_chunked = False  # this body
         self._unread = EMPTY_PAYLOAD  # of an answered request: aiohttp reads it and discards it
         self._is_half_closed = False  # the caller sends no more, and waits for its answers
 
@@ -387,25 +391,42 @@ class _Connection(RequestHandler):
         if isinstance(self._payload_parser, _DiscardingParser):
             super().data_received(data)
             return
-        queued, is_behind = len(self._messages), self._is_in_request
-        is_of_head = self._body.is_eof()  # otherwise the data is of the body, at least at first
+        queued, is_behind, head_end = len(self._messages), self._is_in_request, self._head_end
+        body, read = self._body, self._body.total_bytes
+        is_in_chunks = self._is_chunked and not body.is_eof()
         super().data_received(data)
-        if len(self._messages) > queued:
+        tail = self._decline_upgrade()
+        arrived = list(islice(self._messages, queued, None))
+        if arrived:
             self._note_arrival()
             self.head_due = NEVER
             self._forget_head()
             if not is_behind:
                 self._bytes_ahead = 0
-        elif is_of_head and data:
-            self._bound_head(data)
+        # The end of chunks is not known, and the connection is closed after them. While reading is paused, the parser
+        # keeps data.
+        if self._body.is_eof() and not is_in_chunks and not self._buffer_paused:
+            parsed = data[: len(data) - len(tail)]
+            self._bound_head(_behind_requests(parsed, body.total_bytes - read, arrived, head_end))
         if self._messages and is_behind:
             self._bound_bytes_ahead(data)
+        if tail:
+            self.data_received(tail)
+
+    def _decline_upgrade(self) -> bytes:
+        """Let the parser go on after a request to upgrade, which is ignored. Return the data not parsed yet."""
+        tail = b""
+        if self._upgraded and self._parser is not None:
+            self._upgraded = False
+            self._parser.set_upgraded(False)
+            tail, self._message_tail = self._message_tail, b""
+        return tail
 
     def _note_arrival(self) -> None:
         """Keep the body that the next data belongs to. After an error of the parser, end the body that it was in."""
         message, body = self._messages[-1]
         if not isinstance(message, _ErrInfo):
-            self._body = body
+            self._body, self._is_chunked = body, message.chunked
             return
         drop_tracebacks(message.exc)  # its frames hold the data, and the message itself
         # Without this, aiohttp would wait for the rest.
@@ -431,10 +452,14 @@ class _Connection(RequestHandler):
 
         The time of a head that begins behind a request starts with the answer to that request.
         """
+        if not data:
+            return
         if self.head_due == NEVER and not self._is_in_request:
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         self._head_bytes += len(data)
         self._head_lines += data.count(b"\n")
+        if self._head_end or data.strip(b"\r\n"):  # the parser skips line ends before a request
+            self._head_end = (self._head_end + data[-3:])[-3:]
         if self._head_bytes > MAX_HEAD_BYTES:
             self._refuse_large_head()
             return
@@ -444,18 +469,19 @@ class _Connection(RequestHandler):
 
     def _refuse_large_head(self) -> None:
         self._server.refusals.note("request head refused: too large")
+        self._refuse_next(MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes"))
+
+    def _refuse_next(self, refusal: GatewayError) -> None:
+        """Refuse an incomplete head after the answers to the requests before it, and close the connection."""
         self.head_due = NEVER
         self._forget_head()
-        if self._is_in_request:
-            self.close()  # after the answer in progress
-            return
-        refusal = MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes")
         self._messages.append((_ErrInfo(refusal.status, refusal, ""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def _forget_head(self) -> None:
         self._head_bytes = self._head_lines = 0
+        self._head_end = b""
         self._set_head_cost(0)
 
     def _set_head_cost(self, cost: int) -> None:
@@ -505,13 +531,9 @@ class _Connection(RequestHandler):
         return True
 
     def drop_head(self) -> None:
-        """Close this connection because of its incomplete head: at once, or after the answer in progress."""
-        self._server.refusals.note("connection closed: all incomplete heads are too large")
-        if self._is_in_request:
-            self._forget_head()
-            self.close()
-        else:
-            self._refuse_head(Overloaded(TOO_MANY))
+        """Refuse the incomplete head of this connection, because all of them are too expensive."""
+        self._server.refusals.note("request head refused: all incomplete heads together are too large")
+        self._refuse_next(Overloaded(TOO_MANY))
 
     def close_if_idle(self) -> None:
         """Close this connection if no byte of a request has arrived."""
@@ -597,8 +619,6 @@ class _Connection(RequestHandler):
         is_body_broken = request.content.exception() is not None
         if is_body_broken:
             self._end_unread()
-        if self._head_bytes and not self._is_in_request:  # the head began behind this request
-            self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         if self._is_half_closed and not self._messages:
             self.close()
         if (
@@ -608,6 +628,8 @@ class _Connection(RequestHandler):
             and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
         ):
             await self._linger()
+        elif self._head_bytes and not self._is_in_request:  # the head began behind this request
+            self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         return response, is_lost
 
     def finish_response(
@@ -617,7 +639,9 @@ class _Connection(RequestHandler):
         return super().finish_response(request, resp, start_time)
 
     async def _linger(self) -> None:
-        """Discard what arrives before the close (LINGER_S)."""
+        """Discard what arrives before the close (LINGER_S). An incomplete head is discarded too."""
+        self.head_due = NEVER
+        self._forget_head()
         rest = self._payload_parser = _DiscardingParser()
         if self._buffer_paused:
             self._resume_reading_for_buffer()
@@ -633,10 +657,12 @@ class _Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Return the answer to a request that the parser refused, or that failed outside its handler."""
+        if isinstance(exc, GatewayError):  # of _refuse_next
+            return self._server.refuse(exc)
         if status != 400:
             return self._server.refuse(InternalError(), exc)
         self._server.refusals.note(f"malformed HTTP: {type(exc).__name__}")
-        return self._server.refuse(exc if isinstance(exc, MalformedHttp) else MalformedHttp())
+        return self._server.refuse(MalformedHttp())
 
     def log_exception(self, *args: Any, **kwargs: Any) -> None:
         log.error(*args, **kwargs)
@@ -666,6 +692,27 @@ class _DiscardingParser:
                         async with asyncio.timeout(QUIET_S):
                             await self._ended.wait()
                             return
+
+
+def _behind_requests(
+    data: bytes, body_bytes: int, arrived: Iterable[tuple[Any, StreamReader]], head_end: bytes
+) -> bytes:
+    """Return the data behind the last request in it: the beginning of a head. Nothing, if that is not known.
+
+    The data begins with `body_bytes` of the body of an earlier request. Then come the requests that have `arrived`. If
+    the first head began in earlier data, `head_end` has the last three bytes of that. With chunks, the end of a request
+    is not known.
+    """
+    end = body_bytes
+    for message, body in arrived:
+        while not head_end and data[end : end + 2] == b"\r\n":
+            end += 2
+        blank_line = (head_end + data).find(b"\r\n\r\n", end)
+        if blank_line < 0 or isinstance(message, _ErrInfo) or message.chunked:
+            return b""
+        end = blank_line + 4 - len(head_end) + body.total_bytes
+        head_end = b""
+    return data[end:]
 
 
 def _encode(response: web.Response) -> bytes:

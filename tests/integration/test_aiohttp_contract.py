@@ -331,6 +331,21 @@ async def _(opened: Opened) -> None:
     assert opened.requests == [], "a refused connection would be served"
 
 
+@relied_on("RequestHandler._upgraded")
+@relied_on("RequestHandler._message_tail")
+@relied_on("RequestHandler._parser")
+async def _(opened: Opened) -> None:
+    opened.protocol.data_received(GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n" + GET)
+    assert opened.protocol._upgraded
+    assert opened.protocol._message_tail == GET
+    opened.protocol._upgraded, opened.protocol._message_tail = False, b""
+    parser = opened.protocol._parser
+    assert parser is not None
+    parser.set_upgraded(False)
+    messages, upgraded, tail = parser.feed_data(GET)
+    assert (len(messages), upgraded, tail) == (1, False, b""), "what follows a request to upgrade would not be served"
+
+
 @relied_on("RequestHandler._payload_parser")
 async def _(opened: Opened) -> None:
     class Parser:

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from gateway.web.answers import refuse_unhandled
-from gateway.web.connections import BoundedRunner, _Connection, _DiscardingParser, _Server
+from gateway.web.connections import NEVER, BoundedRunner, _Connection, _DiscardingParser, _Server
 from gateway.web.sockets import Limits
 from tests.support.eventually import eventually
 from tests.support.raw_http import Conversation, connect
@@ -140,18 +140,66 @@ async def test_a_head_in_pieces_may_have_32_kb(listener: Listener) -> None:
         assert (await other.read_answer()).status == 400
 
 
-async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener) -> None:
+@pytest.mark.parametrize("between", [b"", GET], ids=["", "and another request"])
+async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener, between: bytes) -> None:
     server = listener.runner.server
     assert isinstance(server, _Server)
     async with connect(listener.url) as caller:
-        await caller.send(GET)
+        await caller.send(GET + between)
         await eventually(lambda: any(each._current_request is not None for each in server._connections))
         await caller.send(GET[:-2] + HEADER_OF_1_KB * 33)
-        await eventually(lambda: all(each._close for each in server._connections))
+        await eventually(lambda: any(each._messages for each in server._connections))
         assert server.cost_of_heads == 0
         listener.may_answer.set()
-        assert (await caller.read_answer()).status == 200
+        for _ in range(2 if between else 1):
+            assert (await caller.read_answer()).status == 200
+        assert (await caller.read_answer()).status == 400
         assert await caller.is_closed()
+
+
+UPGRADE = GET[:-2] + b"Connection: upgrade\r\nUpgrade: websocket\r\n\r\n"
+POST = GET[:-2] + b"Content-Length: 5\r\n\r\n12345"
+BEGUN = GET[:-2] + b"X-A: b"
+# What comes before a head, and the length of its first part, if it comes in two.
+BEFORE_A_HEAD = {
+    "a request": (GET, 0),
+    "line ends": (b"\r\n\r\n" + GET, 0),
+    "a request whose head is cut": (GET, 10),
+    "a request whose end of the head is cut": (GET, len(GET) - 2),
+    "a request whose last byte comes alone": (GET, len(GET) - 1),
+    "a body": (POST, 0),
+    "a body that is cut": (POST, len(POST) - 3),
+    "two requests": (POST + GET, 0),
+    "a request to upgrade": (UPGRADE, 0),
+    "requests around one to upgrade": (POST + UPGRADE + POST, 0),
+}
+
+
+@pytest.mark.parametrize(("before", "cut"), BEFORE_A_HEAD.values(), ids=BEFORE_A_HEAD)
+async def test_a_head_is_counted_that_begins_in_one_read_with_the_end_of_a_request(
+    listener: Listener, before: bytes, cut: int
+) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.may_answer.set()
+    requests = before.count(b"GET")
+    async with connect(listener.url) as caller:
+        if cut:
+            await caller.send(before[:cut])
+            await asyncio.sleep(0.05)
+        await caller.send(before[cut:] + BEGUN)
+        for _ in range(requests):
+            assert (await caller.read_answer()).status == 200
+        await eventually(lambda: all(each.is_waiting for each in server._connections))
+        ((connection, _),) = server._connections.items()
+        assert server.cost_of_heads == 3 * len(BEGUN) + 2 * 350
+        assert connection.head_due != NEVER
+        await caller.send(b"\r\n\r\n")
+        assert (await caller.read_answer()).status == 200
+        await caller.send(before)  # nothing is left of what was counted
+        for _ in range(requests):
+            assert (await caller.read_answer()).status == 200
+        assert (server.cost_of_heads, connection.head_due) == (0, NEVER)
 
 
 async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_much(listener: Listener) -> None:
@@ -275,6 +323,23 @@ async def test_what_comes_behind_a_broken_body_is_discarded_too(listener: Listen
         assert (await caller.read_answer()).status == 200
         assert await caller.is_closed()
     assert last_read.begun.is_set()
+    last_read.may_end.set()
+
+
+async def test_a_head_behind_a_last_answer_is_discarded_with_the_rest(listener: Listener, last_read: LastRead) -> None:
+    """The sweep, or the bound on all heads, would write behind the end of the answers, and fail for others too."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    listener.closes = True
+    async with connect(listener.url) as caller:
+        await caller.send(GET)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        ((connection, _),) = server._connections.items()
+        await caller.send(BEGUN)
+        await eventually(lambda: server.cost_of_heads > 0)
+        listener.may_answer.set()
+        await last_read.begun.wait()
+        assert (server.cost_of_heads, connection.head_due) == (0, NEVER)
     last_read.may_end.set()
 
 
