@@ -226,7 +226,8 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url.with_path("/readyz")) as response:
             if response.status == 200:
                 return GatewayState(str(url), "ready")
-            return GatewayState(str(url), "not ready", _why_not_ready(response.status, await response.text()))
+            text = (await response.read()).decode(errors="replace")  # another service may answer with any bytes
+            return GatewayState(str(url), "not ready", _why_not_ready(response.status, text))
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         is_absent = isinstance(error, aiohttp.ClientConnectorError) and not must_run
         return GatewayState(
@@ -236,7 +237,7 @@ async def _check_gateway(url: URL, *, must_run: bool) -> GatewayState:
 
 def _why_not_ready(status: int, text: str) -> str:
     """Return the reasons in an answer of /readyz, each once; the answer itself if it is not the gateway's."""
-    with suppress(msgspec.DecodeError):
+    with suppress(msgspec.DecodeError, RecursionError):
         answer = msgspec.json.decode(text, type=_Readiness)
         reasons = [reason for one in (answer, *answer.workers) for reason in one.reasons]
         reasons += [f"a worker {one.status}" for one in answer.workers if one.status not in ("ready", "not ready")]

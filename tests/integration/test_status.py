@@ -251,11 +251,19 @@ WORKERS = f'{{"workers": [{{"status": "ready"}}, {NOT_READY}, {NOT_READY}, {{"st
         ("[1]", "/readyz answered 404: [1]"),
         ("{}", "/readyz answered 404: {}"),
         ("", "/readyz answered 404"),
+        (b"no UTF-8: \xff\xfe", "/readyz answered 404: no UTF-8: \ufffd\ufffd"),
+        (b'{"a":' * 100_000, "/readyz answered 404: " + '{"a":' * 40),
     ],
 )
-async def test_a_named_gateway_that_is_not_ready_is_a_problem(text: str, problem: str) -> None:
+@pytest.mark.parametrize("charset", [None, "base64"])
+async def test_a_named_gateway_that_is_not_ready_is_a_problem(
+    text: str | bytes, problem: str, charset: str | None
+) -> None:
+    """Also where the port is that of another service, which may answer with anything."""
+
     async def answer(_request: web.Request) -> web.Response:
-        return web.Response(status=404, text=text)
+        body = text.encode() if isinstance(text, str) else text
+        return web.Response(status=404, body=body, content_type="text/html", charset=charset)
 
     app = web.Application()
     app.router.add_get("/readyz", answer)
