@@ -115,6 +115,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer(SERVICE, __version__)
         self._propagator = TraceContextTextMapPropagator()
         self._destination = settings.amqp_exchange
+        self._scheme = "https" if settings.api_tls_cert_file else "http"
 
     def begin(self, record: RequestRecord, method: str, route: str, headers: Mapping[str, str]) -> None:
         """Start the request's span, as a child of the caller's span if the headers name one.
@@ -122,7 +123,7 @@ class Tracing:
         `route` is empty for all paths but those that send: any other path could hold anything, even a key.
         """
         known = method if method in _METHODS else "_OTHER"
-        attributes = {"http.request.method": known, "url.scheme": "http"}
+        attributes = {"http.request.method": known, "url.scheme": self._scheme}
         if route:
             attributes |= {"http.route": route, "url.path": route}
         # The wall clock is read once per request: a change of the clock then does not distort its spans.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
 import pytest
 from opentelemetry.sdk.trace import ReadableSpan, sampling
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
@@ -39,6 +40,17 @@ async def headers_of(sent: Mapping[str, str], sampler: sampling.Sampler | None =
     await tracing.close()
     assert all(span.status.status_code.name == "ERROR" for span in kept.spans if span.name != "build")
     return headers, len(kept.spans)
+
+
+@pytest.mark.parametrize(("certificate", "scheme"), [("", "http"), ("/tls.crt", "https")])
+async def test_a_span_says_whether_the_request_came_by_tls(certificate: str, scheme: str) -> None:
+    kept, record = Kept(), RequestRecord(Counters())
+    tracing = Tracing(msgspec.structs.replace(SETTINGS, api_tls_cert_file=certificate), kept)
+    tracing.begin(record, "POST", "/api/v2/send/bulk", {})
+    record.end("id-1", 200, "")
+    tracing.end(record)
+    await tracing.close()
+    assert [(span.attributes or {})["url.scheme"] for span in kept.spans] == [scheme]
 
 
 @pytest.mark.parametrize(("flag", "spans"), [("01", 3), ("00", 0)])
