@@ -20,7 +20,13 @@ from yarl import URL
 from gateway import __version__, tls
 from gateway.amqp.depths import DEAD_LETTERS, OUTBOUND
 from gateway.amqp.topology import check_may_publish, dead_letter_queue, verify_topology
-from gateway.amqp.transport import MAY_NOT_DECLARE, TappedTransport, address, prepare_connection
+from gateway.amqp.transport import (
+    MAY_NOT_DECLARE,
+    TappedTransport,
+    address,
+    prepare_connection,
+    stray_cancellation_is_loss,
+)
 from gateway.amqp.transport import reason as broker_reason
 from gateway.config import Settings
 from gateway.postgres.pool import DATABASE_ERRORS, NOT_MIGRATED_ERRORS, connect_to_host
@@ -143,7 +149,7 @@ async def collect(
     must_run: bool = False,
     limits: Limits | None = None,
 ) -> Status:
-    """Collect the state of all servers within about 3 × ANSWER_TIMEOUT_S. A server that is down is a problem, no error.
+    """Collect the state of all servers within about 4 × ANSWER_TIMEOUT_S. A server that is down is a problem, no error.
 
     `migrations` are the versions that this gateway has. `must_run`: a gateway that is not running is a problem.
     """
@@ -155,15 +161,19 @@ async def collect(
             *(_check_host(database, one, migrations, settings.database_statement_cache) for one in database.hosts)
         ),
     )
-    queues = next((queues for _, queues in nodes_and_queues if queues), None)
-    for queue in queues or []:
+    # The first node's answer about a queue, and without one the next node's.
+    answered = {queue.name: queue for _, queues in reversed(nodes_and_queues) for queue in queues}
+    queues = [answered.get(queue.name, queue) for queue in _queues(settings)]
+    for queue in queues:
+        if queue.name not in answered:
+            queue.problem = "no answer from a broker node"
         queue.problem = queue.problem or _contents_problem(queue, settings, limits or Limits())
     status = Status(
         ok=False,
         version=__version__,
         gateways=list(states),
         nodes=[node for node, _ in nodes_and_queues],
-        queues=queues or [msgspec.structs.replace(one, problem="no broker node answers") for one in _queues(settings)],
+        queues=queues,
         hosts=[host for host, _ in hosts_and_schemas],
         schema=_only_schema([schema for _, schema in hosts_and_schemas if schema is not None]),
         settings=settings.masked(),
@@ -247,29 +257,42 @@ def _why_not_ready(status: int, text: str) -> str:
 
 
 async def _check_node(settings: Settings, node: URL) -> tuple[Node, list[Queue]]:
-    state, queues = Node(address(node)), []
+    """Return one node's state, and the queues about which it has answered."""
+    state, queues = Node(address(node)), list[Queue]()
     socket = TappedTransport()
     try:
-        async with _broker(settings, node, socket) as connection:
+        async with stray_cancellation_is_loss(), _broker(settings, node, socket) as connection:
             transport = connection.transport
             properties = transport.connection.server_properties if transport else {}
             state.version = " ".join(str(properties.get(name, "")) for name in ("product", "version")).strip()
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
-                queues = [await _check_queue(connection, queue) for queue in _queues(settings)]
-                await check_may_publish(await connection.channel(), settings)
-                if not any(queue.problem for queue in queues if queue.kind == OUTBOUND):
-                    with_dead_letters = _may_verify_dead_letters(settings, queues)
-                    refused = await verify_topology(connection, settings, with_dead_letters=with_dead_letters)
-                    if refused and settings.amqp_topology == "declare":
-                        state.problem = f"{refused}. {MAY_NOT_DECLARE}"
+                await _ask_about_queues(connection, settings, queues)
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await _check_topology(connection, settings, queues, state)
             await _time_confirm(connection, state)
     except Exception as error:  # the library raises many kinds; each is a problem of this node alone
-        state.problem = _one_line(error, broker_reason(error, socket.close_reply))
-    except asyncio.CancelledError:  # aiormq raises this for a lost connection
-        if (task := asyncio.current_task()) is None or task.cancelling():
-            raise
-        state.problem = socket.close_reply or "the connection was lost"
+        problem = _one_line(error, broker_reason(error, socket.close_reply))
+        if queues and isinstance(error, TimeoutError):
+            problem = f"it answers too slowly, or hangs: not every answer came within {ANSWER_TIMEOUT_S:.0f} s"
+        _add_problem(state, problem)
     return state, queues
+
+
+def _add_problem(state: Node, problem: str) -> None:
+    state.problem = ". ".join(filter(None, [state.problem, problem]))
+
+
+async def _check_topology(
+    connection: "AbstractConnection", settings: Settings, queues: Sequence[Queue], state: Node
+) -> None:
+    """Check the right to publish, and exchange and queues unless a problem of `queues` is known."""
+    await check_may_publish(await connection.channel(), settings)
+    if any(queue.problem for queue in queues if queue.kind == OUTBOUND):
+        return
+    with_dead_letters = _may_verify_dead_letters(settings, queues)
+    refused = await verify_topology(connection, settings, with_dead_letters=with_dead_letters)
+    if refused and settings.amqp_topology == "declare":
+        _add_problem(state, f"{refused}. {MAY_NOT_DECLARE}")
 
 
 def _may_verify_dead_letters(settings: Settings, queues: Sequence[Queue]) -> bool:
@@ -292,8 +315,20 @@ async def _broker(settings: Settings, node: URL, socket: TappedTransport) -> "As
         await asyncio.gather(closing, return_exceptions=True)
 
 
-async def _check_queue(connection: "AbstractConnection", queue: Queue) -> Queue:
-    channel: AbstractChannel = await connection.channel(publisher_confirms=False)
+async def _ask_about_queues(connection: "AbstractConnection", settings: Settings, answered: list[Queue]) -> None:
+    """Ask about each queue, and add it to `answered`. After a refusal, the broker closes the channel: open another."""
+    due = _queues(settings)
+    while due:
+        async with connection.channel(publisher_confirms=False) as channel:
+            is_open = True
+            while due and is_open:
+                await _ask_about_queue(channel, due[0])
+                answered.append(due.pop(0))
+                is_open = not answered[-1].problem
+
+
+async def _ask_about_queue(channel: "AbstractChannel", queue: Queue) -> None:
+    """Set messages and consumers of the queue, or its problem."""
     try:
         found = (await channel.declare_queue(queue.name, passive=True)).declaration_result
         queue.messages, queue.consumers = found.message_count, found.consumer_count
@@ -308,10 +343,6 @@ async def _check_queue(connection: "AbstractConnection", queue: Queue) -> Queue:
         queue.problem = f"{error}. Its messages are not counted: docs/security.md#broker"
     except aiormq.exceptions.AMQPChannelError as error:
         queue.problem = _one_line(error, broker_reason(error))
-    finally:
-        with suppress(Exception):
-            await channel.close()
-    return queue
 
 
 async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
@@ -326,7 +357,7 @@ async def _time_confirm(connection: "AbstractConnection", state: Node) -> None:
     except aiormq.exceptions.ChannelAccessRefused:
         state.note = "confirms not timed: the user may not declare a temporary queue"
     except TimeoutError:
-        state.problem = "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs"
+        _add_problem(state, "no confirm in time: a memory or disk alarm blocks publishing, or the node hangs")
 
 
 async def _check_host(

@@ -11,6 +11,8 @@ import aio_pika
 import msgspec
 import pytest
 from aiohttp import web
+from pamqp import commands
+from pamqp.base import Frame
 from yarl import URL
 
 from gateway import __version__
@@ -18,6 +20,7 @@ from gateway.cli import status
 from testbed import Port, Servers
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.outbound_queue import OutboundQueue
+from tests.support.scripted_broker import ScriptedBroker, Session
 from tests.support.tcp_proxy import TcpProxy
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +152,78 @@ async def test_each_shard_is_looked_at_and_a_stream_is_not_judged(
     await gateway.send([gateway.message()] * 3)
     found = await status.collect(settings, [], [], limits=status.Limits(backlog=0))
     assert [(queue.name, queue.problem) for queue in found.queues] == [(settings.amqp_queue, "")]
+
+
+class Questions:
+    """The methods that a scripted broker was sent. It answers no passive declaration after the first `answered`."""
+
+    def __init__(self, broker: ScriptedBroker, answered: int = 10_000) -> None:
+        self.methods: list[Frame] = []
+        self._left = answered
+        broker.on_method = self._note
+
+    def _note(self, _session: Session, _channel: int, method: Frame) -> bool:
+        self.methods.append(method)
+        self._left -= isinstance(method, commands.Queue.Declare) and method.passive
+        return self._left < 0
+
+    def count(self, kind: type[Frame]) -> int:
+        return sum(isinstance(method, kind) for method in self.methods)
+
+
+async def test_many_shards_are_asked_about_on_one_channel(make_settings: MakeSettings) -> None:
+    async with ScriptedBroker() as broker:
+        questions = Questions(broker)
+        settings = make_settings(amqp_url=broker.url, queue_shards=256)
+        node, queues = await status._check_node(settings, URL(broker.url))
+    assert [queue.messages for queue in queues] == [0] * 257  # with the dead letters
+    assert node.problem == ""
+    # For the counts, the right to publish, what exists, its arguments, and the confirm.
+    assert questions.count(commands.Channel.Open) == 5
+    # One for each count, and two to verify a queue. Each is a round trip.
+    assert questions.count(commands.Queue.Declare) == 3 * 257 + 1
+    assert len(questions.methods) < 3 * 257 + 30
+
+
+async def test_a_refused_question_costs_no_other_queue_its_answer(make_settings: MakeSettings) -> None:
+    async with ScriptedBroker() as broker:
+        settings = make_settings(amqp_url=broker.url, queue_shards=4)
+        refused = settings.queues()[1]
+        broker.on_declare = lambda frame: (
+            (403, "ACCESS_REFUSED - no")
+            if isinstance(frame, commands.Queue.Declare) and frame.queue == refused
+            else None
+        )
+        node, queues = await status._check_node(settings, URL(broker.url))
+    assert [queue.messages for queue in queues] == [0, None, 0, 0, 0]
+    assert "Its messages are not counted" in queues[1].problem
+    assert node.problem == ""
+
+
+async def test_the_counts_of_a_broker_that_hangs_later_are_kept(make_settings: MakeSettings) -> None:
+    async with ScriptedBroker() as broker:
+        Questions(broker, answered=3)
+        settings = make_settings(amqp_url=broker.url, queue_shards=4)
+        found = await status.collect(settings, [], [])
+    nobody = "no answer from a broker node"
+    assert [(queue.messages, queue.problem) for queue in found.queues] == [(0, "")] * 3 + [(None, nobody)] * 2
+    (node,) = found.nodes
+    assert node.problem == "it answers too slowly, or hangs: not every answer came within 3 s"
+
+
+async def test_every_problem_of_a_node_is_reported(make_settings: MakeSettings) -> None:
+    """A right is missing, and publishing is blocked."""
+    async with ScriptedBroker() as broker:
+        broker.mode = "silent"
+        settings = make_settings(amqp_url=broker.url)
+        broker.on_declare = lambda frame: (
+            (403, "ACCESS_REFUSED - no right to configure")
+            if isinstance(frame, commands.Queue.Declare) and frame.queue and not frame.passive
+            else None
+        )
+        node, _ = await status._check_node(settings, URL(broker.url))
+    assert "no right to configure" in node.problem
+    assert "no confirm in time: a memory or disk alarm" in node.problem
 
 
 def test_the_default_limit_of_a_backlog_is_half_an_hour_of_sms(make_settings: MakeSettings) -> None:
