@@ -24,16 +24,22 @@ from gateway.amqp.publisher import Publisher
 from gateway.amqp.reconnection import PublishConnections
 from gateway.postgres.queries import EXPIRES_SOON_DAYS
 from gateway.runtime import RUNTIME, Runtime
-from gateway.telemetry.counters import CANCELLED, OK, QUEUED, REPLAYED, STAGES, Histogram
+from gateway.telemetry.counters import CANCELLED, DRY_RUN, OK, QUEUED, REPLAYED, STAGES, Histogram
 
 BUILD = "gateway_build"
 WORKER = "worker"  # the label that tells the processes of `serve --workers` apart
 
 # Series that exist from the start, at 0: `rate()` misses the first event of a series that begins with a 1.
-_REQUESTS = [(200, OK), CANCELLED, *((kind.status, kind.code) for kind in errors.kinds())]
+_REFUSED = {error.code for error in errors.row_errors()}
+# A refused single send has the code of its message. If its outcome is unknown, the answer is a 504.
+_REQUESTS = [
+    *((200, OK), (200, DRY_RUN), CANCELLED),
+    *((kind.status, kind.code) for kind in errors.kinds()),
+    *((errors.MessageRefused.status, code) for code in sorted(_REFUSED - {errors.OUTCOME_UNKNOWN.code})),
+]
 # Error rows, and the refusals that can follow the decoding: 409, 422, 429, 5xx.
 _MESSAGES = sorted(
-    {QUEUED, REPLAYED, *(error.code for error in errors.row_errors())}
+    {QUEUED, REPLAYED, DRY_RUN, CANCELLED[1], *_REFUSED}
     | {kind.code for kind in errors.kinds() if kind.status >= 500 or kind.status in (409, 422, 429)}
 )
 _SHED_REASONS = ("account_share", "bytes", "confirm_window", "slots")
@@ -76,8 +82,8 @@ def _request_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _counter(
         "gateway_messages",
         "SMS of decoded requests, by the answer to their caller: queued (confirmed by the broker), replayed (the "
-        "answer to an earlier request with the same Idempotency-Key), dry_run (nothing was to be queued), or the code "
-        "of the error row or of the refusal.",
+        "answer to an earlier request with the same Idempotency-Key), dry_run (nothing was to be queued), cancelled "
+        "(the drain ended before the request), or the code of the error row or of the refusal.",
         ("outcome",),
         {(code,): counters.messages[code] for code in [*_MESSAGES, *counters.messages]},
     )
@@ -125,8 +131,9 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it wait.", settings.max_bytes_in_flight)
     yield _counter(
         "gateway_shed",
-        "Requests answered 503 overloaded, by the exhausted resource: slots, account_share (of slots), bytes (of "
-        "bodies, or the account's share of them), confirm_window (the broker confirms too slowly).",
+        "Requests refused as overloaded at their admission, by the exhausted resource: slots, account_share (of "
+        "slots), bytes (of bodies, or the account's share of them), confirm_window (the broker confirms too slowly). "
+        "Connections beyond max_connections, and batches without room when they are published, are not counted here.",
         ("reason",),
         {(reason,): admission.shed[reason] for reason in _SHED_REASONS},
     )

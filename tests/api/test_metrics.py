@@ -10,6 +10,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from gateway import errors
 from tests.support.admission import held_slot
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -172,6 +173,19 @@ async def test_nothing_a_caller_sends_makes_a_new_series(gateway: GatewayUnderTe
         await gateway.session.request("DELETE", gateway.url)
     after = series(samples_of(await scrape(gateway)))
     assert after == before
+
+
+async def test_every_code_has_its_series_from_the_start(gateway: GatewayUnderTest) -> None:
+    """`rate()` misses the first event of a series that begins with a 1. The codes are those of errors.py."""
+    requests = {(str(kind.status), kind.code) for kind in errors.kinds()} | {("200", "ok"), ("499", "cancelled")}
+    # An unknown message of a single send is a 504.
+    refused = {error.code for error in errors.row_errors()} - {errors.OUTCOME_UNKNOWN.code}
+    requests |= {("200", "dry_run"), *(("400", code) for code in refused)}
+    messages = {"queued", "replayed", "dry_run", "cancelled", errors.OUTCOME_UNKNOWN.code, *refused}
+    found = samples_of(await scrape(gateway))
+    shown = [dict(labels) for labels in found["gateway_requests_total"]]
+    assert {(labels["status"], labels["code"]) for labels in shown} == requests
+    assert {labels[0][1] for labels in found["gateway_messages_total"]} >= messages
 
 
 async def test_every_metric_says_what_it_is_and_keeps_the_conventions(gateway: GatewayUnderTest) -> None:
