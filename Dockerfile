@@ -27,7 +27,7 @@ COPY gateway gateway
 
 # Compile byte code here: the image's user cannot write it, and the root file system may be read-only.
 RUN /opt/gateway/bin/python -m compileall -q gateway
-# Probes come from outside the container, so the operations port listens on all addresses. Do not publish it.
+# Probes come from outside the container, so the operations port listens on all addresses. Publish it to this machine alone.
 ENV PATH=/opt/gateway/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     GATEWAY_OPS_HOST=0.0.0.0

@@ -136,8 +136,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     keepalive_timeout_s: Seconds = 75.0
     # Requests beyond this number are refused as overloaded.
     max_requests_in_flight: Positive = 512
-    # Bytes of request bodies; a chunked body counts as 5 MiB. A request needs about five times its body at its peak,
-    # so this default keeps a process under 512 MB (scripts/bench memory).
+    # Bytes of request bodies; a chunked body counts as 5 MiB. This default keeps a process under 512 MB (scripts/bench
+    # memory): docs/operations.md, "Sizing".
     max_bytes_in_flight: Annotated[int, Meta(ge=5_242_880)] = 64 * 1024 * 1024
 
     # Stored Idempotency-Keys of one account, beyond which new keys are refused. A key takes about 300 bytes for 24 h.
@@ -145,12 +145,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # After SIGTERM the gateway serves for this long, while load balancers see that it is not ready.
     drain_delay_s: SecondsOrZero = 3.0
-    # Then requests in flight have this long to end. The sum must be below Kubernetes' 30 s.
+    # Then requests in flight have this long to end. The sum must be 10 s below the grace period.
     drain_timeout_s: Seconds = 20.0
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     # The default does not depend on a terminal: logs look the same everywhere.
     log_format: Literal["json", "console"] = "json"
-    # Share of fully queued requests that are logged. All others are always logged.
+    # Share of fully queued, replayed, dry-run and read requests that are logged (telemetry/requests.py has the others).
     request_log_sample: Share = 1.0
     traces: Literal["on", "off"] = "off"
 

@@ -94,13 +94,13 @@ class MalformedHttp(GatewayError):
 class MissingApiKey(GatewayError):
     """The request has no X-Api-Key header, or only empty ones."""
 
-    status, code, sentence = 401, "missing_api_key", "API key required in the header X-Api-Key"
+    status, code, sentence = 401, "missing_api_key", "API key required"
 
 
 class InvalidApiKey(GatewayError):
     """The key is malformed, unknown, revoked or expired, or the X-Api-Key header is repeated."""
 
-    status, code, sentence = 401, "invalid_api_key", "Invalid API key in the header X-Api-Key"
+    status, code, sentence = 401, "invalid_api_key", "Invalid API key"
 
 
 class AccountSuspended(GatewayError):

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+# Between the end of the drain and the end of the process: connections to the broker are closed (2 s), those to the
+# database (GATEWAY_DATABASE_TIMEOUT_S, 2 s), the last spans (3 s) and the last log lines (2 s) are written.
+EXIT_MARGIN_S = 10
 KUBERNETES = Path(__file__).parents[2] / "deploy" / "kubernetes"
 # kustomize appends a hash to the name of a generated ConfigMap, and to every reference to it.
 _HASH = re.compile(r"(name: sms-gateway(?:-sidecar)?)-[0-9a-z]{10}$", flags=re.MULTILINE)

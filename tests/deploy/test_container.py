@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from gateway import config
-from tests.deploy.manifests import gateway_of, only, render
+from tests.deploy.manifests import EXIT_MARGIN_S, gateway_of, only, render
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -86,6 +86,6 @@ def test_composes_variables_are_settings(name: str) -> None:
 def test_compose_waits_for_the_drain_and_publishes_to_this_machine_alone() -> None:
     settings = config.load({"GATEWAY_DATABASE_URL": "postgres://u@h/d", "GATEWAY_AMQP_URL": "amqp://h/"})
     grace_s = float(SERVICES["gateway"]["stop_grace_period"].removesuffix("s"))
-    assert grace_s >= settings.drain_delay_s + settings.drain_timeout_s + 2
+    assert grace_s >= settings.drain_delay_s + settings.drain_timeout_s + EXIT_MARGIN_S
     for service in SERVICES.values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))

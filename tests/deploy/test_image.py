@@ -30,7 +30,7 @@ ISOLATION = ["--isolation=chroot", "--network=host"]
 PACKAGES = "--include=python3,python3-venv,python3-pip"
 # What this machine needs to reach a package index. Mounted while the image is built, and not part of it.
 INDEX_SETTINGS = [path for path in ("/etc/ssl/certs", "/etc/pip.conf") if Path(path).exists()]
-DRAIN_WITHIN_S = 30.0  # the grace period of compose.yaml and of the manifests
+DRAIN_WITHIN_S = 35.0  # the grace period of compose.yaml and of the manifests
 
 Buildah = Callable[..., list[str]]
 

@@ -17,6 +17,7 @@ from gateway import __version__, config
 from gateway.config import Settings
 from gateway.ingest.wire import MAX_BODY_BYTES
 from tests.deploy.manifests import (
+    EXIT_MARGIN_S,
     KUBERNETES,
     Object,
     containers,
@@ -33,8 +34,6 @@ FOLDERS = ["base", "migrate", "migrate-example", "rabbitmq", "example", "sidecar
 KUBERNETES_VERSIONS = ["1.29", "1.37"]
 ALERTS = KUBERNETES.parent / "prometheus" / "alerts.yaml"
 GUIDE = KUBERNETES.parents[1] / "docs" / "kubernetes.md"
-# Between the end of the drain and the end of the process, connections are closed and Python exits.
-EXIT_MARGIN_S = 2
 
 
 def cases(*kinds: str) -> list[Any]:

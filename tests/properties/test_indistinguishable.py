@@ -111,7 +111,7 @@ async def test_an_unknown_a_revoked_and_a_malformed_key_get_the_same_bytes(
     }
     answers = {reason: await ask(gateway, [gateway.message()], *line) for reason, line in lines.items()}
     assert len(set(answers.values())) == 1, answers
-    assert b'{"error":"Invalid API key in the header X-Api-Key","code":"invalid_api_key"}' in answers["unknown"]
+    assert b'{"error":"Invalid API key","code":"invalid_api_key"}' in answers["unknown"]
 
 
 class Work(NamedTuple):
