@@ -26,6 +26,7 @@ tests/integration/test_aiohttp_contract.py names every private name used here, a
 import asyncio
 import logging
 import os
+import re
 import ssl
 import time
 from collections import deque
@@ -694,6 +695,9 @@ class _DiscardingParser:
                             return
 
 
+_line_ends = re.compile(rb"[\r\n]*+").match  # the parser skips them before a request
+
+
 def _behind_requests(
     data: bytes, body_bytes: int, arrived: Iterable[tuple[Any, StreamReader]], head_end: bytes
 ) -> bytes:
@@ -705,8 +709,8 @@ def _behind_requests(
     """
     end = body_bytes
     for message, body in arrived:
-        while not head_end and data[end : end + 2] == b"\r\n":
-            end += 2
+        if not head_end and (line_ends := _line_ends(data, end)):
+            end = line_ends.end()
         blank_line = (head_end + data).find(b"\r\n\r\n", end)
         if blank_line < 0 or isinstance(message, _ErrInfo) or message.chunked:
             return b""
