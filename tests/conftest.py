@@ -1,7 +1,7 @@
 """Real servers once a session; for each test an exchange, a queue and an account of its own, so that none meet."""
 
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 
@@ -31,6 +31,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(watch)
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Escape halves of surrogate pairs in the captured logs of a test: pytest-xdist cannot send them."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -99,6 +99,14 @@ def test_each_leak_fails_the_run_and_is_named(tmp_path: Path) -> None:
     assert any("test_process: the log of a gateway process shows an API key" in line for line in told)
 
 
+def test_leaks_in_other_processes_of_a_run_are_told_too(tmp_path: Path) -> None:
+    completed = run_pytest(tmp_path, "-p", "xdist", "-n", "2", "-k", "key or process")
+    assert completed.returncode == 1, completed.stdout
+    assert "2 passed" in completed.stdout
+    assert "test_run.py::test_record[key]: a record of gateway.web.api shows an API key" in completed.stdout
+    assert "test_run.py::test_process: the log of a gateway process shows an API key" in completed.stdout
+
+
 def test_a_run_in_which_nothing_leaks_passes(tmp_path: Path) -> None:
     completed = run_pytest(tmp_path, "-k", "clean")
     assert (completed.returncode, "secrets in logs" in completed.stdout) == (0, False), completed.stdout

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -106,6 +106,13 @@ class LogWatch(logging.Handler):
         logging.getLogger().removeHandler(self)
         if self.leaks:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput["leaks"] = [tuple(leak) for leak in self.leaks]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Take the leaks of a process of pytest-xdist. One that has died has no output."""
+        self.leaks += [Leak(*leak) for leak in getattr(node, "workeroutput", {}).get("leaks", [])]
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self.leaks:
