@@ -80,6 +80,7 @@ class Configuration(Strict):
 
 
 class RabbitmqCluster(Strict):
+    image: str
     replicas: int
     persistence: Persistence
     resources: dict[str, dict[str, str]]

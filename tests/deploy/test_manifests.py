@@ -1,12 +1,13 @@
 """Kubernetes manifests: valid for Kubernetes, the operators and the gateway, and consistent with one another."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
 import msgspec
@@ -28,12 +29,14 @@ from tests.deploy.manifests import (
     render,
 )
 from tests.deploy.operators import SPECIFICATIONS
+from tests.support.documents import code_blocks
 
 FOLDERS = ["base", "migrate", "migrate-example", "rabbitmq", "example", "sidecar-example"]
 # The oldest version with sidecars, and the newest one with schemas.
 KUBERNETES_VERSIONS = ["1.29", "1.37"]
 ALERTS = KUBERNETES.parent / "prometheus" / "alerts.yaml"
 GUIDE = KUBERNETES.parents[1] / "docs" / "kubernetes.md"
+OPERATIONS = GUIDE.with_name("operations.md")
 
 
 def cases(*kinds: str) -> list[Any]:
@@ -174,15 +177,117 @@ def test_whatever_selects_the_gateway_finds_it(folder: str) -> None:
 
 
 def test_requests_in_flight_scale_too_where_the_component_is_used(tmp_path: Path) -> None:
-    base, component = (os.path.relpath(KUBERNETES / name, tmp_path.resolve()) for name in ("base", "in-flight"))
-    (tmp_path / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [{component}]\n")
-    before, after = render("base"), render(tmp_path)
+    before, after = render("base"), with_component("in-flight", tmp_path)
     metrics = only(after, "HorizontalPodAutoscaler")["spec"]["metrics"]
     assert metrics[0] == only(before, "HorizontalPodAutoscaler")["spec"]["metrics"][0]
     assert metrics[1]["pods"]["metric"]["name"] == "gateway_requests_in_flight"
     assert int(metrics[1]["pods"]["target"]["averageValue"]) <= settings_of("base").max_requests_in_flight / 2
     for version in KUBERNETES_VERSIONS:
         kubernetes_validate.validate(only(after, "HorizontalPodAutoscaler"), version, strict=True)
+
+
+def test_traces_reach_their_collector_where_the_component_is_used(tmp_path: Path) -> None:
+    after = with_component("traces", tmp_path)
+    environment = config_map_of(after)
+    assert environment["GATEWAY_TRACES"] == "on"
+    assert config_map_of(render("base")).items() <= environment.items()
+    endpoint = urlsplit(environment["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    before, policy = only(render("base"), "NetworkPolicy"), only(after, "NetworkPolicy")
+    assert outgoing(policy) == outgoing(before) | {(endpoint.port, "TCP")}
+    (peer,) = policy["spec"]["egress"][-1]["to"]
+    assert endpoint.hostname is not None
+    assert endpoint.hostname.split(".")[1] in peer["namespaceSelector"]["matchLabels"].values()
+    for version in KUBERNETES_VERSIONS:
+        kubernetes_validate.validate(policy, version, strict=True)
+
+
+def config_map_of(objects: list[Object]) -> dict[str, str]:
+    data: dict[str, str] = only(objects, "ConfigMap")["data"]
+    return data
+
+
+def with_component(name: str, folder: Path) -> list[Object]:
+    """Return the objects of `base` with a component."""
+    base, component = (os.path.relpath(KUBERNETES / one, folder.resolve()) for one in ("base", name))
+    (folder / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [{component}]\n")
+    return render(folder)
+
+
+@pytest.mark.parametrize("workload", cases("Deployment", "Job"))
+def test_the_files_of_private_authorities_get_into_each_container(workload: Object) -> None:
+    container = gateway_of(workload)
+    volumes = {one["name"]: one for one in workload["spec"]["template"]["spec"]["volumes"]}
+    mounts = {one["mountPath"]: volumes[one["name"]] for one in container["volumeMounts"]}
+    # Optional: a public authority needs none.
+    assert mounts["/etc/sms-gateway/ca"]["configMap"] == {"name": "sms-gateway-ca", "optional": True}
+
+
+def test_the_guide_names_the_files_of_private_authorities_where_they_are_mounted() -> None:
+    blocks = code_blocks("docs/kubernetes.md", "### Private authorities")
+    made = set(re.findall(r"--from-file=(\S+)", blocks[0]))
+    values = dict(line.split("=", 1) for line in blocks[1].splitlines())
+    settings = config.load(values)
+    parameters = parse_qs(urlsplit(settings.database_url).query)
+    assert {*parameters["sslrootcert"], settings.amqp_ca_file} == {f"/etc/sms-gateway/ca/{name}" for name in made}
+
+
+def test_the_administration_pod_has_the_owners_secret_and_the_files(tmp_path: Path) -> None:
+    """A stand-in for kubectl writes the option --overrides."""
+    (tmp_path / "kubectl").write_text('#!/bin/sh\nfor one; do case $one in --overrides=*) echo "$one";; esac; done\n')
+    (tmp_path / "kubectl").chmod(0o755)
+    (command,) = code_blocks("docs/kubernetes.md", "## Administration")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["/bin/sh", "-euc", command], env={"PATH": path}, check=True, capture_output=True, text=True)  # noqa: S603
+    pod = json.loads(done.stdout.removeprefix("--overrides="))["spec"]
+    job = only(render("migrate"), "Job")["spec"]["template"]["spec"]
+    assert pod["volumes"] == job["volumes"]
+    (container,) = pod["containers"]
+    assert container["volumeMounts"] == job["containers"][0]["volumeMounts"]
+    assert container["envFrom"] == [{"secretRef": {"name": "sms-gateway-owner"}}]
+
+
+@pytest.fixture
+def without_operators(tmp_path: Path) -> list[Object]:
+    """Return the objects of a copy of the example with the kustomization that the guide shows."""
+    folder = shutil.copytree(KUBERNETES, tmp_path.resolve() / "kubernetes")
+    (block,) = code_blocks("docs/kubernetes.md", "## Without operators", "yaml")[:1]
+    (folder / "example/kustomization.yaml").write_text(block)
+    for name in ("certificate.yaml", "gateway.yaml"):
+        (folder / "example" / name).unlink()
+    return render(folder / "example")
+
+
+def test_without_operators_the_gateway_is_the_same_and_reaches_any_nodes(without_operators: list[Object]) -> None:
+    kinds = {one["kind"] for one in without_operators}
+    assert kinds == {one["kind"] for one in render("base")} | {"Namespace", "Ingress"}
+    for one in without_operators:
+        kubernetes_validate.validate(one, KUBERNETES_VERSIONS[-1], strict=True)
+    gateway = gateway_of(only(without_operators, "Deployment"))
+    assert gateway["image"] == gateway_of(only(render("example"), "Deployment"))["image"]
+    assert "env" not in gateway, "both URLs come from the Secret"
+    policy, example = only(without_operators, "NetworkPolicy"), only(render("example"), "NetworkPolicy")
+    assert outgoing(policy) == outgoing(example)
+    changed = [
+        rule["ports"]
+        for rule, before in zip(policy["spec"]["egress"], example["spec"]["egress"], strict=True)
+        if rule != before
+    ]
+    assert changed == [[{"port": 5671}]]
+
+
+def test_prometheus_without_its_operator_finds_the_pods_under_the_same_job() -> None:
+    """Debian's promtool knows no kubernetes_sd_configs."""
+    scrape = code_blocks("docs/kubernetes.md", "## Without operators", "yaml")[1]
+    (job,) = yaml.safe_load(scrape)["scrape_configs"]
+    assert f'job="{job["job_name"]}"' in ALERTS.read_text()
+    labels = only(render("base"), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    (relabel,) = job["relabel_configs"]
+    assert relabel["action"] == "keep"
+    assert relabel["source_labels"] == [
+        "__meta_kubernetes_pod_label_app_kubernetes_io_name",
+        "__meta_kubernetes_pod_container_port_name",
+    ]
+    assert relabel["regex"] == f"{labels['app.kubernetes.io/name']};ops"
 
 
 def outgoing(policy: Object) -> set[tuple[int, str]]:
@@ -225,6 +330,14 @@ def test_the_example_names_every_node_of_the_cluster_by_its_own_address() -> Non
     hosts = nodes_of(only(render("example"), "RabbitmqCluster"))
     assert [urlsplit(node).hostname for node in settings_of("example").amqp_nodes()] == hosts
     assert len(hosts) >= 3
+
+
+def test_rabbitmqs_version_is_one_that_was_tested() -> None:
+    image = only(render("rabbitmq"), "RabbitmqCluster")["spec"]["image"]
+    version = re.fullmatch(r"rabbitmq:(\d+\.\d+\.\d+)-management", image)
+    assert version, "an image without a whole version changes without a change of this file"
+    tested = OPERATIONS.read_text().partition("\n## Tested versions\n")[2].partition("\n## ")[0]
+    assert version[1] in tested
 
 
 @pytest.fixture
@@ -339,11 +452,12 @@ def test_the_guides_commands_make_what_the_sidecars_namespace_needs(tmp_path: Pa
     settings = config.load(environment_of("sidecar-example") | made)
     nodes = [urlsplit(node) for node in settings.amqp_nodes()]
     assert [node.hostname for node in nodes] == nodes_of(only(render("example"), "RabbitmqCluster"))
-    assert {node.password for node in nodes} == {(tmp_path / "ca.crt").read_text()} == {"secret"}
+    assert {node.password for node in nodes} == {(tmp_path / "broker.crt").read_text()} == {"secret"}
     created = (tmp_path / "created").read_text()
     pod = only(render("sidecar-example"), "Deployment")["spec"]["template"]["spec"]
     (volume,) = pod["volumes"]
-    assert f"--namespace campaigns create configmap {volume['configMap']['name']}" in created
+    assert f"--namespace campaigns create configmap {volume['configMap']['name']} --from-file=broker.crt" in created
+    assert settings.amqp_ca_file == "/etc/sms-gateway/ca/broker.crt"
     assert "--namespace campaigns create secret generic sms-gateway " in created
 
 

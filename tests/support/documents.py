@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).parents[2]
 
@@ -13,7 +14,8 @@ def code_blocks(page: str, heading: str, language: str = "") -> list[str]:
     end = rf"(?=^#{{2,{level}}} |\Z)"
     section = re.search(rf"^{re.escape(heading)}\n(.*?){end}", text, re.MULTILINE | re.DOTALL)
     assert section, f"{page} has no heading {heading}"
-    return re.findall(rf"^```{language}\n(.*?)^```$", section[1], re.MULTILINE | re.DOTALL)
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", section[1], re.MULTILINE | re.DOTALL)
+    return [dedent(block) for _, block in found]
 
 
 def filled_in(text: str, **replacements: str) -> str:
