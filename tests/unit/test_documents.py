@@ -5,7 +5,9 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
+import msgspec
 import pytest
 from typer.main import get_command
 
@@ -17,6 +19,18 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = (ROOT / "docs/settings.md").read_text()
 API = (ROOT / "docs/api.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+
+NumericType = msgspec.inspect.IntType | msgspec.inspect.FloatType
+DEFAULTS = Settings(database_url="", amqp_url="")
+NUMERIC = {
+    name: kind
+    for name, kind in zip(
+        Settings.__struct_fields__,
+        msgspec.inspect.multi_type_info(get_type_hints(Settings, include_extras=True).values()),
+        strict=True,
+    )
+    if isinstance(kind, NumericType)
+}
 
 REFUSALS = {value.code for value in vars(errors).values() if isinstance(value, errors.RowError)}
 REQUEST_ERRORS = {
@@ -100,6 +114,20 @@ def test_the_commands_for_operators_are_commands(line: str) -> None:
 @pytest.mark.parametrize("name", Settings.__struct_fields__)
 def test_every_setting_is_documented(name: str) -> None:
     assert f"`{PREFIX}{name.upper()}`" in SETTINGS
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_the_default_and_the_range_of_a_numeric_setting_are_those_of_the_code(name: str) -> None:
+    row = re.search(rf"^\| `{PREFIX}{name.upper()}` \| `([^`]+)`[^|]* \| ([^|]+) \|", SETTINGS, re.MULTILINE)
+    assert row, "no row of its own"
+    assert (row[1], row[2]) == (f"{getattr(DEFAULTS, name):.15g}", range_of(NUMERIC[name]))
+
+
+def range_of(kind: NumericType) -> str:
+    """Return the allowed values as the document writes them."""
+    if kind.le is None:
+        return f"at least {kind.ge:,}"
+    return f"above {kind.gt:,} to {kind.le:,}" if kind.ge is None else f"{kind.ge:,} to {kind.le:,}"
 
 
 @pytest.mark.parametrize("code", sorted(REFUSALS | REQUEST_ERRORS))
