@@ -19,6 +19,7 @@ from tests.support.gateways import GatewayUnderTest
 ROOT = Path(__file__).parents[2]
 RULES, RULES_TEST = ROOT / "deploy/prometheus/alerts.yaml", ROOT / "deploy/prometheus/alerts_test.yaml"
 RUNBOOK = (ROOT / "docs/runbook.md").read_text()
+OBSERVABILITY = (ROOT / "docs/observability.md").read_text()
 DASHBOARD = msgspec.json.decode((ROOT / "deploy/grafana/gateway.json").read_bytes())
 GROUPS = yaml.safe_load(RULES.read_text())["groups"]
 ALL_RULES: list[dict[str, Any]] = [rule for group in GROUPS for rule in group["rules"]]
@@ -92,6 +93,24 @@ async def test_the_runbook_names_existing_metrics(exposed: dict[str, set[str]]) 
     bare = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exposed}
     assert named - set(exposed) - bare == set()
     assert "gateway_unconfirmed_age_seconds" in named
+
+
+async def test_the_list_of_metrics_has_every_metric_with_its_labels_and_nothing_else(
+    exposed: dict[str, set[str]],
+) -> None:
+    section = OBSERVABILITY.partition("\n### List of metrics\n")[2].partition("\n### ")[0]
+    listed: dict[str, set[str]] = {}
+    for names, labels in re.findall(r"^\| (`gateway_[^|]+) \| ([^|]*)\|", section, re.MULTILINE):
+        # Of a row with two names the labels belong to the first.
+        for place, name in enumerate(re.findall(r"`(\w+)`", names)):
+            assert name not in listed
+            listed[name] = set(re.findall(r"`(\w+)`", labels)) if place == 0 else set()
+    found: dict[str, set[str]] = {}
+    for name, labels_of_it in exposed.items():
+        if name.startswith("gateway_"):
+            bare = re.sub(r"_(bucket|count|sum)$", "", name)
+            found.setdefault(bare, set()).update(labels_of_it - {"le", "worker"})
+    assert listed == found
 
 
 @pytest.mark.parametrize("alert", ALERTS, ids=lambda rule: rule["alert"])

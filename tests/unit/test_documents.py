@@ -14,6 +14,7 @@ from typer.main import get_command
 from gateway import errors
 from gateway.cli.commands import app
 from gateway.config import PREFIX, Settings
+from gateway.web.connections import LAST_ANSWERS_S, LAST_ANSWERS_SHARE
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = (ROOT / "docs/settings.md").read_text()
@@ -45,7 +46,8 @@ PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / fo
 CODE = ("gateway", "testbed", "benchmarks", "examples", "tests")
 INTERROGATIVE = re.compile(r"(?:what|who|whether|how|where)(?:ever)?\b", re.IGNORECASE)
 MAX_LINE = 120  # characters
-COMMANDS = re.findall(r"^python -m gateway (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+COMMANDS = re.findall(r"^python -m gateway (.+)$", OPERATIONS, re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
@@ -128,6 +130,23 @@ def range_of(kind: NumericType) -> str:
     if kind.le is None:
         return f"at least {kind.ge:,}"
     return f"above {kind.gt:,} to {kind.le:,}" if kind.ge is None else f"{kind.ge:,} to {kind.le:,}"
+
+
+def test_the_times_of_a_drain_are_those_of_the_code() -> None:
+    slowest_s = DEFAULTS.database_timeout_s + DEFAULTS.body_timeout_s + DEFAULTS.confirm_timeout_s
+    served_s = DEFAULTS.drain_timeout_s - LAST_ANSWERS_S
+    assert LAST_ANSWERS_SHARE * DEFAULTS.drain_timeout_s >= LAST_ANSWERS_S
+    section = OPERATIONS.partition("\n## Start and stop\n")[2].partition("\n## ")[0]
+    for said in (
+        f"`GATEWAY_DRAIN_DELAY_S` ({DEFAULTS.drain_delay_s:g} s)",
+        f"`GATEWAY_DRAIN_TIMEOUT_S` ({DEFAULTS.drain_timeout_s:g} s)",
+        f"After {served_s:g} s",
+        f"{DEFAULTS.drain_delay_s + DEFAULTS.drain_timeout_s + 10:g} s with the defaults. Step 4",
+        f"{slowest_s:g} s with the defaults, of which a drain gives it {served_s:g} s",
+        f"`GATEWAY_DRAIN_TIMEOUT_S={slowest_s + LAST_ANSWERS_S:g}`",
+        f"a grace period of {slowest_s + LAST_ANSWERS_S - DEFAULTS.drain_timeout_s:g} s more",
+    ):
+        assert said in section
 
 
 @pytest.mark.parametrize("code", sorted(REFUSALS | REQUEST_ERRORS))
