@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -273,6 +274,15 @@ def test_without_operators_the_gateway_is_the_same_and_reaches_any_nodes(without
         if rule != before
     ]
     assert changed == [[{"port": 5671}]]
+
+
+def test_without_operators_the_queue_has_the_same_limit() -> None:
+    (command,) = code_blocks("docs/kubernetes.md", "## Without operators")
+    program, verb, *options, name, pattern, definition = shlex.split(command.replace("\\\n", ""))
+    policy = only(render("rabbitmq"), "Policy")["spec"]
+    assert [program, verb, *options] == ["rabbitmqctl", "set_policy", "--apply-to", policy["applyTo"]]
+    assert (name, pattern) == (policy["name"], policy["pattern"])
+    assert json.loads(definition) == policy["definition"]
 
 
 def test_prometheus_without_its_operator_finds_the_pods_under_the_same_job() -> None:

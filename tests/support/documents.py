@@ -14,8 +14,8 @@ def code_blocks(page: str, heading: str, language: str = "") -> list[str]:
     end = rf"(?=^#{{2,{level}}} |\Z)"
     section = re.search(rf"^{re.escape(heading)}\n(.*?){end}", text, re.MULTILINE | re.DOTALL)
     assert section, f"{page} has no heading {heading}"
-    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", section[1], re.MULTILINE | re.DOTALL)
-    return [dedent(block) for _, block in found]
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", section[1], re.MULTILINE | re.DOTALL)
+    return [dedent(block) for _, name, block in found if name == language]
 
 
 def filled_in(text: str, **replacements: str) -> str:
