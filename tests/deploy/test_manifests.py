@@ -30,14 +30,13 @@ from tests.deploy.manifests import (
     render,
 )
 from tests.deploy.operators import SPECIFICATIONS
-from tests.support.documents import code_blocks
+from tests.support.documents import code_blocks, row_of_versions
 
 FOLDERS = ["base", "migrate", "migrate-example", "rabbitmq", "example", "sidecar-example"]
 # The oldest version with sidecars, and the newest one with schemas.
 KUBERNETES_VERSIONS = ["1.29", "1.37"]
 ALERTS = KUBERNETES.parent / "prometheus" / "alerts.yaml"
 GUIDE = KUBERNETES.parents[1] / "docs" / "kubernetes.md"
-OPERATIONS = GUIDE.with_name("operations.md")
 
 
 def cases(*kinds: str) -> list[Any]:
@@ -346,8 +345,11 @@ def test_rabbitmqs_version_is_one_that_was_tested() -> None:
     image = only(render("rabbitmq"), "RabbitmqCluster")["spec"]["image"]
     version = re.fullmatch(r"rabbitmq:(\d+\.\d+\.\d+)-management", image)
     assert version, "an image without a whole version changes without a change of this file"
-    tested = OPERATIONS.read_text().partition("\n## Tested versions\n")[2].partition("\n## ")[0]
-    assert version[1] in tested
+    assert version[1] in row_of_versions("RabbitMQ")
+
+
+def test_the_versions_of_kubernetes_are_those_that_the_manual_names() -> None:
+    assert re.findall(r"\d\.\d+", row_of_versions("Kubernetes")) == KUBERNETES_VERSIONS
 
 
 @pytest.fixture

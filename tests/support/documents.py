@@ -18,6 +18,14 @@ def code_blocks(page: str, heading: str, language: str = "") -> list[str]:
     return [dedent(block) for _, name, block in found if name == language]
 
 
+def row_of_versions(name: str) -> str:
+    """Return the row of docs/operations.md, "Tested versions"."""
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    row = re.search(rf"^\| {name} \|.*$", text.partition("\n## Tested versions\n")[2], re.MULTILINE)
+    assert row, f"{name} has no row"
+    return row[0]
+
+
 def filled_in(text: str, **replacements: str) -> str:
     """Replace each value in a text; every value must occur."""
     for old, new in replacements.items():
