@@ -4,7 +4,6 @@ It runs on one connection, and shares no SQL with requests (postgres/queries.py)
 """
 
 import secrets
-import string
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
@@ -12,9 +11,10 @@ from typing import Any
 
 import asyncpg
 
-from gateway.ingest.auth import KEY_CHARACTERS, KEY_PREFIX, hash_key
+from gateway.ingest.auth import hash_key
 from gateway.postgres.pool import DATABASE_ERRORS, connect_to_primary, reason
 from gateway.postgres.rights import ALL_RIGHTS, SERVICE_RIGHTS
+from gateway.telemetry.log import KEY_ALPHABET, KEY_CHARACTERS, KEY_PREFIX, KEY_SHOWN
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
@@ -79,7 +79,6 @@ ADD_LIST = """
 SET_LIST_STATUS = "UPDATE sending_lists SET status = $2 WHERE id = $1 RETURNING id, account_id, number, status"
 LIST_LISTS = "SELECT id, account_id, number, status, created_at FROM sending_lists WHERE account_id = $1 ORDER BY id"
 
-TABLES = "accounts, api_keys, sending_lists, idempotency_keys, schema_migrations"
 FIND_ROLE = """
     SELECT quote_ident(rolname) AS role, quote_ident(nspname) AS schema,
            pg_has_role(role.oid, relowner, 'MEMBER') OR pg_has_role(role.oid, nspowner, 'MEMBER') AS is_owner,
@@ -133,7 +132,6 @@ FIND_RIGHTS = """
 
 CONNECT_TIMEOUT_S = 5.0
 COMMAND_TIMEOUT_S = 30.0
-KEY_PREFIX_SHOWN = 8  # trk_ and 4 characters: 24 bits of 190
 
 Row = dict[str, Any]
 
@@ -171,7 +169,7 @@ class Admin:
         Without a lifetime the key does not expire.
         """
         key = _new_key()
-        row = await self._one(CREATE_KEY, account_id, hash_key(key), key[:KEY_PREFIX_SHOWN], name, lifetime)
+        row = await self._one(CREATE_KEY, account_id, hash_key(key), key[:KEY_SHOWN], name, lifetime)
         return row | {"key": key}
 
     async def rotate_key(self, key_id: int, overlap: timedelta) -> Row:
@@ -180,7 +178,7 @@ class Admin:
         Raises AdminError if this key is not usable or has a successor. The text says what to do.
         """
         key = _new_key()
-        row = await self._connection.fetchrow(ROTATE_KEY, key_id, hash_key(key), key[:KEY_PREFIX_SHOWN], overlap)
+        row = await self._connection.fetchrow(ROTATE_KEY, key_id, hash_key(key), key[:KEY_SHOWN], overlap)
         if row is None:
             raise AdminError(await self._why_not_rotated(key_id))
         return dict(row) | {"key": key}
@@ -247,8 +245,7 @@ class Admin:
                 "owner of the database"
             )
         statements = [
-            f"REVOKE ALL ON {TABLES} FROM {found['role']}",
-            f"REVOKE ALL ON SEQUENCE message_id_leases FROM {found['role']}",
+            *(f"REVOKE ALL ON {target} FROM {found['role']}" for target in SERVICE_RIGHTS),
             *(f"GRANT {rights} ON {target} TO {found['role']}" for target, rights in SERVICE_RIGHTS.items()),
         ]
         if not found["may_use"]:
@@ -298,8 +295,7 @@ class Admin:
 
 
 def _new_key() -> str:
-    characters = string.ascii_letters + string.digits
-    return KEY_PREFIX + "".join(secrets.choice(characters) for _ in range(KEY_CHARACTERS))
+    return KEY_PREFIX + "".join(secrets.choice(KEY_ALPHABET) for _ in range(KEY_CHARACTERS))
 
 
 def _via(holder: str, role: str) -> str:

@@ -1,15 +1,11 @@
 """API keys: from the X-Api-Key header to an account. The database has only the SHA-256 of a key."""
 
 import hashlib
-import re
 from collections.abc import Sequence
 
 from gateway.errors import AccountSuspended, InvalidApiKey, MissingApiKey
 from gateway.postgres.queries import Account, Queries
-
-KEY_PREFIX = "trk_"
-KEY_CHARACTERS = 32
-_is_key = re.compile(rf"{KEY_PREFIX}[0-9A-Za-z]{{{KEY_CHARACTERS}}}").fullmatch
+from gateway.telemetry.log import KEY_PATTERN
 
 
 def hash_key(key: str) -> bytes:
@@ -24,7 +20,7 @@ def digest(keys: Sequence[str]) -> bytes:
     """
     if not any(keys):
         raise MissingApiKey
-    if len(keys) > 1 or not _is_key(keys[0]):
+    if len(keys) > 1 or not KEY_PATTERN.fullmatch(keys[0]):
         raise InvalidApiKey
     return hash_key(keys[0])
 
