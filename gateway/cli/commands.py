@@ -340,9 +340,9 @@ def run() -> None:
 
 
 def _check_encoding(arguments: list[str]) -> None:
-    """Raise AdminError for an argument that is not UTF-8. The database and JSON could not take it."""
+    """Raise AdminError for an argument that is not UTF-8: neither the database nor JSON accepts such a text."""
     for argument in arguments:
-        with suppress(UnicodeEncodeError):
+        try:
             argument.encode()
-            continue
-        raise AdminError(f"the argument {argument!a} is not UTF-8")
+        except UnicodeEncodeError:
+            raise AdminError(f"the argument {argument!a} is not UTF-8") from None

@@ -434,7 +434,10 @@ def _one_line(error: BaseException, reason: str) -> str:
 
 
 def as_text(status: Status) -> str:
-    """Return the status as text for people, 100 columns wide. Problems follow their row, and again at the end."""
+    """Return the status as text for people: a row for each part, the settings, and all problems.
+
+    A problem stands below its row, and again at the end.
+    """
     lines = [f"gateway version {status.version}", ""]
     for gateway in status.gateways:
         lines += _row("gateway", gateway.url, gateway.status, gateway.problem)

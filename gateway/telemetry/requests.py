@@ -1,8 +1,11 @@
 """The record of one request, and the request log.
 
-Requests with everything queued are sampled. Requests with an unknown or failed outcome are always logged. All others
-(refusals, error rows) are logged up to MAX_LINES_A_SECOND of a kind, so that a flood of them costs no more than the
-requests themselves. The next line of the kind says how many lines were left out.
+The outcome of a request decides whether it gets a line:
+
+- An outcome of SAMPLED: a random share of the requests, GATEWAY_REQUEST_LOG_SAMPLE.
+- `unknown`, `failed`: all of them.
+- Any other: up to MAX_LINES_A_SECOND of a kind, so that a flood of refusals does not flood the log. The kind is the
+  code of the refusal; without one, the outcome. The next line of the kind says how many lines were left out.
 """
 
 import logging
@@ -22,6 +25,7 @@ _encode = msgspec.json.Encoder().encode
 _LEVELS = {logging.INFO: b"info", logging.WARNING: b"warning", logging.ERROR: b"error"}
 NO_ERRORS: Counter[str] = Counter()  # shared, never changed
 
+SAMPLED = ("queued", "replayed", "dry_run", "read")
 MAX_LINES_A_SECOND = 100
 
 
@@ -192,7 +196,7 @@ class RequestLog:
     """The request log: chooses the requests that get a line, and writes it."""
 
     def __init__(self, sample: float, writer: WriterThread | None = None) -> None:
-        """`sample` is the share, from 0 to 1, of fully queued requests that are logged.
+        """`sample` is the share, from 0 to 1, of the requests with an outcome of SAMPLED that get a line.
 
         With a `writer` of JSON lines, the lines are encoded here; without one, they are records of `logging`.
         """
@@ -211,7 +215,7 @@ class RequestLog:
         if not log.isEnabledFor(level):
             return
         unlogged = 0
-        if outcome in ("queued", "replayed", "read", "dry_run"):
+        if outcome in SAMPLED:
             if self._sample < 1 and random.random() >= self._sample:  # noqa: S311 - a sample, no secret
                 return
         elif level == logging.INFO:
