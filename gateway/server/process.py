@@ -6,7 +6,6 @@ import logging
 import ssl
 import sys
 from collections.abc import Coroutine
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +93,7 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
     context = tls.api_context(settings)
     stop = handle_signals(
         on_hangup=partial(_renew_certificate, context, settings) if context else None,
-        # A terminal sends SIGINT to the workers too: their supervisor counts, and kills them.
+        # Ctrl-C in a terminal also reaches the workers. They ignore the second one, and their supervisor kills them.
         on_second_interrupt=end_at_once if worker is None else None,
     )
     if worker is not None:
@@ -106,9 +105,7 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
             await stop.requested.wait()
             logger.info("draining, %s requests in flight", runtime.admission.requests)
             runtime.draining = True
-            with suppress(TimeoutError):
-                async with asyncio.timeout(settings.drain_delay_s):
-                    await stop.interrupted.wait()
+            await stop.wait_delay(settings.drain_delay_s)
         finally:
             await callers.cleanup()  # steps 2 and 3
             await ops.cleanup()

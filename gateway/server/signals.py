@@ -1,9 +1,10 @@
-"""The signals that a process handles."""
+"""The signals that a process handles, and its end by one of them."""
 
 import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
@@ -13,8 +14,14 @@ class Stop:
 
     def __init__(self) -> None:
         self.requested = asyncio.Event()
-        # By SIGINT. A person waits at a terminal, and no load balancer does: the process drains without a delay.
+        # By SIGINT, from a person at a terminal: the delay of a drain, which is for load balancers, is left out.
         self.interrupted = asyncio.Event()
+
+    async def wait_delay(self, delay_s: float) -> None:
+        """Return after the delay of the drain. SIGINT cuts it short."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(delay_s):
+                await self.interrupted.wait()
 
 
 def end_at_once() -> None:
@@ -40,7 +47,8 @@ def handle_signals(
         if on_second_interrupt is not None:
             if stop.interrupted.is_set():
                 on_second_interrupt()  # ends the process
-            logger.info("SIGINT: the drain begins. A second SIGINT ends the process at once")
+            progress = "goes on without its delay" if stop.requested.is_set() else "begins"
+            logger.info("SIGINT: the drain %s. A second SIGINT ends the process at once", progress)
         stop.interrupted.set()
         stop.requested.set()
 

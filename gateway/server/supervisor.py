@@ -88,7 +88,7 @@ class Worker:
         if ended.done():
             log.error("worker %s ended with status %s", self.number, ended.result())
             return
-        self.send_signal(signal.SIGINT if stop.interrupted.is_set() else signal.SIGTERM)
+        self.send_signal(signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._drain_budget_s)
         if not ended.done():
             log.error("worker %s did not drain in %.0f s: killing it", self.number, self._drain_budget_s)
@@ -135,25 +135,28 @@ async def supervise(settings: Settings, count: int) -> None:
         with tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory:
             workers += [Worker(number, settings, Path(directory), port) for number in range(count)]
             runner = ops.make_ops_runner(make_probes_app(workers), settings)
-            closing = asyncio.create_task(_close_port_on_stop(port, stop, settings))
+            delay = asyncio.create_task(_end_delay(port, workers, stop, settings.drain_delay_s))
             try:
                 await runner.listen(settings.ops_host, settings.ops_port, listener="OPS")
                 await asyncio.gather(*(worker.run(stop) for worker in workers))
             finally:
-                closing.cancel()
-                port.close()  # callers in the queue would wait for nobody
+                delay.cancel()
+                port.close()  # no worker is left to accept the callers in its queue: they are refused
                 await runner.cleanup()
     log.info("stopped")
     if failed := next((worker for worker in workers if worker.cannot_start), None):
         raise ConfigurationError(f"worker {failed.number} cannot start; its message is above")
 
 
-async def _close_port_on_stop(port: SharedPort, stop: Stop, settings: Settings) -> None:
-    """Close the port when the workers stop listening: a worker that hangs would keep it open, and callers waiting."""
+async def _end_delay(port: SharedPort, workers: list[Worker], stop: Stop, delay_s: float) -> None:
+    """Close the port after the delay of the drain: a worker that hangs would keep it open, and callers waiting.
+
+    A SIGINT that cuts the delay short is passed on to the workers. It may have reached the supervisor alone.
+    """
     await stop.requested.wait()
-    with suppress(TimeoutError):
-        async with asyncio.timeout(settings.drain_delay_s):
-            await stop.interrupted.wait()
+    await stop.wait_delay(delay_s)
+    if stop.interrupted.is_set():
+        _signal_all(workers, signal.SIGINT)
     port.close()
 
 

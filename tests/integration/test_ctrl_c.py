@@ -71,6 +71,11 @@ def alone(pid: int) -> None:
     os.kill(pid, signal.SIGINT)
 
 
+def log_says(folder: Path, *sentences: str) -> bool:
+    log = (folder / "log").read_text()
+    return all(log.count(sentence) == 1 for sentence in sentences)
+
+
 @pytest.mark.parametrize(("workers", "interrupt"), [(1, in_terminal), (2, in_terminal), (2, alone)])
 async def test_ctrl_c_does_not_wait_for_load_balancers(
     servers: Servers, tmp_path: Path, workers: int, interrupt: Interrupt
@@ -82,18 +87,18 @@ async def test_ctrl_c_does_not_wait_for_load_balancers(
     assert (tmp_path / "log").read_text().count('"message":"stopped"') == workers + (workers > 1)
 
 
-async def test_ctrl_c_cuts_the_delay_after_sigterm_short(servers: Servers, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "interrupt"), [(1, in_terminal), (2, in_terminal), (2, alone)])
+async def test_ctrl_c_cuts_the_delay_after_sigterm_short(
+    servers: Servers, tmp_path: Path, workers: int, interrupt: Interrupt
+) -> None:
     settings = process_environment(servers, GATEWAY_DRAIN_DELAY_S=LONG_S)
-    async with serving(settings, tmp_path / "log", 1) as (process, _), asyncio.timeout(20):
+    async with serving(settings, tmp_path / "log", workers) as (process, _), asyncio.timeout(20):
         process.terminate()
-        await eventually(lambda: "draining" in (tmp_path / "log").read_text())
-        in_terminal(process.pid)
+        await eventually(lambda: (tmp_path / "log").read_text().count('"message":"draining') == workers)
+        interrupt(process.pid)
         assert await process.wait() == 0
-
-
-def log_says(folder: Path, *sentences: str) -> bool:
-    log = (folder / "log").read_text()
-    return all(log.count(sentence) == 1 for sentence in sentences)
+    assert log_says(tmp_path, "SIGINT: the drain goes on without its delay. A second SIGINT ends the process at once")
+    assert "the drain begins" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(("workers", "interrupt"), [(1, in_terminal), (2, in_terminal), (2, alone)])
