@@ -16,7 +16,7 @@ import uvloop
 from gateway import __version__, config, tls
 from gateway.config import ConfigurationError, Settings
 from gateway.runtime import Runtime, open_runtime
-from gateway.server.signals import end_at_once, handle_signals
+from gateway.server.signals import CLOSE_TIMEOUT_S, end_at_once, end_unclosed, handle_signals
 from gateway.server.supervisor import supervise
 from gateway.server.unix_sockets import listen_on_own_socket
 from gateway.telemetry import log, tracing
@@ -88,7 +88,7 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
     3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
        those that still wait or arrive are refused, and those that are written to the broker and not confirmed are
        answered as unknown.
-    4. The operations listener closes, then the broker's connections, then the database's.
+    4. The operations listener closes, then the broker's connections, then the database's, within CLOSE_TIMEOUT_S.
     """
     context = tls.api_context(settings)
     stop = handle_signals(
@@ -108,6 +108,8 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
             await stop.wait_delay(settings.drain_delay_s)
         finally:
             await callers.cleanup()  # steps 2 and 3
+            if stop.requested.is_set():
+                asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, end_unclosed)
             await ops.cleanup()
     logger.info("stopped")
 

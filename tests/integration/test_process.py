@@ -15,6 +15,7 @@ import aiohttp
 import msgspec
 import psutil
 import pytest
+from yarl import URL
 
 from gateway.server import process as server
 from testbed import Port, Servers
@@ -26,6 +27,7 @@ from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import RawAnswer, connect
 from tests.support.scripted_broker import ScriptedBroker
 from tests.support.secrecy import BODY, PASSWORD
+from tests.support.tcp_proxy import TcpProxy
 
 
 @pytest.fixture
@@ -355,6 +357,28 @@ async def test_workers_whose_supervisor_is_gone_drain_themselves(settings: dict[
                 worker.kill()
         api_port.release()
         ops_port.release()
+
+
+async def test_workers_end_by_themselves_although_their_connections_do_not_close(
+    settings: dict[str, str], caller: Caller
+) -> None:
+    """The database hangs: the last use of the key cannot be written, nor can a connection be closed."""
+    url = URL(settings["GATEWAY_DATABASE_URL"])
+    async with TcpProxy(str(url.host), url.port or 5432) as proxy, aiohttp.ClientSession() as session:
+        hung = {
+            "GATEWAY_DATABASE_URL": str(url.with_host("127.0.0.1").with_port(proxy.port)),
+            "GATEWAY_DATABASE_TIMEOUT_S": "10",
+            "GATEWAY_DRAIN_DELAY_S": "0",
+            "GATEWAY_DRAIN_TIMEOUT_S": "1",
+        }
+        async with running(GatewayProcess(settings | hung, workers=2)) as process:
+            assert (await Client(process.url, session, caller).post(caller.body()))[0] == 200
+            proxy.black_hole()
+            os.kill(process.pid, signal.SIGTERM)
+            await eventually(lambda: not process.is_running)
+            log = process.log.read_text()
+    assert "killing it" not in log
+    assert log.count("ended before everything was closed") == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])
