@@ -1,14 +1,19 @@
 """The API's unix socket: taken over from a dead process, never from a live one."""
 
+import asyncio
+import errno
 import fcntl
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from gateway.config import ConfigurationError
 from gateway.web.connections import BoundedRunner
+
+LOCK_TIMEOUT_S = 1.0  # another gateway opens its socket within milliseconds
+LOCK_RETRY_S = 0.02
 
 
 async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
@@ -19,7 +24,7 @@ async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
     """
     try:
         # Without the lock, a process that starts now could replace our socket between its bind and its listen.
-        with locked(Path(path).parent):
+        async with locked(Path(path).parent):
             if is_served(path):
                 raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
             before = os.umask(0o117)  # with a chmod instead, the socket would be open to all for a moment
@@ -44,12 +49,25 @@ def is_served(path: str) -> bool:
     return True
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock a folder against other callers of this function. Raises BlockingIOError when another process holds it."""
+@asynccontextmanager
+async def locked(folder: Path) -> AsyncIterator[None]:
+    """Lock a folder against other callers of this function. Raises OSError, also if it stays locked by another."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            async with asyncio.timeout(LOCK_TIMEOUT_S):
+                while not _try_lock(descriptor):  # noqa: ASYNC110 - the system reports no end of a lock
+                    await asyncio.sleep(LOCK_RETRY_S)
+        except TimeoutError:
+            raise BlockingIOError(errno.EAGAIN, "another process keeps its folder locked") from None
         yield
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

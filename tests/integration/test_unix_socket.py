@@ -1,7 +1,13 @@
-"""The API on a UNIX socket: permissions, and the files that it replaces."""
+"""The API on a UNIX socket: permissions, the files that it replaces, and other gateways in its folder."""
 
+import asyncio
+import fcntl
+import os
 import socket
 import stat
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import aiohttp
@@ -9,9 +15,11 @@ import pytest
 
 from gateway.config import ConfigurationError
 from gateway.server import process as server
+from gateway.server import unix_sockets
 from gateway.server.unix_sockets import listen_on_own_socket
+from testbed import Servers
 from tests.support.callers import Client
-from tests.support.gateways import GatewayUnderTest
+from tests.support.gateways import GatewayUnderTest, process_environment, run_gateway
 
 
 async def test_a_unix_socket_is_for_its_user_and_group_replaces_a_dead_one_and_steals_no_living_one(
@@ -67,3 +75,60 @@ async def test_a_clean_stop_removes_its_own_socket_and_no_other(tmp_path: Path, 
     finally:
         await first.cleanup()
         await second.cleanup()
+
+
+LOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+async def test_a_gateway_waits_while_another_opens_a_socket_in_the_same_folder(
+    tmp_path: Path, gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other is a process that only locks the folder."""
+    monkeypatch.setattr(unix_sockets, "LOCK_TIMEOUT_S", 60.0)
+    path = tmp_path / "api"
+    _, runner = server.make_runners(gateway.runtime)
+    other = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", LOCK, str(tmp_path)), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None
+        await other.stdout.readline()
+        listening = asyncio.create_task(listen_on_own_socket(runner, str(path)))
+        await asyncio.wait([listening], timeout=0.2)
+        assert not listening.done()
+        assert not path.exists()
+        await other.communicate(b"")
+        await listening
+        assert path.exists()
+    finally:
+        if other.returncode is None:
+            other.kill()
+            await other.wait()
+        await runner.cleanup()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a folder as a gateway does that opens a socket in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def test_a_gateway_in_a_folder_that_stays_locked_is_refused_with_the_cause(servers: Servers, tmp_path: Path) -> None:
+    path = tmp_path / "api"
+    with locked(tmp_path):
+        done = run_gateway(
+            "serve", environment=process_environment(servers, GATEWAY_API_SOCKET=str(path), GATEWAY_OPS_PORT="0")
+        )
+    (error,) = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+    assert done.returncode == 2
+    assert error == f"error: GATEWAY_API_SOCKET={str(path)!r} cannot be used: another process keeps its folder locked"
