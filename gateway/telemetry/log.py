@@ -1,8 +1,8 @@
 """Logs: one JSON object per line on standard error, with ids and counts, without texts, keys, passwords or numbers.
 
-Our own code logs none of these. Two safeguards cover what a bug or a library may log. A traceback shows frames and the
-kind of the error, but not its text, which may quote a request (`KeyError: '+14155551234'`). `redact` masks all text in
-the form of a key, a whole number, or a password in a URL.
+Our own code logs none of these. Two safeguards cover what a bug or a library may log. Traceback and message show frames
+and the kind of the error, but not its text, which may quote a request (`KeyError: '+14155551234'`). `redact` masks all
+text in the form of a key, a whole number, or a password in a URL.
 
 The caller formats a line, and a thread writes it. A slow or stuck reader costs lines, which are counted, and never
 blocks the event loop. The request log encodes its lines itself, and hands them to the same thread (`direct_writer`).
@@ -110,7 +110,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             # Bytes over 127 in headers arrive as lone surrogates, which UTF-8 cannot encode.
-            "message": redact(record.getMessage()).encode("utf-8", "backslashreplace").decode(),
+            "message": message_of(record).encode("utf-8", "backslashreplace").decode(),
             **self.process,
             **fields_of(record),
         }
@@ -132,12 +132,21 @@ class ConsoleLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, without its newline."""
         time = datetime.fromtimestamp(record.created, UTC).strftime("%H:%M:%S.%f")[:12]
-        message = " ".join([redact(record.getMessage()), *_pairs(fields_of(record))])
+        message = " ".join([message_of(record), *_pairs(fields_of(record))])
         line = f"{time} {record.levelname:<8} {self._process}{record.name}: {printable(message)}"
         if record.exc_info and record.exc_info[1]:
             parts = redact(trace(record.exc_info[1])).splitlines()
             line += "".join(f"\n    {printable(part)}" for part in parts)
         return line
+
+
+def message_of(record: logging.LogRecord) -> str:
+    """Return the record's message, redacted, and with the kind of its error where asyncio quotes the error itself."""
+    message = record.getMessage()
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None and not isinstance(error, _WITHOUT_DATA):
+        message = message.replace(repr(error), type(error).__qualname__)
+    return redact(message)
 
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
@@ -185,7 +194,14 @@ class WriterThread(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Queue the record's line for the thread, or drop it."""
-        self.write_line(self.format(record).encode("utf-8", "backslashreplace") + b"\n")
+        try:
+            line = self.format(record)
+        except Exception as error:  # arguments that do not fit the message: the work that logs must not fail
+            line = self._own_line(
+                f"a record of {record.name} cannot be formatted ({type(error).__name__}): {record.filename}, "
+                f"line {record.lineno}"
+            )
+        self.write_line(line.encode("utf-8", "backslashreplace") + b"\n")
 
     def write_line(self, line: bytes) -> None:
         """Queue a line, with its newline, for the thread, or drop it."""
@@ -228,7 +244,8 @@ class WriterThread(logging.Handler):
                 dropped, self._dropped = self._dropped, 0
             size = sum(map(len, lines))
             if dropped:
-                lines.append(self._dropped_line(dropped))
+                text = f"{dropped} log lines were dropped: standard error is read too slowly"
+                lines.append(self._own_line(text).encode() + b"\n")
             for piece in whole_lines(lines, self._piece_bytes):
                 self._write(piece)
             with self._pending_lock:
@@ -238,10 +255,8 @@ class WriterThread(logging.Handler):
             if self._closing and not self._lines:
                 return
 
-    def _dropped_line(self, dropped: int) -> bytes:
-        text = f"{dropped} log lines were dropped: standard error is read too slowly"
-        record = logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": text})
-        return self.format(record).encode() + b"\n"
+    def _own_line(self, text: str) -> str:
+        return self.format(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": text}))
 
     def _write(self, piece: bytes) -> None:
         while piece:

@@ -113,6 +113,23 @@ def handler_on(descriptor: int) -> WriterThread:
     return handler
 
 
+def test_a_record_that_cannot_be_formatted_costs_only_its_own_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work that logs goes on, as with the handlers of `logging`."""
+    handler = handler_on(-1)
+    written: list[bytes] = []
+    monkeypatch.setattr(handler, "_write", written.append)
+    handler.handle(record("%d messages", "a text for one reader"))
+    handler.handle(record("request", fields={"unknown": object()}))
+    handler.handle(record("again"))
+    handler.close()
+    lines = [json.loads(line) for line in b"".join(written).splitlines()]
+    assert [line["message"] for line in lines] == [
+        "a record of gateway.web.api cannot be formatted (TypeError): api.py, line 7",
+        "a record of gateway.web.api cannot be formatted (TypeError): api.py, line 7",
+        "again",
+    ]
+
+
 def test_a_stuck_reader_blocks_nothing_and_learns_how_many_lines_were_dropped() -> None:
     reading, writing = os.pipe()
     handler = handler_on(writing)

@@ -1,5 +1,7 @@
 """A log line never shows a secret: the two filters of telemetry/log.py, and settings in every form of a URL."""
 
+import asyncio
+import gc
 import json
 import logging
 import re
@@ -117,6 +119,42 @@ def test_a_traceback_shows_places_and_types_but_no_data(raising: Callable[[], ob
     traceback = json.loads(line)["traceback"]
     assert re.search(".*".join(kinds), traceback, re.DOTALL), "the cause comes first"
     assert "test_secrets.py" in traceback
+
+
+class Lines(logging.Handler):
+    """The lines that a formatter makes of all records."""
+
+    def __init__(self, form: logging.Formatter) -> None:
+        super().__init__()
+        self.setFormatter(form)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record))
+
+
+@pytest.mark.parametrize("form", [JsonLines(), ConsoleLines()])
+def test_the_failure_of_a_task_that_nobody_awaits_shows_no_data(form: logging.Formatter) -> None:
+    """The message is asyncio's own, and has the repr of the task with its error."""
+
+    async def fail() -> None:
+        look_up()
+
+    async def lose_a_task() -> None:
+        task = asyncio.create_task(fail(), name="lost")
+        await asyncio.wait([task])
+
+    handler = Lines(form)
+    logging.getLogger("asyncio").addHandler(handler)
+    try:
+        asyncio.run(lose_a_task())
+        gc.collect()
+    finally:
+        logging.getLogger("asyncio").removeHandler(handler)
+    (line,) = [line for line in handler.lines if "never retrieved" in line]
+    assert "name='lost'" in line
+    assert "exception=KeyError>" in line
+    assert TEXT not in line
 
 
 def test_error_messages_about_code_are_logged_and_still_masked() -> None:
