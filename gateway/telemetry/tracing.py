@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from gateway import __version__
 from gateway.config import ConfigurationError, Settings
 from gateway.telemetry.counters import PUBLISH, STAGES
+from gateway.telemetry.log import redact
 from gateway.telemetry.requests import RequestRecord
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ def _facts(record: RequestRecord) -> dict[str, Any]:
     return {
         "http.response.status_code": record.status or None,
         "http.request.body.size": record.body_bytes,
-        "sms.request_id": record.request_id,
+        "sms.request_id": redact(record.request_id),  # as in the request log
         "sms.account_id": record.account_id,
         "sms.messages": record.messages,
         "sms.queued": record.queued,

@@ -9,6 +9,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from gateway.config import Settings
 from gateway.telemetry.counters import BUILD, Counters
+from gateway.telemetry.log import redact
 from gateway.telemetry.requests import RequestRecord
 from gateway.telemetry.tracing import Tracing
 
@@ -51,6 +52,17 @@ async def test_a_span_says_whether_the_request_came_by_tls(certificate: str, sch
     tracing.end(record)
     await tracing.close()
     assert [(span.attributes or {})["url.scheme"] for span in kept.spans] == [scheme]
+
+
+@pytest.mark.parametrize("request_id", ["+14155551234", "trk_" + "a" * 32])
+async def test_a_callers_request_id_is_redacted(request_id: str) -> None:
+    kept, record = Kept(), RequestRecord(Counters())
+    tracing = Tracing(SETTINGS, kept)
+    tracing.begin(record, "POST", "/api/v2/send/bulk", {})
+    record.end(request_id, 200, "")
+    tracing.end(record)
+    await tracing.close()
+    assert [(span.attributes or {})["sms.request_id"] for span in kept.spans] == [redact(request_id)] != [request_id]
 
 
 @pytest.mark.parametrize(("flag", "spans"), [("01", 3), ("00", 0)])
