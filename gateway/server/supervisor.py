@@ -10,10 +10,12 @@ with several cores.
 import asyncio
 import logging
 import random
+import shutil
 import signal
 import sys
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -128,16 +130,16 @@ class Worker:
 async def supervise(settings: Settings, count: int) -> None:
     """Run `count` workers until SIGTERM or SIGINT, then drain all of them.
 
-    Raises ConfigurationError if a worker cannot start.
+    Raises ConfigurationError if a worker cannot start, or there is no place for its socket.
     """
     workers: list[Worker] = []
-    stop = handle_signals(
-        on_hangup=partial(_signal_all, workers, signal.SIGHUP) if settings.api_tls_cert_file else None,
-        on_second_interrupt=partial(_end_all_at_once, workers),
-    )
-    async with open_shared_port(settings.api_host, settings.api_port, count) as port:
-        with tempfile.TemporaryDirectory(prefix="sms-gateway-") as directory:
-            workers += [Worker(number, settings, Path(directory), port) for number in range(count)]
+    with _temporary_directory() as directory:
+        stop = handle_signals(
+            on_hangup=partial(_signal_all, workers, signal.SIGHUP) if settings.api_tls_cert_file else None,
+            on_second_interrupt=partial(_end_all_at_once, workers, directory),
+        )
+        async with open_shared_port(settings.api_host, settings.api_port, count) as port:
+            workers += [Worker(number, settings, directory, port) for number in range(count)]
             runner = ops.make_ops_runner(make_probes_app(workers), settings)
             delay = asyncio.create_task(_end_delay(port, workers, stop, settings.drain_delay_s))
             try:
@@ -169,9 +171,23 @@ def _signal_all(workers: list[Worker], number: signal.Signals) -> None:
         worker.send_signal(number)
 
 
-def _end_all_at_once(workers: list[Worker]) -> None:
+def _end_all_at_once(workers: list[Worker], directory: Path) -> None:
     _signal_all(workers, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
     end_at_once()
+
+
+@contextmanager
+def _temporary_directory() -> Iterator[Path]:
+    """Yield a directory for the workers' sockets, and remove it at the end. Raises ConfigurationError."""
+    try:
+        made = tempfile.TemporaryDirectory(prefix="sms-gateway-")
+    except OSError as error:
+        raise ConfigurationError(
+            f"--workers needs a directory for sockets: {error.strerror}. Set TMPDIR to a directory that can be written"
+        ) from None
+    with made as directory:
+        yield Path(directory)
 
 
 def make_probes_app(workers: list[Worker]) -> web.Application:

@@ -106,6 +106,8 @@ async def test_a_second_ctrl_c_ends_all_processes_at_once(
     servers: Servers, caller: Caller, tmp_path: Path, workers: int, interrupt: Interrupt
 ) -> None:
     """A request waits for its confirm, so the first Ctrl-C drains for long."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     async with ScriptedBroker() as broker, aiohttp.ClientSession() as session:
         settings = process_environment(
             servers,
@@ -113,6 +115,7 @@ async def test_a_second_ctrl_c_ends_all_processes_at_once(
             GATEWAY_DRAIN_TIMEOUT_S=LONG_S,
             GATEWAY_CONFIRM_TIMEOUT_S="50",
             GATEWAY_ABANDON_TIMEOUT_S=LONG_S,
+            TMPDIR=str(temporary),
         )
         async with serving(settings, tmp_path / "log", workers) as (process, url):
             broker.mode = "silent"
@@ -129,4 +132,5 @@ async def test_a_second_ctrl_c_ends_all_processes_at_once(
             await eventually(lambda: not any(child.is_running() for child in children), timeout=10)
             with pytest.raises(aiohttp.ClientError):
                 await request
+    assert not list(temporary.iterdir())
     assert log_says(tmp_path, "A second SIGINT ends the process at once", "ended by a second SIGINT")

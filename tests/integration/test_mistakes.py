@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
+from gateway.config import ConfigurationError
+from gateway.server.supervisor import supervise
 from testbed import Port, Servers
-from tests.support.gateways import process_environment, run_gateway
+from tests.support.gateways import MakeSettings, process_environment, run_gateway
 
 ROOT = Path(__file__).parents[2]
 COMMANDS_WITH_IDS = [
@@ -164,6 +167,15 @@ async def test_workers_that_cannot_start_end_the_supervisor(environment: dict[st
     assert status == 2, errors
     assert "Set GATEWAY_API_HOST and GATEWAY_API_PORT" in errors
     assert re.search(r"^error: worker [01] cannot start; its message is above$", errors, re.MULTILINE)
+
+
+async def test_workers_without_a_place_for_their_sockets(
+    make_settings: MakeSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A read-only file system without a folder for temporary files."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigurationError, match=r"--workers needs a directory for sockets: .* Set TMPDIR"):
+        await supervise(make_settings(), 2)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
