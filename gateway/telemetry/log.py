@@ -284,13 +284,17 @@ def whole_lines(lines: Sequence[bytes], most_bytes: int = select.PIPE_BUF) -> It
 
 
 def configure(level: str, form: str = "json", *, process: str = "") -> None:
-    """Send all logs of the process, including those of libraries, to standard error as `json` or `console` lines."""
+    """Send all logs of the process, including those of libraries, to standard error as `json` or `console` lines.
+
+    Warnings, and errors that nobody catches, are logged too. Python would print them with the text of the error.
+    """
     handler = WriterThread(shares_pipe=bool(process))
     handler.setFormatter(ConsoleLines(process) if form == "console" else JsonLines(process))
     logging.basicConfig(handlers=[handler], level=level, force=True)
     for library in SILENCED:
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    sys.excepthook = _log_crash
+    logging.captureWarnings(True)
+    sys.excepthook, sys.unraisablehook, threading.excepthook = _log_crash, _log_ignored, _log_end_of_thread
 
 
 def direct_writer() -> WriterThread | None:
@@ -302,3 +306,13 @@ def direct_writer() -> WriterThread | None:
 
 def _log_crash(_kind: type[BaseException], error: BaseException, _traceback: TracebackType | None) -> None:
     logging.getLogger(__name__).critical("ended by an unexpected error", exc_info=error)
+
+
+def _log_ignored(ignored: "sys.UnraisableHookArgs") -> None:
+    where = getattr(ignored.object, "__qualname__", type(ignored.object).__qualname__)
+    logging.getLogger(__name__).error("an error in %s was ignored", where, exc_info=ignored.exc_value)
+
+
+def _log_end_of_thread(failed: threading.ExceptHookArgs) -> None:
+    name = failed.thread.name if failed.thread else "?"
+    logging.getLogger(__name__).error("the thread %s has ended by an unexpected error", name, exc_info=failed.exc_value)

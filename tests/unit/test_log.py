@@ -80,9 +80,10 @@ def test_a_time_is_as_datetime_writes_it(moment: float) -> None:
 def untouched_logging() -> Iterator[None]:
     root, libraries = logging.getLogger(), [logging.getLogger(name) for name in ("aio_pika", "aiormq")]
     before = root.handlers[:], root.level, [library.level for library in libraries]
-    excepthook = sys.excepthook
+    hooks = sys.excepthook, sys.unraisablehook, threading.excepthook
     yield
-    sys.excepthook = excepthook
+    sys.excepthook, sys.unraisablehook, threading.excepthook = hooks
+    logging.captureWarnings(False)
     root.handlers[:] = before[0]
     root.setLevel(before[1])
     for library, level in zip(libraries, before[2], strict=True):
