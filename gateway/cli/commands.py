@@ -12,6 +12,7 @@ from typing import Annotated
 import msgspec
 import typer
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 from yarl import URL
@@ -47,6 +48,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(list_app, name="list")
 
 MAX_ID = 2**63 - 1  # of a bigint
+WIDEST = 100_000  # columns of a table: rich would cut the values of a wider one, even a new key
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AccountId = Annotated[int, typer.Argument(min=1, max=MAX_ID, help="The account's id, from `account list`.")]
@@ -312,15 +314,22 @@ def _printing() -> Iterator[None]:
 
 
 def _print_table(rows: list[Row]) -> None:
+    """Print a table; in a terminal that is too narrow for it, a line for each value. No value is cut or wrapped."""
     if not rows:
         typer.echo("none")
         return
-    table = Table(*(name.replace("_", " ") for name in rows[0]))
-    for row in rows:
-        # Text, because rich would interpret the markup of a plain string.
-        table.add_row(*(Text(log.printable(_cell(value))) for value in row.values()))
-    # A pipe has no width. 160 columns keep a key on one line.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    names = [name.replace("_", " ") for name in rows[0]]
+    cells = [[log.printable(_cell(value)) for value in row.values()] for row in rows]
+    table = Table(*names)
+    for row in cells:
+        table.add_row(*map(Text, row))  # rich would interpret the markup of a plain string
+    console = Console(width=WIDEST)
+    if not sys.stdout.isatty() or Measurement.get(console, console.options, table).maximum <= Console().width:
+        console.print(table)
+        return
+    longest = max(map(len, names))
+    records = [[f"{name:{longest}}  {cell}" for name, cell in zip(names, row, strict=True)] for row in cells]
+    typer.echo("\n\n".join(map("\n".join, records)))
 
 
 def _cell(value: object) -> str:

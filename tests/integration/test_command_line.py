@@ -1,10 +1,12 @@
 """`python -m gateway …` as an operator types it, against the real database."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from typing import Any
@@ -81,10 +83,44 @@ def test_a_table_shows_a_name_literally_and_escapes_what_the_terminal_would_obey
     assert "\x1b" not in created
 
 
-def test_a_new_key_is_shown_whole_in_the_table(servers: Servers) -> None:
+@pytest.mark.parametrize("name", ["", "billing, production", "a name of some length " * 8])
+def test_a_new_key_is_shown_whole_in_the_table(servers: Servers, name: str) -> None:
     account = run_json(servers, "account", "create", "Acme")
-    shown = run_gateway("key", "create", str(account["id"]), database_url=servers.database_url).stdout
+    command = ("key", "create", str(account["id"]), "--name", name, "--expires", "90d")
+    shown = run_gateway(*command, database_url=servers.database_url).stdout
     assert re.search("trk_[0-9A-Za-z]{32}", shown)
+    assert name.strip() in shown
+
+
+def show_in_terminal(servers: Servers, columns: int, *arguments: str) -> str:
+    """Run a command in a terminal, and return what it shows."""
+    reading, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    settings = {"TERM": "xterm", "GATEWAY_DATABASE_URL": servers.database_url}
+    inherited = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    command = [sys.executable, "-m", "gateway", *arguments]
+    try:
+        subprocess.run(command, env=inherited | settings, stdout=terminal, timeout=60, check=True)  # noqa: S603
+        return os.read(reading, 65_536).decode()
+    finally:
+        os.close(terminal)
+        os.close(reading)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_terminal_shows_every_value_whole(servers: Servers, columns: int) -> None:
+    """What a new key is, nothing can show a second time."""
+    account = str(run_json(servers, "account", "create", "Acme")["id"])
+    command = ("key", "create", account, "--name", "billing, production", "--expires", "90d")
+    shown = show_in_terminal(servers, columns, *command)
+    (key,) = re.findall("trk_[0-9A-Za-z]{32}", shown)
+    listed = show_in_terminal(servers, columns, "key", "list", account)
+    for text in (shown, listed):
+        assert "billing, production" in text
+        assert re.search(rf" {key[:8]}\s", text)
+        assert re.search(r" \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\b", text)
+        assert "…" not in text
+    assert ("┏" in listed) is (columns == 200)
 
 
 def test_keys_have_names_and_ends_and_are_rotated(servers: Servers) -> None:
