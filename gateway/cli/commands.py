@@ -1,6 +1,7 @@
 """The command line: serve, migrate, declare, status, and the administration of accounts, keys and lists."""
 
 import asyncio
+import io
 import os
 import re
 import sys
@@ -145,7 +146,7 @@ def show_status(
     known = migrations.known_versions()
     found = asyncio.run(status.collect(settings, urls, known, must_run=gateway is not None, limits=limits))
     with _printing():
-        typer.echo(msgspec.json.encode(found).decode() if as_json else status.as_text(found))
+        typer.echo(msgspec.json.encode(found) if as_json else status.as_text(found))
     if not found.ok:
         raise typer.Exit(1)
 
@@ -293,7 +294,7 @@ def _administer(task: Callable[[Admin], Awaitable[Row | list[Row]]], *, as_json:
     result = asyncio.run(run())
     with _printing():
         if as_json:
-            typer.echo(msgspec.json.encode(result).decode())
+            typer.echo(msgspec.json.encode(result))
         else:
             _print_table(result if isinstance(result, list) else [result])
 
@@ -340,6 +341,8 @@ def _cell(value: object) -> str:
 
 def run() -> None:
     """Run the command line. An expected error is one line on standard error, with exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that its encoding lacks must not cost a new key
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _check_encoding(sys.argv[1:])
         app()

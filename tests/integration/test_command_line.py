@@ -252,6 +252,22 @@ def test_a_result_that_cannot_be_printed_is_one_line(servers: Servers) -> None:
     assert len(run_json(servers, "key", "list", str(account["id"]))) == 2
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_result_is_printed_although_the_terminal_has_not_all_its_characters(
+    servers: Servers, options: list[str]
+) -> None:
+    """The key exists by then."""
+    account = str(run_json(servers, "account", "create", "Acme")["id"])
+    environment = process_environment(servers, PYTHONIOENCODING="ascii", GATEWAY_AMQP_URL="amqp://u:p@127.0.0.1:1/")
+    created = run_gateway("key", "create", account, "--name", "Söhne, 東京", *options, environment=environment)
+    assert re.search("trk_[0-9A-Za-z]{32}", created.stdout), created.stderr
+    assert ("Söhne, 東京" if options else r"S\xf6hne, \u6771\u4eac") in created.stdout
+    shown = run_gateway("status", *options, environment=environment)
+    assert shown.returncode == 1
+    assert "problems" in shown.stdout
+    assert shown.stderr == ""
+
+
 def test_without_standard_output_no_key_is_created(servers: Servers) -> None:
     account = run_json(servers, "account", "create", "Closed")
     for options in ([], ["--json"]):
