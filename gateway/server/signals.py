@@ -1,4 +1,4 @@
-"""The signals that a process handles, and ends of a process that wait for nothing."""
+"""The signals that a process handles, and the ways to end it at once."""
 
 import asyncio
 import logging

@@ -1,8 +1,8 @@
 """Logs: one JSON object per line on standard error, with ids and counts, without texts, keys, passwords or numbers.
 
-Our own code logs none of these. Two safeguards cover what a bug or a library may log. Traceback and message show frames
-and the kind of the error, but not its text, which may quote a request (`KeyError: '+14155551234'`). `redact` masks all
-text in the form of a key, a whole number, or a password in a URL.
+Our own code logs none of these. Two safeguards cover what a bug or a library may log. A line shows the frames and the
+kind of an error, but not its text, which may quote a request (`KeyError: '+14155551234'`). `redact` masks all text in
+the form of a key, a whole number, or a password in a URL.
 
 The caller formats a line, and a thread writes it. A slow or stuck reader costs lines, which are counted, and never
 blocks the event loop. The request log encodes its lines itself, and hands them to the same thread (`direct_writer`).
@@ -141,7 +141,7 @@ class ConsoleLines(logging.Formatter):
 
 
 def message_of(record: logging.LogRecord) -> str:
-    """Return the record's message, redacted, and with the kind of its error where asyncio quotes the error itself."""
+    """Return the record's message, redacted. Where asyncio quotes an error, only the kind of the error is left."""
     message = record.getMessage()
     error = record.exc_info[1] if record.exc_info else None
     if error is not None and not isinstance(error, _WITHOUT_DATA):
