@@ -88,7 +88,8 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
     3. Requests that have begun are read, confirmed and answered, within `drain_timeout_s`. Shortly before its end,
        those that still wait or arrive are refused, and those that are written to the broker and not confirmed are
        answered as unknown.
-    4. The operations listener closes, then the broker's connections, then the database's, within CLOSE_TIMEOUT_S.
+    4. The operations listener closes, then the broker's connections, then the database's. The process ends in any case
+       CLOSE_TIMEOUT_S after the time for step 3.
     """
     context = tls.api_context(settings)
     stop = handle_signals(
@@ -106,10 +107,9 @@ async def serve(settings: Settings, worker: WorkerSockets | None = None) -> None
             logger.info("draining, %s requests in flight", runtime.admission.requests)
             runtime.draining = True
             await stop.wait_delay(settings.drain_delay_s)
+            asyncio.get_running_loop().call_later(settings.drain_timeout_s + CLOSE_TIMEOUT_S, end_unclosed)
         finally:
             await callers.cleanup()  # steps 2 and 3
-            if stop.requested.is_set():
-                asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, end_unclosed)
             await ops.cleanup()
     logger.info("stopped")
 

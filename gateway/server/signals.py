@@ -9,9 +9,9 @@ from contextlib import suppress
 
 logger = logging.getLogger(__name__)
 
-# After a drain, for the connections to broker, database and collector. They are closed one after the other, and their
-# own timeouts could add up to more. Then come the last log lines (FLUSH_TIMEOUT_S): the process ends within the 10 s
-# that docs/operations.md asks orchestrators for.
+# For the connections to broker, database and collector, beyond the time for the drain. They are closed one after the
+# other, and their own timeouts could add up to more. Then come the last log lines (FLUSH_TIMEOUT_S): the process ends
+# within the 10 s that docs/operations.md asks orchestrators for.
 CLOSE_TIMEOUT_S = 7.0
 
 
@@ -40,7 +40,7 @@ def end_at_once() -> None:
 
 def end_unclosed() -> None:
     """End the process with status 0 before everything is closed. All requests are answered, and the log is written."""
-    logger.warning("ended before everything was closed: that took longer than %.0f s", CLOSE_TIMEOUT_S)
+    logger.warning("ended before everything was closed: the time for it is over")
     logging.shutdown()
     os._exit(0)
 

@@ -28,16 +28,15 @@ from gateway.server.signals import CLOSE_TIMEOUT_S, Stop, end_at_once, handle_si
 from gateway.telemetry.log import FLUSH_TIMEOUT_S
 from gateway.web import metrics, openapi, ops
 from gateway.web.answers import answer_every_request
-from gateway.web.connections import CLOSE_S
 from gateway.web.shared_port import SharedPort, open_shared_port
 
 log = logging.getLogger(__name__)
 
 RESTART_DELAY_S = (0.2, 2.0)  # jittered; restarts of a worker that always dies at once must not occupy a core
 PROBE_TIMEOUT_S = 1.0
-# After its drain, a worker closes the API's connections, then all else, and writes its log. The last second is for the
-# end of the interpreter. A worker that takes longer hangs, and is killed.
-DRAIN_MARGIN_S = 2 * CLOSE_S + CLOSE_TIMEOUT_S + FLUSH_TIMEOUT_S + 1.0
+# Beyond the time for its drain, a worker closes its connections and writes its log. The last second is for the end of
+# the interpreter. A worker that takes longer hangs, and is killed.
+DRAIN_MARGIN_S = CLOSE_TIMEOUT_S + FLUSH_TIMEOUT_S + 1.0
 
 
 class Worker:
