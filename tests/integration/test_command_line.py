@@ -109,7 +109,7 @@ def show_in_terminal(servers: Servers, columns: int, *arguments: str) -> str:
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 def test_a_terminal_shows_every_value_whole(servers: Servers, columns: int) -> None:
-    """What a new key is, nothing can show a second time."""
+    """A new key cannot be shown a second time."""
     account = str(run_json(servers, "account", "create", "Acme")["id"])
     command = ("key", "create", account, "--name", "billing, production", "--expires", "90d")
     shown = show_in_terminal(servers, columns, *command)
