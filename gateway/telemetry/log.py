@@ -143,8 +143,7 @@ class ConsoleLines(logging.Formatter):
 def message_of(record: logging.LogRecord) -> str:
     """Return the record's message, redacted. Where asyncio quotes an error, only the kind of the error is left."""
     message = record.getMessage()
-    error = record.exc_info[1] if record.exc_info else None
-    if error is not None and not isinstance(error, _WITHOUT_DATA):
+    if record.exc_info and (error := record.exc_info[1]):
         message = message.replace(repr(error), type(error).__qualname__)
     return redact(message)
 
