@@ -107,21 +107,33 @@ def migrate(
 @app.command()
 def declare() -> None:
     """Declare exchanges and queues at the broker, and name them, for gateways with GATEWAY_AMQP_TOPOLOGY=check."""
-    from gateway.amqp.connection import declare_topology
     from gateway.amqp.topology import describe_topology
-    from gateway.amqp.transport import address
 
     log.configure("CRITICAL")  # the error says it all; the libraries would log it as well
     settings = msgspec.structs.replace(config.load(), amqp_topology="declare")
     tls.check(settings)
-    try:
-        asyncio.run(declare_topology(settings))
-    except OSError as error:
-        raise AdminError(f"cannot declare at the broker: {error}") from None
+    node = _declare_at_a_node(settings)
     with _printing():
-        typer.echo(f"These exist now at the broker at {address(URL(settings.amqp_nodes()[0]))}:")
+        typer.echo(f"These exist now at the broker at {node}:")
         for line in describe_topology(settings):
             typer.echo(f"  {line}")
+
+
+def _declare_at_a_node(settings: config.Settings) -> str:
+    """Declare at the first node that accepts it, and return its address. Raises AdminError if none does."""
+    from gateway.amqp.connection import declare_topology
+    from gateway.amqp.transport import address
+
+    failures = []
+    for url in settings.amqp_nodes():
+        node = address(URL(url))
+        try:
+            asyncio.run(declare_topology(msgspec.structs.replace(settings, amqp_url=url)))
+        except OSError as error:
+            failures.append(f"{node}: {error}")
+        else:
+            return node
+    raise AdminError(f"cannot declare at the broker: {'; '.join(failures)}")
 
 
 @app.command("status")

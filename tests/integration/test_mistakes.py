@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
+from gateway.amqp.transport import address
 from gateway.config import ConfigurationError
 from gateway.server.supervisor import supervise
 from testbed import Port, Servers
 from tests.support.gateways import MakeSettings, process_environment, run_gateway
+from tests.support.outbound_queue import OutboundQueue
 
 ROOT = Path(__file__).parents[2]
 COMMANDS_WITH_IDS = [
@@ -108,9 +110,22 @@ def test_a_statement_cache_that_is_no_number(servers: Servers) -> None:
 
 def test_declare_at_a_broker_that_is_not_there() -> None:
     port = Port()
-    environment = {"GATEWAY_DATABASE_URL": "postgres://u@h/x", "GATEWAY_AMQP_URL": f"amqp://u:p@127.0.0.1:{port}/"}
-    done = run_gateway("declare", environment=environment)
-    assert_refused((done.returncode, done.stderr), "cannot declare at the broker")
+    nodes = f"amqp://u:p@127.0.0.1:{port}/,amqp://u:p@localhost:{port}/"
+    done = run_gateway("declare", environment={"GATEWAY_DATABASE_URL": "postgres://u@h/x", "GATEWAY_AMQP_URL": nodes})
+    refusals = "cannot declare at the broker", f" 127.0.0.1:{port}: ConnectionRefusedError ", f"; localhost:{port}: "
+    assert_refused((done.returncode, done.stderr), *refusals)
+    port.release()
+
+
+async def test_declare_while_the_first_node_is_down(servers: Servers) -> None:
+    port = Port()
+    environment = process_environment(servers, GATEWAY_AMQP_URL=f"amqp://u:p@127.0.0.1:{port}/,{servers.amqp_url}")
+    done = await asyncio.to_thread(run_gateway, "declare", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"These exist now at the broker at {address(URL(servers.amqp_url))}:")
+    async with OutboundQueue(servers.amqp_url, environment["GATEWAY_AMQP_QUEUE"]) as queue:
+        assert await queue.depth() == 0
+        await queue.delete()
     port.release()
 
 
