@@ -2,6 +2,7 @@
 
 import json
 import tracemalloc
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +11,7 @@ import pytest
 from msgspec import UNSET, Raw
 from msgspec.structs import astuple
 
-from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
+from gateway.errors import GatewayError, InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
 from gateway.ingest import decoding
 from gateway.ingest.contact_data import is_null, is_object
 from gateway.ingest.decoding import (
@@ -187,6 +188,36 @@ PATHS: list[dict[str, int]] = [
     {"HUGE_BODY_BYTES": 0, "MAX_FIELDS": 0},
     {"HUGE_BODY_BYTES": 0, "MAX_ELEMENTS": 0},
 ]
+
+
+# All kinds of tokens, where a path may end or begin what it decodes.
+SMALL = (
+    b'{"x":[1,"y"],"dry_run":true,"messages":[{"to":"+1","body":7},null,{"contact_data":{"a":{}},"x":"\\n"}] ,'
+    b'"list_number":"+2"}'
+)
+TOKENS = [b"", *(bytes([byte]) for byte in b'{}[]:,"1n \\x')]
+
+
+def outcome(decode: Any, body: bytes) -> Any:
+    try:
+        decoded = decode(body)
+    except GatewayError as refusal:
+        return type(refusal)
+    assert not decoded.typed or not any(isinstance(message, MistypedMessage) for message in decoded.messages)
+    fields = [astuple(message)[:6] for message in decoded.messages]  # a typed single send has `dry_run` as well
+    messages = [tuple(bytes(value) if isinstance(value, Raw) else value for value in values) for values in fields]
+    return messages, decoded.list_number, decoded.dry_run
+
+
+@pytest.mark.parametrize("path", PATHS[1:], ids=str)
+@pytest.mark.parametrize("decode", [decode_bulk, decode_single])
+def test_a_request_damaged_anywhere_has_the_same_outcome_in_every_path(decode: Any, path: dict[str, Any]) -> None:
+    places = product(range(len(SMALL) + 1), (0, 1), TOKENS)
+    bodies = {SMALL[:at] + token + SMALL[at + cut :] for at, cut, token in places}
+    expected = {body: outcome(decode, body) for body in bodies}
+    assert len({str(one) for one in expected.values()}) > 20
+    with patch.multiple(decoding, **path):
+        assert [body for body in bodies if outcome(decode, body) != expected[body]] == []
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
