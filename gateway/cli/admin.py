@@ -17,6 +17,7 @@ from gateway.postgres.rights import ALL_RIGHTS, SERVICE_RIGHTS
 from gateway.telemetry.log import KEY_ALPHABET, KEY_CHARACTERS, KEY_PREFIX, KEY_SHOWN
 
 CREATE_ACCOUNT = "INSERT INTO accounts (name) VALUES ($1) RETURNING id, name, status"
+FIND_ACCOUNT = "SELECT id FROM accounts WHERE id = $1"
 SET_ACCOUNT_STATUS = "UPDATE accounts SET status = $2 WHERE id = $1 RETURNING id, name, status"
 LIST_ACCOUNTS = """
     SELECT account.id, name, account.status, created_at,
@@ -207,7 +208,7 @@ class Admin:
 
     async def list_keys(self, account_id: int) -> list[Row]:
         """Return an account's keys, revoked ones included, without the keys themselves."""
-        return await self._all(LIST_KEYS, account_id)
+        return await self._all_of(account_id, LIST_KEYS)
 
     async def add_list(self, account_id: int, number: str) -> Row:
         """Create an active list for an E.164 number."""
@@ -219,7 +220,7 @@ class Admin:
 
     async def list_lists(self, account_id: int) -> list[Row]:
         """Return an account's lists, inactive ones included."""
-        return await self._all(LIST_LISTS, account_id)
+        return await self._all_of(account_id, LIST_LISTS)
 
     async def grant_service(self, role: str) -> list[Row]:
         """Give an existing database role SERVICE_RIGHTS, and revoke its other rights on our tables, in one transaction.
@@ -289,6 +290,12 @@ class Admin:
         if row is None:
             raise AdminError(missing)
         return dict(row)
+
+    async def _all_of(self, account_id: int, sql: str) -> list[Row]:
+        if rows := await self._all(sql, account_id):
+            return rows
+        await self._one(FIND_ACCOUNT, account_id, missing=f"there is no account {account_id}")
+        return []
 
     async def _all(self, sql: str, *arguments: object) -> list[Row]:
         return [dict(row) for row in await self._connection.fetch(sql, *arguments)]

@@ -212,7 +212,7 @@ async def find_primary(url: str, **options: Any) -> str:
     if len(database.hosts) == 1:
         return database.url(database.hosts[0])
     connection, address = await _connect_to_first(database, options)
-    await connection.close()
+    connection.terminate()  # an orderly close would wait for a server that hangs by now
     return database.url(address)
 
 

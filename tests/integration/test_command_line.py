@@ -154,6 +154,8 @@ def test_a_lifetime_that_is_no_duration_is_refused(text: str) -> None:
         ),
         (("key", "create", "999999999"), "there is no account 999999999"),
         (("account", "suspend", "999999999"), "there is no account 999999999"),
+        (("key", "list", "999999999"), "there is no account 999999999"),
+        (("list", "list", "999999999"), "there is no account 999999999"),
         (("key", "revoke", "999999999"), "there is no key 999999999"),
         (("list", "deactivate", "999999999"), "there is no list 999999999"),
         (("account", "create", " "), "an account needs a name"),
