@@ -12,10 +12,11 @@ import logging
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -179,14 +180,17 @@ def _end_all_at_once(workers: list[Worker], directory: Path) -> None:
 @contextmanager
 def _temporary_directory() -> Iterator[Path]:
     """Yield a directory for the workers' sockets, and remove it at the end. Raises ConfigurationError."""
-    try:
-        made = tempfile.TemporaryDirectory(prefix="sms-gateway-")
-    except OSError as error:
-        raise ConfigurationError(
-            f"--workers needs a directory for sockets: {error.strerror}. Set TMPDIR to a directory that can be written"
-        ) from None
-    with made as directory:
-        yield Path(directory)
+    with ExitStack() as stack:
+        try:
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sms-gateway-")))
+            # The path of a unix socket has 107 bytes at most, and not every file system takes sockets.
+            stack.enter_context(socket.socket(socket.AF_UNIX)).bind(str(directory / "worker-0000"))
+        except OSError as error:
+            raise ConfigurationError(
+                f"--workers needs a directory for sockets: {error.strerror or error}. "
+                "Set TMPDIR to a directory with a short path that can be written"
+            ) from None
+        yield directory
 
 
 def make_probes_app(workers: list[Worker]) -> web.Application:

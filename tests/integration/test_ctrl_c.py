@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -101,13 +102,18 @@ async def test_ctrl_c_cuts_the_delay_after_sigterm_short(
     assert "the drain begins" not in (tmp_path / "log").read_text()
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """Yield a folder whose path leaves room for the names of unix sockets. That of `tmp_path` may be too long."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize(("workers", "interrupt"), [(1, in_terminal), (2, in_terminal), (2, alone)])
 async def test_a_second_ctrl_c_ends_all_processes_at_once(
-    servers: Servers, caller: Caller, tmp_path: Path, workers: int, interrupt: Interrupt
+    servers: Servers, caller: Caller, tmp_path: Path, short_folder: Path, workers: int, interrupt: Interrupt
 ) -> None:
     """A request waits for its confirm, so the first Ctrl-C drains for long."""
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
     async with ScriptedBroker() as broker, aiohttp.ClientSession() as session:
         settings = process_environment(
             servers,
@@ -115,7 +121,7 @@ async def test_a_second_ctrl_c_ends_all_processes_at_once(
             GATEWAY_DRAIN_TIMEOUT_S=LONG_S,
             GATEWAY_CONFIRM_TIMEOUT_S="50",
             GATEWAY_ABANDON_TIMEOUT_S=LONG_S,
-            TMPDIR=str(temporary),
+            TMPDIR=str(short_folder),
         )
         async with serving(settings, tmp_path / "log", workers) as (process, url):
             broker.mode = "silent"
@@ -132,5 +138,5 @@ async def test_a_second_ctrl_c_ends_all_processes_at_once(
             await eventually(lambda: not any(child.is_running() for child in children), timeout=10)
             with pytest.raises(aiohttp.ClientError):
                 await request
-    assert not list(temporary.iterdir())
+    assert not list(short_folder.iterdir())
     assert log_says(tmp_path, "A second SIGINT ends the process at once", "ended by a second SIGINT")

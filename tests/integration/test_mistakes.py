@@ -193,6 +193,14 @@ async def test_workers_without_a_place_for_their_sockets(
         await supervise(make_settings(), 2)
 
 
+async def test_workers_whose_sockets_would_have_too_long_paths(environment: dict[str, str], tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    said = await serve(environment | {"TMPDIR": str(deep)}, "--workers", "2")
+    assert_refused(said, "--workers needs a directory for sockets: AF_UNIX path too long. Set TMPDIR")
+    assert list(deep.iterdir()) == []
+
+
 @pytest.mark.parametrize("workers", ["1", "2"])
 @pytest.mark.parametrize(
     "variable",
