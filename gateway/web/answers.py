@@ -85,8 +85,10 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
     try:
         if not accept_version(request):
             raise MalformedHttp
-        if is_chunked(request) and ",".join(request.headers.getall(hdrs.TRANSFER_ENCODING)).lower() != "chunked":
-            # Another coding, such as `gzip, chunked`, would reach the JSON decoder still encoded.
+        codings = request.headers.getall(hdrs.TRANSFER_ENCODING, None)
+        if codings is not None and ",".join(codings).lower() != "chunked":
+            # Another coding, such as `gzip, chunked`, would reach the JSON decoder still encoded. An empty one is no
+            # coding for the parser. For a proxy, what comes behind may be a body: it is no other request.
             raise MalformedHttp(UNKNOWN_CODING)
         response = await handler(request)
     except GatewayError as error:

@@ -28,20 +28,20 @@ import logging
 import os
 import re
 import ssl
+import sys
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from contextlib import suppress
 from email.utils import formatdate
 from functools import lru_cache
 from heapq import nlargest, nsmallest
-from itertools import islice
 from math import inf
 from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import (
@@ -344,13 +344,14 @@ class _Connection(RequestHandler):
         "_answer_timer",
         "_answered",
         "_body",
+        "_body_bytes",
         "_bytes_ahead",
         "_head_bytes",
         "_head_cost",
         "_head_end",
         "_head_lines",
-        "_is_chunked",
         "_is_half_closed",
+        "_kept",
         "_server",
         "_unread",
         "head_due",
@@ -368,7 +369,8 @@ class _Connection(RequestHandler):
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
-        self._is_chunked = False  # this body
+        self._body_bytes = 0  # its length, if some of it is to come
+        self._kept = b""  # data behind as many requests as may wait
         self._unread = EMPTY_PAYLOAD  # of an answered request: aiohttp reads it and discards it
         self._is_half_closed = False  # the caller sends no more, and waits for its answers
 
@@ -385,49 +387,66 @@ class _Connection(RequestHandler):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._close or self._force_close:
-            return  # aiohttp discards it
-        if self._messages and isinstance(self._messages[-1][0], _ErrInfo):
-            return  # the parser has failed, and each further error of it would quote the data
+        """Give the parser one head or one body at a time, while more requests may wait.
+
+        At an error, the parser loses the requests before it in the same data. And a head that is not whole is known.
+        """
         if isinstance(self._payload_parser, _DiscardingParser):
             super().data_received(data)
             return
-        queued, is_behind, head_end = len(self._messages), self._is_in_request, self._head_end
-        body, read = self._body, self._body.total_bytes
-        is_in_chunks = self._is_chunked and not body.is_eof()
-        super().data_received(data)
-        tail = self._decline_upgrade()
-        arrived = list(islice(self._messages, queued, None))
-        if arrived:
+        data, at = self._kept + data, 0
+        while self._is_parsing:
+            is_full = len(self._messages) >= self._max_msg_queue_size
+            rest_of_body = 0 if self._body.is_eof() else self._body_bytes - self._body.total_bytes
+            if is_full:
+                end = at  # the parser may have a rest of its own
+            elif rest_of_body:
+                end = min(at + rest_of_body, len(data))
+            else:
+                end = _end_of_head(data, at, self._head_end)
+            self._receive(data[at:end], is_head=not rest_of_body)
+            at = end
+            if is_full or at == len(data):
+                self._kept = data[at:]
+                return
+
+    @property
+    def _is_parsing(self) -> bool:
+        """False if the connection is closing, or the parser has failed: each further error would quote the data."""
+        has_failed = bool(self._messages) and isinstance(self._messages[-1][0], _ErrInfo)
+        return not (self._close or self._force_close or has_failed)
+
+    def _receive(self, part: bytes, *, is_head: bool) -> None:
+        """Receive a head or its beginning, or a part of a body."""
+        queued, is_behind = len(self._messages), self._is_in_request
+        super().data_received(part)
+        self._decline_upgrade()
+        if len(self._messages) > queued:
             self._note_arrival()
             self.head_due = NEVER
             self._forget_head()
             if not is_behind:
                 self._bytes_ahead = 0
-        # The end of chunks is not known, and the connection is closed after them. While reading is paused, the parser
-        # keeps data.
-        if self._body.is_eof() and not is_in_chunks and not self._buffer_paused:
-            parsed = data[: len(data) - len(tail)]
-            self._bound_head(_behind_requests(parsed, body.total_bytes - read, arrived, head_end))
+        elif is_head:
+            self._bound_head(part)
         if self._messages and is_behind:
-            self._bound_bytes_ahead(data)
-        if tail:
-            self.data_received(tail)
+            self._bound_bytes_ahead(part)
 
-    def _decline_upgrade(self) -> bytes:
-        """Let the parser go on after a request to upgrade, which is ignored. Return the data not parsed yet."""
-        tail = b""
+    def _decline_upgrade(self) -> None:
+        """Let the parser go on after a request to upgrade, which is ignored."""
         if self._upgraded and self._parser is not None:
             self._upgraded = False
             self._parser.set_upgraded(False)
-            tail, self._message_tail = self._message_tail, b""
-        return tail
+            self._message_tail = b""  # not empty only behind chunks, after which the connection is closed
 
     def _note_arrival(self) -> None:
         """Keep the body that the next data belongs to. After an error of the parser, end the body that it was in."""
         message, body = self._messages[-1]
         if not isinstance(message, _ErrInfo):
-            self._body, self._is_chunked = body, message.chunked
+            self._body = body
+            if not body.is_eof():
+                # The end of chunks is not known.
+                self._body_bytes = sys.maxsize if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
             return
         drop_tracebacks(message.exc)  # its frames hold the data, and the message itself
         # Without this, aiohttp would wait for the rest.
@@ -583,6 +602,7 @@ class _Connection(RequestHandler):
         if self._current_request is not None and SLOT in self._current_request:
             self._current_request[SLOT].abandon()
         self._body = self._unread = EMPTY_PAYLOAD
+        self._kept = b""
         # The body of a request behind the one in progress refers to its connection: a reference cycle.
         self._messages = deque((message, EMPTY_PAYLOAD) for message, _ in self._messages)
         # With an error, aiohttp would leave it in the future that the writing frame awaits: a cycle that holds the
@@ -695,28 +715,22 @@ class _DiscardingParser:
                             return
 
 
+BLANK_LINE = b"\r\n\r\n"
 _line_ends = re.compile(rb"[\r\n]*+").match  # the parser skips them before a request
 
 
-def _behind_requests(
-    data: bytes, body_bytes: int, arrived: Iterable[tuple[Any, StreamReader]], head_end: bytes
-) -> bytes:
-    """Return the data behind the last request in it: the beginning of a head. Nothing, if that is not known.
+def _end_of_head(data: bytes, at: int, head_end: bytes) -> int:
+    """Return the end of the head that begins at an index of the data; the end of the data, if it goes on.
 
-    The data begins with `body_bytes` of the body of an earlier request. Then come the requests that have `arrived`. If
-    the first head began in earlier data, `head_end` has the last three bytes of that. With chunks, the end of a request
-    is not known.
+    If it began in earlier data, `head_end` has the last three bytes of that.
     """
-    end = body_bytes
-    for message, body in arrived:
-        if not head_end and (line_ends := _line_ends(data, end)):
-            end = line_ends.end()
-        blank_line = (head_end + data).find(b"\r\n\r\n", end)
-        if blank_line < 0 or isinstance(message, _ErrInfo) or message.chunked:
-            return b""
-        end = blank_line + 4 - len(head_end) + body.total_bytes
-        head_end = b""
-    return data[end:]
+    if not head_end and (line_ends := _line_ends(data, at)):
+        at = line_ends.end()
+    end = (head_end + data[at : at + 3]).find(BLANK_LINE) + 4
+    if end >= 4:
+        return at + end - len(head_end)
+    end = data.find(BLANK_LINE, at) + 4
+    return end if end >= 4 else len(data)
 
 
 def _encode(response: web.Response) -> bytes:

@@ -80,6 +80,19 @@ async def test_a_caller_that_half_closes_after_its_requests_gets_its_answers(
     assert "malformed" not in caplog.text
 
 
+@pytest.mark.parametrize("requests", [1, 40])
+async def test_requests_before_malformed_http_are_served_although_it_comes_in_the_same_read(
+    gateway: GatewayUnderTest, requests: int
+) -> None:
+    async with connect(gateway.url) as conversation:
+        # A C program may send a body with the NUL of its string.
+        await conversation.send(post(gateway, gateway.caller.body()) * requests + b"\0")
+        for _ in range(requests):
+            assert (await conversation.read_answer()).json()["queued_count"] == 1
+        assert (await conversation.read_answer()).json()["code"] == "malformed_http"
+        assert await conversation.is_closed()
+
+
 async def test_a_half_closed_body_is_no_complete_request(gateway: GatewayUnderTest) -> None:
     parts = urlsplit(gateway.url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)

@@ -371,6 +371,12 @@ async def _(opened: Opened) -> None:
     assert parser.has_ended, "the connection lingers although its caller has hung up"
 
 
+@relied_on("RequestHandler._max_msg_queue_size")
+async def _(opened: Opened) -> None:
+    opened.protocol.data_received(GET * (1 + opened.protocol._max_msg_queue_size))
+    assert len(opened.protocol._messages) == opened.protocol._max_msg_queue_size, "the parser has parsed more"
+
+
 @relied_on("RequestHandler._buffer_paused")
 async def _(opened: Opened) -> None:
     assert opened.protocol._buffer_paused is False

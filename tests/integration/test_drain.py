@@ -66,6 +66,18 @@ async def caller(listener: Listener) -> AsyncIterator[Conversation]:
         yield conversation
 
 
+@asynccontextmanager
+async def in_a_request(listener: Listener, request: bytes = GET) -> AsyncIterator[tuple[Conversation, _Connection]]:
+    """Yield a caller and its connection, whose request waits for its answer."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with connect(listener.url) as caller:
+        await caller.send(request)
+        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+        (connection,) = server._connections
+        yield caller, connection
+
+
 async def test_a_connection_that_becomes_idle_in_a_drain_is_closed(listener: Listener, caller: Conversation) -> None:
     await caller.send(GET)
     await asyncio.sleep(0.1)
@@ -142,14 +154,10 @@ async def test_a_head_in_pieces_may_have_32_kb(listener: Listener) -> None:
 
 @pytest.mark.parametrize("between", [b"", GET], ids=["", "and another request"])
 async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener, between: bytes) -> None:
-    server = listener.runner.server
-    assert isinstance(server, _Server)
-    async with connect(listener.url) as caller:
-        await caller.send(GET + between)
-        await eventually(lambda: any(each._current_request is not None for each in server._connections))
+    async with in_a_request(listener, GET + between) as (caller, connection):
         await caller.send(GET[:-2] + HEADER_OF_1_KB * 33)
-        await eventually(lambda: any(each._messages for each in server._connections))
-        assert server.cost_of_heads == 0
+        await eventually(lambda: bool(connection._messages))
+        assert connection.cost_of_head() == 0
         listener.may_answer.set()
         for _ in range(2 if between else 1):
             assert (await caller.read_answer()).status == 200
@@ -172,6 +180,10 @@ BEFORE_A_HEAD = {
     "two requests": (POST + GET, 0),
     "a request to upgrade": (UPGRADE, 0),
     "requests around one to upgrade": (POST + UPGRADE + POST, 0),
+    "more requests than may wait": (GET * 100, 0),
+    "more requests to upgrade than may wait": (UPGRADE * 100, 0),
+    "a body that is too large to wait": (GET[:-2] + b"Content-Length: 200000\r\n\r\n" + bytes(200_000), 0),
+    "blank lines in a body": (GET[:-2] + b"Content-Length: 40\r\n\r\n" + b"\r\n" * 20, 0),
 }
 
 
@@ -184,14 +196,13 @@ async def test_a_head_is_counted_that_begins_in_one_read_with_the_end_of_a_reque
     listener.may_answer.set()
     requests = before.count(b"GET")
     async with connect(listener.url) as caller:
-        if cut:
-            await caller.send(before[:cut])
-            await asyncio.sleep(0.05)
-        await caller.send(before[cut:] + BEGUN)
+        await eventually(lambda: bool(server._connections))
+        ((connection, _),) = server._connections.items()
+        connection.data_received(before[:cut])
+        connection.data_received(before[cut:] + BEGUN)
         for _ in range(requests):
             assert (await caller.read_answer()).status == 200
-        await eventually(lambda: all(each.is_waiting for each in server._connections))
-        ((connection, _),) = server._connections.items()
+        await eventually(lambda: connection.is_waiting)
         assert server.cost_of_heads == 3 * len(BEGUN) + 2 * 350
         assert connection.head_due != NEVER
         await caller.send(b"\r\n\r\n")
@@ -311,12 +322,8 @@ async def test_only_what_a_caller_may_have_sent_before_it_learns_of_the_close_is
 
 
 async def test_what_comes_behind_a_broken_body_is_discarded_too(listener: Listener, last_read: LastRead) -> None:
-    server = listener.runner.server
-    assert isinstance(server, _Server)
-    async with connect(listener.url) as caller:
-        await caller.send(GET[:-2] + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await eventually(lambda: any(each._current_request is not None for each in server._connections))
-        (connection,) = server._connections
+    chunked = GET[:-2] + b"Connection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with in_a_request(listener, chunked) as (caller, connection):
         await caller.send(b"zz\r\n")
         await eventually(lambda: connection._body.exception() is not None)
         listener.may_answer.set()
@@ -328,18 +335,13 @@ async def test_what_comes_behind_a_broken_body_is_discarded_too(listener: Listen
 
 async def test_a_head_behind_a_last_answer_is_discarded_with_the_rest(listener: Listener, last_read: LastRead) -> None:
     """The sweep, or the bound on all heads, would write behind the end of the answers, and fail for others too."""
-    server = listener.runner.server
-    assert isinstance(server, _Server)
     listener.closes = True
-    async with connect(listener.url) as caller:
-        await caller.send(GET)
-        await eventually(lambda: any(each._current_request is not None for each in server._connections))
-        ((connection, _),) = server._connections.items()
+    async with in_a_request(listener) as (caller, connection):
         await caller.send(BEGUN)
-        await eventually(lambda: server.cost_of_heads > 0)
+        await eventually(lambda: connection.cost_of_head() > 0)
         listener.may_answer.set()
         await last_read.begun.wait()
-        assert (server.cost_of_heads, connection.head_due) == (0, NEVER)
+        assert (connection.cost_of_head(), connection.head_due) == (0, NEVER)
     last_read.may_end.set()
 
 
@@ -347,13 +349,8 @@ async def test_requests_behind_a_last_answer_are_read_although_too_many_had_arri
     listener: Listener, last_read: LastRead
 ) -> None:
     """A close with unread bytes makes the kernel send a reset, which can take the answer from the caller."""
-    server = listener.runner.server
-    assert isinstance(server, _Server)
     listener.closes = True
-    async with connect(listener.url) as caller:
-        await caller.send(GET)
-        await eventually(lambda: any(each._current_request is not None for each in server._connections))
-        (connection,) = server._connections
+    async with in_a_request(listener) as (caller, connection):
         await caller.send(GET * 4_000)
         await eventually(lambda: connection._buffer_paused)
         listener.may_answer.set()
