@@ -382,8 +382,9 @@ class _Connection(RequestHandler):
             transport.close()
             return
         self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
-        # An answer counts as written once the kernel has all of it.
-        transport.set_write_buffer_limits(high=0)  # type: ignore[attr-defined]
+        # An answer counts as written once the kernel has all of it. With 0, uvloop's TLS would also pause the writing
+        # of an empty buffer, at every second read or write: an answer then counted as unread.
+        transport.set_write_buffer_limits(high=1)  # type: ignore[attr-defined]
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:

@@ -1,5 +1,6 @@
 """A gateway process on real servers, for hostile clients to attack; its memory, descriptors, log and queue."""
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -7,6 +8,7 @@ import msgspec
 
 from gateway.cli.admin import Admin, open_admin
 from testbed import Gateway, Servers
+from testbed.processes import http_get
 from tests.support.callers import SEND_PATH
 from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.outbound_queue import OutboundQueue
@@ -28,6 +30,12 @@ class AttackedGateway:
     def memory_mb(self) -> float:
         """Return its resident memory in MiB."""
         return self.process.footprint().resident_bytes / 2**20
+
+    def metric(self, name: str) -> float:
+        """Return the value of a metric without labels."""
+        _, text = http_get(self.process.ops_port, "/metrics") or (0, b"")
+        (value,) = re.findall(rf"^{name} (\S+)$".encode(), text, re.MULTILINE)
+        return float(value)
 
     def log_lines(self) -> list[dict[str, str]]:
         """Return the lines of its log."""
