@@ -637,7 +637,8 @@ class _Connection(RequestHandler):
                 request[SLOT].give_back()
         if isinstance(response, web.Response):
             response.body = None  # aiohttp keeps the response until the connection's next request
-        self._unread = request.content
+        if self.transport is not None:  # otherwise a reference cycle: the body refers to its connection
+            self._unread = request.content
         is_body_broken = request.content.exception() is not None
         if is_body_broken:
             self._end_unread()
@@ -668,7 +669,8 @@ class _Connection(RequestHandler):
         if self._buffer_paused:
             self._resume_reading_for_buffer()
         if self.transport is not None and self.transport.can_write_eof():
-            self.transport.write_eof()
+            with suppress(OSError):  # the caller has hung up
+                self.transport.write_eof()
         await rest.drain()
 
     def handle_error(

@@ -15,7 +15,7 @@ import pytest
 
 from gateway.ingest.admission import Slot
 from gateway.web.bodies import EARLY_BODY_BYTES
-from gateway.web.connections import LINGER_S
+from gateway.web.connections import LINGER_S, _Connection
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.raw_http import connect, exchange
@@ -238,6 +238,42 @@ async def test_an_unread_answer_does_not_outlive_its_connection(gateway: Gateway
             await eventually(lambda: gateway.runtime.admission.requests == 0)
         await asyncio.sleep(0.1)
         assert kept_mb() < 1, "less than two answers"
+
+
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
+HANG_UPS = {
+    "at once": lambda _request: b"",
+    "in a head": lambda request: request[:50],
+    "behind a head": lambda request: request[: request.index(b"{")],
+    "in a body": lambda request: request[:-1],
+    "in chunks": lambda request: request.replace(b"\r\n\r\n", b"\r\n" + CHUNKED + b"1\r\n").replace(b"Content", b"X"),
+    "behind a request": lambda request: request,
+    "in the body of a second request": lambda request: request + request[:-1],
+    "in the body of a request without a key": lambda request: request.replace(b"X-Api-Key", b"X-Other")[:-1],
+    "behind malformed HTTP": lambda request: b"X" + request,
+}
+
+
+@pytest.mark.parametrize("sent", HANG_UPS.values(), ids=HANG_UPS)
+async def test_a_connection_whose_caller_hangs_up_does_not_wait_for_the_garbage_collector(
+    gateway: GatewayUnderTest, sent: Callable[[bytes], bytes]
+) -> None:
+    def connections() -> int:
+        return sum(isinstance(each, _Connection) for each in gc.get_objects())
+
+    request = post(gateway, gateway.caller.body())
+    gc.collect()
+    gc.disable()
+    try:
+        for pause_s in (0, 0.05, 0.3):
+            async with connect(gateway.url) as conversation:
+                await eventually(lambda: connections() > 0)
+                await conversation.send(sent(request))
+                await asyncio.sleep(pause_s)
+            await eventually(lambda: gateway.runtime.admission.requests == 0)
+        await eventually(lambda: connections() == 0, timeout=5)
+    finally:
+        gc.enable()
 
 
 @contextmanager
