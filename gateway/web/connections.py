@@ -55,8 +55,8 @@ from gateway.errors import (
 )
 from gateway.ingest.admission import Slot
 from gateway.repeat_log import RepeatLog
-from gateway.web.shared_port import InheritedPort, SharedListener, listen_on_inherited
-from gateway.web.sockets import Limits, ListenerName, fit_descriptors, open_tcp, open_unix
+from gateway.web.shared_port import InheritedPort, SharedListener, Tls, bind_alone, listen_on_inherited
+from gateway.web.sockets import SPARE_DESCRIPTORS, Limits, ListenerName, fit_descriptors, open_tcp, open_unix
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
 LAST_ANSWERS_S, LAST_ANSWERS_SHARE = 2.0, 0.25  # and at most this share of the drain
 CLOSE_S = 0.1  # then connections are closed; aiohttp waits twice for this time
 EVICTION_SHARE = 8  # a search through all connections selects an eighth of the waiting ones for eviction
+LEAST_HANDSHAKES = SPARE_DESCRIPTORS // 4  # there may be so many TLS handshakes at any number of connections
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
 
@@ -192,23 +193,17 @@ class BoundedRunner(web.AppRunner):
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
     ) -> int:
-        """Accept connections as `open_tcp` does, or on a port of this host that other processes share.
+        """Accept connections as `open_tcp` does; on a port of this host that other processes share; or with TLS.
 
         Return the port, which the system chooses if `port` is 0.
         """
-        factory = await self._set_up()
-        if inherited is not None:
-            shared = listen_on_inherited(factory, host, inherited, context, handshake_timeout_s)
+        server = await self._set_up()
+        if inherited is not None or context is not None:
+            tls = Tls(context, handshake_timeout_s, server.room_for_handshakes) if context else None
+            shared = listen_on_inherited(server, host, inherited or await bind_alone(host, port), tls)
             self._listening.append(shared)
             return shared.port
-        opened = await open_tcp(
-            factory,
-            host,
-            port,
-            listener=listener,
-            context=context,
-            handshake_timeout_s=handshake_timeout_s,
-        )
+        opened = await open_tcp(server, host, port, listener=listener)
         self._listening.append(opened)
         bound_port: int = opened.sockets[0].getsockname()[1]
         return bound_port
@@ -231,9 +226,9 @@ class BoundedRunner(web.AppRunner):
             await self.server.drain(self._drain_timeout_s, self._on_drain_ends)
         await super().cleanup()
 
-    async def _set_up(self) -> web.Server:
+    async def _set_up(self) -> "_Server":
         await self.setup()
-        assert self.server is not None  # noqa: S101  # setup() makes it
+        assert isinstance(self.server, _Server)  # noqa: S101  # setup() makes it
         return self.server
 
     async def _make_server(self) -> web.Server:
@@ -314,6 +309,10 @@ class _Server(web.Server):
         """Return the answer to a request that no handler sees, and report it."""
         self._on_refused(error.status, error.code)
         return self._refuse(error, cause)
+
+    def room_for_handshakes(self) -> int:
+        """Return the number of TLS handshakes that there may be beside the open connections."""
+        return max(self.limits.max_connections - len(self._connections), LEAST_HANDSHAKES)
 
     def make_room(self) -> bool:
         """Return True if there is room for one more connection; evict one if necessary."""

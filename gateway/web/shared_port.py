@@ -7,6 +7,8 @@ Shared memory has each worker's count of open connections. A worker defers to th
 queue for STEP_S. After MAX_STEPS_PER_WAIT steps it accepts, and ignores those workers until their counts change. So a
 hung worker delays few connections. A bound on all steps limits the delay where the counts change all the time, as with
 a new connection for each request.
+
+With TLS, a single process accepts in the same way, as if it were the only worker: so it bounds the handshakes.
 """
 
 import asyncio
@@ -18,11 +20,12 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
+from typing import NamedTuple
 
 import msgspec
 
 from gateway.repeat_log import RepeatLog
-from gateway.web.sockets import BACKLOG, ProtocolFactory, bind_shared, cannot_listen
+from gateway.web.sockets import BACKLOG, ProtocolFactory, bind_tcp, cannot_listen
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +102,7 @@ class SharedPort:
 async def open_shared_port(host: str, port: int, workers: int) -> AsyncIterator[SharedPort]:
     """Bind the port, so that no other program takes it while a worker restarts. Raises ConfigurationError."""
     with ExitStack() as stack:
-        sockets = await bind_shared(host, port)
+        sockets = await bind_tcp(host, port, shared=True)
         for each in sockets:
             stack.enter_context(each)
         counts = os.memfd_create("connections")
@@ -107,29 +110,38 @@ async def open_shared_port(host: str, port: int, workers: int) -> AsyncIterator[
         yield SharedPort(sockets, counts, workers)
 
 
+async def bind_alone(host: str, port: int) -> InheritedPort:
+    """Return a port that no other process shares, as for the only worker. Raises ConfigurationError."""
+    sockets = await bind_tcp(host, port, shared=False)
+    counts = os.memfd_create("connections")
+    os.truncate(counts, COUNT_BYTES)
+    return InheritedPort(0, counts, [each.detach() for each in sockets])
+
+
+class Tls(NamedTuple):
+    """TLS of a listener. A handshake holds a descriptor: beyond `most_handshakes()`, the oldest is ended."""
+
+    context: ssl.SSLContext
+    handshake_timeout_s: float
+    most_handshakes: Callable[[], int]
+
+
 class SharedListener:
     """A worker's side: it accepts connections, and defers to workers with fewer."""
 
-    def __init__(
-        self,
-        factory: ProtocolFactory,
-        port: InheritedPort,
-        context: ssl.SSLContext | None,
-        handshake_timeout_s: float,
-    ) -> None:
+    def __init__(self, factory: ProtocolFactory, port: InheritedPort, tls: Tls | None) -> None:
         self._loop = asyncio.get_running_loop()
         self._worker = port.worker
         self._counts = ConnectionCounts(port.counts)
         os.close(port.counts)
         self._sockets = [socket.socket(fileno=descriptor) for descriptor in port.sockets]
         self._factory = factory
-        self._context = context
-        self._handshake_timeout_s = handshake_timeout_s if context else None
+        self._tls = tls
         self._open_connections = 0  # including those in a TLS handshake
         self._is_accepting = False
         self._deferral = _Deferral()
         self._timer: asyncio.TimerHandle | None = None  # of a step, or of a pause after an error
-        self._handovers: set[asyncio.Task[None]] = set()
+        self._handovers: dict[asyncio.Task[None], None] = {}  # TLS handshakes, the oldest first
         self._failures = RepeatLog(log, logging.ERROR)
 
     @property
@@ -197,13 +209,20 @@ class SharedListener:
         self._open_connections += 1
         self._publish_count()
         handover = self._loop.create_task(self._hand_over(_Accepted(accepted, self._on_closed)))
-        self._handovers.add(handover)
-        handover.add_done_callback(self._handovers.discard)
+        self._handovers[handover] = None
+        handover.add_done_callback(lambda done: self._handovers.pop(done, None))
+        if self._tls and len(self._handovers) > self._tls.most_handshakes():
+            oldest = next(iter(self._handovers))
+            del self._handovers[oldest]
+            oldest.cancel()
 
     async def _hand_over(self, accepted: socket.socket) -> None:
         try:
             await self._loop.connect_accepted_socket(
-                self._factory, accepted, ssl=self._context, ssl_handshake_timeout=self._handshake_timeout_s
+                self._factory,
+                accepted,
+                ssl=self._tls and self._tls.context,
+                ssl_handshake_timeout=self._tls and self._tls.handshake_timeout_s,
             )
         except BaseException as error:
             accepted.close()
@@ -242,15 +261,9 @@ class _Deferral:
         return True
 
 
-def listen_on_inherited(
-    factory: ProtocolFactory,
-    host: str,
-    port: InheritedPort,
-    context: ssl.SSLContext | None,
-    handshake_timeout_s: float,
-) -> SharedListener:
+def listen_on_inherited(factory: ProtocolFactory, host: str, port: InheritedPort, tls: Tls | None) -> SharedListener:
     """Return a worker's listener. Raises ConfigurationError when another program listens on the port."""
-    listener = SharedListener(factory, port, context, handshake_timeout_s)
+    listener = SharedListener(factory, port, tls)
     try:
         listener.listen()
     except OSError as error:

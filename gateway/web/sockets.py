@@ -6,7 +6,6 @@ import logging
 import os
 import resource
 import socket
-import ssl
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -57,25 +56,16 @@ async def open_tcp(
     port: int,
     *,
     listener: ListenerName,
-    context: ssl.SSLContext | None,
-    handshake_timeout_s: float,
 ) -> asyncio.Server:
-    """Accept connections on a TCP port, with TLS if there is a context.
+    """Accept connections on a TCP port.
 
-    A connection counts towards its listener's bounds only after the TLS handshake, which therefore has a timeout of its
-    own. Raises ConfigurationError when host and port cannot be used: its text names the settings of the `listener`.
+    Raises ConfigurationError when host and port cannot be used: its text names the settings of the `listener`.
     """
     where: dict[str, Any] = {"host": host, "port": port}
     try:
         if host == "::":  # given the host, asyncio would leave out the addresses of IPv4
             where = {"sock": _bind_all(port)}
-        return await asyncio.get_running_loop().create_server(
-            factory,
-            ssl=context,
-            ssl_handshake_timeout=handshake_timeout_s if context else None,
-            backlog=BACKLOG,
-            **where,
-        )
+        return await asyncio.get_running_loop().create_server(factory, backlog=BACKLOG, **where)
     except (OSError, UnicodeError) as error:
         raise cannot_listen(host, port, listener, error) from None
 
@@ -93,16 +83,16 @@ def cannot_listen(host: str, port: int, listener: ListenerName, error: OSError |
     )
 
 
-async def bind_shared(host: str, port: int) -> list[socket.socket]:
-    """Return a socket for each address of the host, bound to the port and not listening yet.
+async def bind_tcp(host: str, port: int, *, shared: bool) -> list[socket.socket]:
+    """Return a socket for each address of the host, bound to the API's port and not listening yet.
 
-    A second process can bind the same port in this way, so that a new supervisor need not wait for the workers of a
-    dead one. Raises ConfigurationError.
+    If it is shared, a second process can bind the same port in this way, so that a new supervisor need not wait for the
+    workers of a dead one. Raises ConfigurationError.
     """
     bound: list[socket.socket] = []
     try:
         if host == "::":
-            return [_bind_all(port, shared=True)]
+            return [_bind_all(port, shared=shared)]
         found = await asyncio.get_running_loop().getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
@@ -111,7 +101,7 @@ async def bind_shared(host: str, port: int) -> list[socket.socket]:
             if bound:  # the system may have chosen the port
                 address = (address[0], bound[0].getsockname()[1], *address[2:])
             try:
-                bound.append(_bind(family, address, shared=True))
+                bound.append(_bind(family, address, shared=shared))
             except OSError as error:
                 if error.errno != errno.EAFNOSUPPORT:
                     raise

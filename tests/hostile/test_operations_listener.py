@@ -4,12 +4,15 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import ExitStack
+from pathlib import Path
 
+import aiohttp
 import pytest
 
 from gateway.web.ops import CONNECTIONS
 from testbed import Servers
 from testbed.processes import http_get
+from tests.support.authority import Authority
 from tests.support.gateways import GatewayProcess, process_environment, running
 from tests.support.raw_http import exchange
 
@@ -41,6 +44,34 @@ async def test_idle_connections_do_not_stop_the_probes(process: GatewayProcess) 
             assert answer is not None, path
             assert answer[0] == 200
         assert process.footprint().descriptors < CONNECTIONS + 100
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_unfinished_tls_handshakes_stop_neither_the_probes_nor_other_callers(
+    servers: Servers, tmp_path: Path, workers: int
+) -> None:
+    """A handshake takes a descriptor, and was bounded by its timeout alone."""
+    authority = Authority(tmp_path)
+    _, cert, key = map(str, authority.issue("127.0.0.1"))
+    tls = {"GATEWAY_API_TLS_CERT_FILE": cert, "GATEWAY_API_TLS_KEY_FILE": key, "GATEWAY_HEADER_TIMEOUT_S": "60"}
+    environment = process_environment(servers, GATEWAY_MAX_CONNECTIONS=str(DESCRIPTORS - 128), **tls)
+    async with running(Cramped(environment, workers=workers)) as process:
+        with ExitStack() as stack:
+            for _ in range(3 * DESCRIPTORS):
+                silent = stack.enter_context(socket.socket())
+                silent.setblocking(False)
+                silent.connect_ex(("127.0.0.1", process.port.number))
+            for _ in range(10):
+                answer = await asyncio.to_thread(http_get, process.ops_port, "/readyz")
+                assert answer is not None
+                assert answer[0] == 200
+                connector = aiohttp.TCPConnector(ssl=authority.client_context())
+                async with (
+                    aiohttp.ClientSession(connector=connector) as session,
+                    session.get(process.url.replace("http:", "https:")) as response,
+                ):
+                    assert response.status == 404
+        assert '"level":"error"' not in process.log.read_text()
 
 
 async def test_malformed_http_is_answered_in_json_without_a_traceback(process: GatewayProcess) -> None:

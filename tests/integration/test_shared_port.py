@@ -29,6 +29,7 @@ from gateway.web.shared_port import (
     InheritedPort,
     SharedListener,
     SharedPort,
+    Tls,
     _Deferral,
     open_shared_port,
 )
@@ -71,7 +72,8 @@ class Worker:
             def connection_lost(self, exc: Exception | None) -> None:
                 worker.transports.pop()
 
-        self.listener = SharedListener(Connection, inherited(port, number), context, 0.2)
+        tls = Tls(context, 0.2, lambda: 10) if context else None
+        self.listener = SharedListener(Connection, inherited(port, number), tls)
         self.listener.listen()
 
     def stop(self) -> None:

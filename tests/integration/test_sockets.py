@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from gateway.config import ConfigurationError
-from gateway.web.sockets import BACKLOG, bind_shared, open_tcp, open_unix
+from gateway.web.sockets import BACKLOG, bind_tcp, open_tcp, open_unix
 
 AT_ONCE = BACKLOG // 2  # connections; asyncio's default backlog is 100
 
 
 async def listen(port: int = 0) -> asyncio.Server:
-    return await open_tcp(asyncio.Protocol, "127.0.0.1", port, listener="API", context=None, handshake_timeout_s=1.0)
+    return await open_tcp(asyncio.Protocol, "127.0.0.1", port, listener="API")
 
 
 def port_of(server: asyncio.Server) -> int:
@@ -42,13 +42,13 @@ async def test_only_supervisors_share_a_port() -> None:
     alone = await listen()
     with ExitStack() as stack:
         stack.callback(alone.close)
-        (shared,) = map(stack.enter_context, await bind_shared("127.0.0.1", 0))
+        (shared,) = map(stack.enter_context, await bind_tcp("127.0.0.1", 0, shared=True))
         shared.listen()
-        (second,) = map(stack.enter_context, await bind_shared("127.0.0.1", shared.getsockname()[1]))
+        (second,) = map(stack.enter_context, await bind_tcp("127.0.0.1", shared.getsockname()[1], shared=True))
         second.listen()
         taken, in_use = port_of(alone), "127.0.0.1 port {}: .*already in use"
         with pytest.raises(ConfigurationError, match=in_use.format(taken)):
-            await bind_shared("127.0.0.1", taken)
+            await bind_tcp("127.0.0.1", taken, shared=True)
         taken = shared.getsockname()[1]
         with pytest.raises(ConfigurationError, match=in_use.format(taken)):
             await listen(taken)
@@ -74,7 +74,7 @@ async def test_all_addresses_of_a_host_share_a_port(resolved: Addresses) -> None
     resolved += [(socket.AF_INET, address) for address in ("127.0.0.1", "127.0.0.2", "127.0.0.1")]
     resolved.append((socket.AF_IPX, "::1"))  # Linux has dropped this family
     with ExitStack() as stack:
-        names = [stack.enter_context(each).getsockname() for each in await bind_shared("localhost", 0)]
+        names = [stack.enter_context(each).getsockname() for each in await bind_tcp("localhost", 0, shared=True)]
     assert [address for address, _ in names] == ["127.0.0.1", "127.0.0.2"]
     assert len({port for _, port in names}) == 1
 
@@ -82,4 +82,4 @@ async def test_all_addresses_of_a_host_share_a_port(resolved: Addresses) -> None
 async def test_a_host_without_an_address_of_this_systems_families_cannot_be_used(resolved: Addresses) -> None:
     resolved.append((socket.AF_IPX, "::1"))
     with pytest.raises(ConfigurationError, match="cannot listen on localhost port 0: Address family not supported"):
-        await bind_shared("localhost", 0)
+        await bind_tcp("localhost", 0, shared=True)

@@ -157,7 +157,6 @@ async def test_callers_are_served_tls_1_2_or_newer_and_nothing_in_plain(
 async def test_a_client_that_does_not_finish_the_handshake_in_time_is_disconnected(
     process: StrictGateway, client: Client
 ) -> None:
-    """Before its handshake a connection counts only against the descriptors."""
     said_nothing, writer = await asyncio.open_connection("127.0.0.1", process.port.number)
     said_half, other = await asyncio.open_connection("127.0.0.1", process.port.number)
     other.write(b"\x16\x03\x01")  # the beginning of a ClientHello
