@@ -1,8 +1,12 @@
 """Attacks on the API over TCP, over TLS and over a unix socket: slots, memory and descriptors are given back."""
 
 import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from testbed import Servers
@@ -10,6 +14,28 @@ from tests.hostile import table
 from tests.hostile.listeners import KINDS, open_listener
 from tests.support.callers import make_caller
 from tests.support.eventually import eventually
+
+SEED = 2026
+
+# Of an idle connection that has sent much, without a key. uvloop's TLS keeps two buffers of 256 kB.
+MOST_MB = {"TCP": 0.1, "TLS": 0.7, "unix": 0.1}
+IDLE = 200
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_an_idle_connection_keeps_little_of_what_was_sent(
+    servers: Servers, tmp_path: Path, kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    async with open_listener(servers, tmp_path, kind) as listener, AsyncExitStack() as stack:
+        refused = table.post(bytes(400_000), key=None)
+        before_mb = listener.gateway.memory_mb()
+        for _ in range(IDLE):
+            conversation = await stack.enter_async_context(listener.connect())
+            await conversation.send(refused)
+            assert (await conversation.read_answer()).status == 401
+        each_mb = (listener.gateway.memory_mb() - before_mb) / IDLE
+        record_property("memory of each, MiB", round(each_mb, 3))
+        assert each_mb < MOST_MB[kind]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,3 +58,47 @@ async def test_an_answer_that_is_read_gives_its_slot_back_and_its_connection_end
                     await eventually(lambda: listener.gateway.metric("gateway_requests_in_flight") == 0, timeout=10)
                 assert await conversation.is_closed()
         assert listener.gateway.alarms() == []
+
+
+GAUGES = ("gateway_requests_in_flight", "gateway_requests_waiting", "gateway_body_bytes_in_flight")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_callers_that_reset_at_any_stage_leave_nothing(servers: Servers, tmp_path: Path, kind: str) -> None:
+    """Also while their requests wait for a table that is locked."""
+    draw = random.Random(SEED)  # noqa: S311 - a draw that can be repeated
+    async with open_listener(servers, tmp_path, kind, database_timeout_s="0.5") as listener:
+        gateway, caller = listener.gateway, await make_caller(listener.gateway.admin)
+        requests = [table.post(caller.body(count), key=caller.key.encode()) for count in (1, 1_000)]
+        requests += [requests[0] * 40, requests[0] + b"X", table.post(b"[" * 200_000, key=None)]
+
+        async def call(request: bytes, sent: int, pause_s: float) -> None:
+            async with listener.connect() as conversation:
+                await conversation.send(request[:sent])
+                await asyncio.sleep(pause_s)
+
+        await call(requests[0], 0, 0)
+        before = gateway.descriptors()
+        for table_name in ("", "api_keys", "sending_lists"):
+            async with locked(servers, table_name):
+                drawn = [(request, draw.randint(0, len(request))) for request in requests * 12]
+                await asyncio.gather(*(call(*each, draw.choice((0, 0.01, 0.1, 0.7))) for each in drawn))
+        await eventually(lambda: gateway.descriptors() <= before + 2, timeout=20)  # the pool may have grown
+        await eventually(lambda: [gateway.metric(name) for name in GAUGES] == [0, 0, 0], timeout=20)
+        async with listener.connect() as conversation:
+            await conversation.send(requests[0])
+            assert (await conversation.read_answer()).status == 200
+        assert gateway.alarms() == []
+
+
+@asynccontextmanager
+async def locked(servers: Servers, table_name: str) -> AsyncIterator[None]:
+    """Lock a table; nothing without a name."""
+    database = await asyncpg.connect(servers.database_url)
+    try:
+        async with database.transaction():
+            if table_name:
+                await database.execute(f"LOCK TABLE {table_name}")
+            yield
+    finally:
+        await database.close()
