@@ -1,8 +1,8 @@
 """The outcomes of published messages, from the confirms and returns of their channel. No IO, no clock.
 
-Theory. On a channel in confirm mode the broker numbers our messages 1, 2, 3, … These numbers are the delivery tags. The
-broker settles every tag once, by basic.ack or basic.nack: one at a time, or with `multiple` all tags up to the given
-one. We publish `mandatory`: a message that cannot be routed comes back as basic.return *before* its ack. The return
+On a channel in confirm mode the broker numbers our messages 1, 2, 3, … These numbers are the delivery tags. The broker
+settles every tag once, by basic.ack or basic.nack: one at a time, or with `multiple` all tags up to the given one. We
+publish `mandatory`: a message that cannot be routed comes back as basic.return *before* its ack. The return
 marks the message as returned, and the ack only settles it. A batch has a contiguous range of tags. So one array of
 states and one count of unsettled messages represent the batch, and its publisher waits for one future.
 
@@ -10,8 +10,8 @@ Per message:   WRITTEN ──ack──→ ACKED      WRITTEN ──return──�
                WRITTEN ──nack─→ NACKED     WRITTEN ──loss, deadline──→ UNKNOWN
 
 A message is written once its bytes were handed to the transport. A message that was never written is certainly not
-queued. It has no tag and no state here, or it is TOO_LARGE. A message that was written and never settled may be queued.
-Its outcome is UNKNOWN, and never guessed.
+queued, and has no tag and no state here. A message that was written and never settled may be queued. Its outcome is
+UNKNOWN, and never guessed.
 """
 
 from bisect import bisect_right
@@ -21,7 +21,7 @@ from operator import attrgetter
 
 
 class Outcome(IntEnum):
-    """The state of one message. Only ACKED counts as queued."""
+    """The state of one message, in the end its outcome. Only ACKED counts as queued."""
 
     WRITTEN = 0
     RETURNING = 1

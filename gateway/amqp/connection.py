@@ -44,7 +44,7 @@ STALLED_S = 1.0  # a connection is stalled if a batch that was written this much
 
 
 class _Batch:
-    """A batch that waits for room on the socket, or is written; and the future that its publisher waits for."""
+    """A batch that waits for room on the socket, or is written, with the future that `publish` waits for."""
 
     __slots__ = ("buffer", "deadline", "ended", "ids", "published", "size", "written_at")
 
@@ -73,7 +73,7 @@ class PublishConnection:
     ) -> None:
         """`count_late` is called with the number of messages that were confirmed after their deadline."""
         self.node = node
-        self.is_half_open = half_open  # of a lost one: the connection after it starts half-open
+        self.is_half_open = half_open  # after the loss: whether the next connection starts half-open
         self.confirmed_written_at = float("-inf")  # of the confirmed batch that was written last
         self._settings = settings
         self._count_late = count_late
@@ -155,9 +155,10 @@ class PublishConnection:
         """Take no more batches, refuse those that wait, and give up the channel once nothing on it is unsettled."""
         self._is_retiring = True
         self.refuse_waiting()
-        self._end_retired()
+        self._give_up_retired()
 
-    def _end_retired(self) -> None:
+    def _give_up_retired(self) -> None:
+        """Give up the retired channel if nothing on it is unsettled: go on as if the broker had closed it."""
         if not self.unconfirmed_messages and not self.is_lost:
             self._on_channel_closed("the broker only nacks: a new channel may be served")
 
@@ -287,7 +288,7 @@ class PublishConnection:
         if batch.published is None:
             raise QueueUnavailable
         outcomes = batch.published.outcomes()
-        return self._with_refused(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
+        return self._with_refused_sizes(outcomes, outgoing.payloads) if self.has_refused_size else outcomes
 
     def _write(self, batch: _Batch) -> None:
         """Write a batch. Raises QueueUnavailable if it could not be handed to the transport."""
@@ -373,10 +374,10 @@ class PublishConnection:
             if not batch.ended.done():
                 batch.ended.set_result(None)
 
-    def _with_refused(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
-        """Return the outcomes on a channel that the broker has closed because of a payload's size.
+    def _with_refused_sizes(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
+        """Return the outcomes after the broker has closed the channel because of a payload's size.
 
-        Unknown messages above the limit were certainly not queued: NACKED.
+        Unknown messages above the limit were certainly not queued: they are NACKED.
         """
         limit = self.max_payload_bytes or 0
         return bytes(
@@ -428,9 +429,9 @@ class PublishConnection:
         self._transport.listen_to(None)  # aiormq may give the channel's number to another channel
         if found := _size_limit(reply):
             self.has_refused_size, self.max_payload_bytes = True, int(found[1])
-        self._lose(Outcome.NACKED if self._may_not_publish(reply) else Outcome.UNKNOWN)
+        self._lose(Outcome.NACKED if self._has_refused_all(reply) else Outcome.UNKNOWN)
 
-    def _may_not_publish(self, reply: str) -> bool:
+    def _has_refused_all(self, reply: str) -> bool:
         """Return True if the broker has refused all that was written here, for want of the right to write.
 
         RabbitMQ checks the right at the first message, and keeps a positive result until the channel is idle for a
@@ -467,7 +468,7 @@ class PublishConnection:
         if self._waiting:
             self._write_waiting()
         if self._is_retiring:
-            self._end_retired()
+            self._give_up_retired()
 
     def _oldest(self) -> _Batch | None:
         oldest = self._tracker.oldest()

@@ -29,8 +29,8 @@ _method = struct.Struct(">HH")
 _settlement = struct.Struct(">QB")
 _body_size = struct.Struct(">Q")
 _reply = struct.Struct(">HB")  # a reply code, and the length of the text that follows
-NO_TAG = -2  # neither a delivery tag nor the number before one
 _ack = struct.Struct(">11x QB x")  # a whole frame: delivery tag and `multiple`, between head and end byte
+_NO_TAG = -2  # neither a delivery tag nor the number before one
 
 _ACK, _NACK, _RETURN = (60, 80), (60, 120), (60, 50)
 _CHANNEL_CLOSE, _CONNECTION_CLOSE = (20, 40), (10, 50)
@@ -184,13 +184,13 @@ class IncomingFrames:
         self._ack_start = b""
         self._match_acks = re.compile(b"").match
         self.close_reply = ""  # code and text of the broker's connection.close
-        self._rest = b""
+        self._rest = b""  # the beginning of a frame
         self._buffer = b""  # of the feed() in progress, like _events
         self._events: list[Event] = []
-        self._out_of_step = False
+        self._is_out_of_step = False  # True after bytes that are no frame: all bytes pass through
+        self._return_begun = False  # True: header and body of a returned message are still to come, or a part of them
         self._returned_id: str | None = None
-        self._returned_bytes = 0  # bytes of a returned message's body still to come; below 0 before its header
-        self._return_begun = False
+        self._returned_bytes = 0  # of its body still to come; below 0 before its header
 
     @property
     def channel(self) -> int | None:
@@ -207,7 +207,7 @@ class IncomingFrames:
 
     def feed(self, data: bytes) -> tuple[bytes, list[Event]]:
         """Parse bytes as they arrive. Return the other frames, whole, and the events, both in order."""
-        if self._out_of_step:
+        if self._is_out_of_step:
             return data, []
         buffer = self._buffer = self._rest + data if self._rest else data
         events = self._events = []
@@ -233,14 +233,14 @@ class IncomingFrames:
                     start = next_end
                 end = next_end
         except _NotAFrame:
-            self._out_of_step = True
+            self._is_out_of_step = True
             end = len(buffer)
         passed_on.append(buffer[start:end])
         self._rest, self._buffer = buffer[end:], b""
         return b"".join(passed_on), events
 
     def _end_of_acks(self, start: int) -> int:
-        """Return the end of the whole acks that begin at `start`; 0 if there is none, or no start of a second one."""
+        """Return the end of the whole acks at `start`, or 0 if there is none, or if no second one begins behind it."""
         if not self._channel or not self._buffer.startswith(self._ack_start, start + _ack.size):
             return 0
         acks = self._match_acks(self._buffer, start)
@@ -249,19 +249,19 @@ class IncomingFrames:
     def _take_acks(self, start: int, end: int) -> None:
         """Add the events of the acks from `start` to `end`, in order: one for each run of consecutive tags."""
         events = self._events
-        first = last = NO_TAG
+        first = last = _NO_TAG
         for tag, multiple in _ack.iter_unpack(memoryview(self._buffer)[start:end]):
             if tag == last + 1 and not multiple:
                 last = tag
                 continue
-            if first != NO_TAG:
+            if first != _NO_TAG:
                 events.append(AckedRange(first, last))
             if multiple:
                 events.append(Settled(True, tag, True))
-                first = last = NO_TAG
+                first = last = _NO_TAG
             else:
                 first = last = tag
-        if first != NO_TAG:
+        if first != _NO_TAG:
             events.append(AckedRange(first, last))
 
     def _take(self, kind: int, channel: int, start: int, end: int) -> bool:

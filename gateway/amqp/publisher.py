@@ -31,12 +31,12 @@ class Publisher:
         self.window = ConfirmWindow(
             most_messages=settings.max_unconfirmed_messages,
             most_bytes=settings.max_unconfirmed_bytes,
-            # A longer queue at the broker adds latency, not goodput. With four times as much, the goodput at ten times
-            # the load was the same, but some batches ended as unknown. On a backlog the rate was the same, too
+            # A longer queue at the broker adds latency, not goodput. With four times this target, the goodput at ten
+            # times the load was the same, but some batches ended as unknown. The rate on a backlog was the same, too
             # (scripts/faults --scenario overload, scripts/bench sweep).
             target_s=settings.confirm_timeout_s / 16,
         )
-        self.outcomes: Counter[Outcome] = Counter()  # of messages, as their callers were told
+        self.outcomes: Counter[Outcome] = Counter()  # of AMQP messages, as `publish` returned them
         self._load_without_connection = 0  # of batches that wait for a channel or a connection
         self.republished = 0  # messages of which a second copy was written, after their connection was lost
 
@@ -95,9 +95,9 @@ class Publisher:
 
         Batches that wait for a channel or a connection count, too: all of them are published as soon as one is open.
         """
-        return self.window.room(self._load() + self._load_without_connection + reserved)
+        return self.window.room(self._unconfirmed_load() + self._load_without_connection + reserved)
 
-    def _load(self) -> int:
+    def _unconfirmed_load(self) -> int:
         """Return the unconfirmed load, without that of draining connections."""
         messages = size = 0
         for connection in self.connections.open:  # a few times per request: twice as fast as sum()
@@ -141,13 +141,13 @@ class Publisher:
     async def _publish(self, outgoing: Outgoing, deadline: float) -> bytes:
         if not outgoing:
             return b""
-        if self.connections.has_ended_waits:  # the process may end before the confirms arrive, and nobody ends the wait
+        if self.connections.has_ended_waits:  # after give_up(), nothing would end a wait for confirms
             raise QueueUnavailable
         clock = asyncio.get_running_loop().time
         if deadline < clock() + TOO_LATE_S:
             raise QueueUnavailable
         connection = await self._choose(outgoing, deadline)
-        load, unconfirmed, published_at = self.load_of(outgoing), self._load(), clock()
+        load, unconfirmed, published_at = self.load_of(outgoing), self._unconfirmed_load(), clock()
         if load > self.window.room(unconfirmed):
             raise Overloaded(retry_after_s=self.window.confirm_s)
         while True:
@@ -165,7 +165,7 @@ class Publisher:
                 fitting = self._fitting(outgoing)
                 if len(fitting) < len(outgoing):
                     return await self._publish_only(fitting, outgoing, deadline)
-                unconfirmed, published_at = self._load(), clock()
+                unconfirmed, published_at = self._unconfirmed_load(), clock()
         if not connection.is_lost:
             self.window.adapt(load, unconfirmed=unconfirmed + load, published_at=published_at, now=clock())
         elif Outcome.UNKNOWN in outcomes:
@@ -173,7 +173,7 @@ class Publisher:
         return outcomes
 
     async def _choose(self, outgoing: Outgoing, deadline: float) -> PublishConnection:
-        """Return the best usable connection. Only if a channel is being opened again, wait for one, up to REOPEN_S.
+        """Return the best usable connection. If there is none, and a channel is being reopened, wait up to REOPEN_S.
 
         Raises QueueUnavailable.
         """

@@ -53,11 +53,11 @@ class PublishConnections:
         self._has_warned_of_rights = False
 
     def start(self) -> None:
-        """Start connecting, and go on until close(). Returns at once."""
+        """Start to connect, and to replace lost connections until close(). Returns at once."""
         for number in range(self._settings.amqp_connections):
-            self._start(asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}"))
+            self._keep_task(asyncio.create_task(self._keep_connected(number), name=f"amqp-{number}"))
 
-    def _start(self, task: asyncio.Task[None]) -> None:
+    def _keep_task(self, task: asyncio.Task[None]) -> None:
         task.add_done_callback(_log_if_failed)
         task.add_done_callback(self._tasks.discard)
         self._tasks.add(task)
@@ -162,11 +162,11 @@ class PublishConnections:
                 else:
                     attempt += 1
             finally:
-                half_open = await self._replace(connection)
+                half_open = await self._remove(connection)
             await asyncio.sleep(reconnect_delay_s(attempt))
 
     async def _open(self, connection: PublishConnection, done: str = "connected") -> bool:
-        """Open the connection, or only its channel. `done` is logged; or the failure is, and False returned."""
+        """Open the connection, or only its channel. Return False if that fails. Log `done`, or the failure."""
         node = address(connection.node)
         try:
             async with asyncio.timeout(self._settings.amqp_connect_timeout_s), stray_cancellation_is_loss():
@@ -186,7 +186,7 @@ class PublishConnections:
         return True
 
     async def _reopen(self, lost: PublishConnection) -> PublishConnection | None:
-        """Return the connection with a new channel on the same socket. Return None if that cannot be opened.
+        """Return a connection with a new channel on the same socket. Return None if that cannot be opened.
 
         Until then the lost one stays in `open`: batches wait for the new channel.
         """
@@ -199,17 +199,17 @@ class PublishConnections:
         self._changed.set()
         return successor
 
-    async def _replace(self, connection: PublishConnection) -> bool:
-        """Take the connection out of use. Return True if the next one starts half-open.
+    async def _remove(self, connection: PublishConnection) -> bool:
+        """Take a connection out of use: drain it if it is overdue, otherwise close it.
 
-        It has to show that batches are confirmed again, if this one was overdue or has not shown it either.
+        Return True if the next one starts half-open: if this one was overdue, or was half-open still.
         """
         self.open = [other for other in self.open if other is not connection]
         is_overdue = connection.is_overdue()
         connection.refuse_waiting()  # Publisher gives these batches to another connection
         if is_overdue and not connection.is_blocked and not self.is_closed:
             self._draining.add(connection)
-            self._start(asyncio.create_task(self._drain(connection), name="amqp-draining"))
+            self._keep_task(asyncio.create_task(self._drain(connection), name="amqp-draining"))
         else:
             await self._discard(connection)
         return is_overdue or connection.is_half_open
@@ -253,7 +253,7 @@ class PublishConnections:
         advice = ". Run `python -m gateway declare`" if is_checked else ""
         log.warning("the broker at %s could not route a message: no queue is bound%s", address(connection.node), advice)
         if not is_checked:
-            self._start(asyncio.create_task(self._declare(connection), name="amqp-declaring"))
+            self._keep_task(asyncio.create_task(self._declare(connection), name="amqp-declaring"))
 
     async def _declare(self, connection: PublishConnection) -> None:
         node = address(connection.node)
@@ -266,6 +266,7 @@ class PublishConnections:
             log.warning("declared exchange and queues again at the broker at %s", node)
 
     def _is_abandoned(self, connection: PublishConnection) -> bool:
+        """Return True, and log it, if a batch has been unconfirmed for more than abandon_timeout_s."""
         if (age_s := connection.oldest_age_s()) > self._settings.abandon_timeout_s:
             log.warning("a batch is unconfirmed for %.0f s: closing its connection", age_s)
             return True

@@ -78,6 +78,22 @@ async def verify_topology(
     return ""
 
 
+async def check_may_publish(channel: AbstractChannel, settings: Settings) -> None:
+    """Raise PermissionError if the user may not write to the exchange. Changes nothing, but may close the channel.
+
+    AMQP cannot ask for a right. RabbitMQ checks the right to write to the destination of an unbind before it looks at
+    the source. So what it says about the source of this unbind, which does not exist, is of no interest.
+    """
+    exchange = await channel.get_exchange(settings.amqp_exchange, ensure=False)
+    try:
+        await exchange.unbind("sms-gateway.no-exchange")
+    except aiormq.exceptions.ChannelNotFoundEntity:
+        return
+    except aiormq.exceptions.ChannelAccessRefused as error:
+        if f"'{settings.amqp_exchange}'" in str(error):
+            raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
+
+
 async def _exchange(channel: AbstractChannel, settings: Settings, *, passive: bool = False) -> AbstractExchange:
     kind = aio_pika.ExchangeType.DIRECT
     return await channel.declare_exchange(settings.amqp_exchange, kind, durable=True, passive=passive)
@@ -93,22 +109,6 @@ async def _queues(channel: AbstractChannel, settings: Settings, *, passive: bool
         await channel.declare_queue(name, durable=True, passive=passive, arguments=arguments)
         for name in settings.queues()
     ]
-
-
-async def check_may_publish(channel: AbstractChannel, settings: Settings) -> None:
-    """Raise PermissionError if the user may not write to the exchange. Changes nothing, but may close the channel.
-
-    AMQP cannot ask for a right. RabbitMQ checks the right to write to the destination of an unbind before it looks at
-    the source. So what it says about the source of this unbind, which does not exist, is of no interest.
-    """
-    exchange = await channel.get_exchange(settings.amqp_exchange, ensure=False)
-    try:
-        await exchange.unbind("sms-gateway.no-exchange")
-    except aiormq.exceptions.ChannelNotFoundEntity:
-        return
-    except aiormq.exceptions.ChannelAccessRefused as error:
-        if f"'{settings.amqp_exchange}'" in str(error):
-            raise PermissionError(f"{error}. Give the user the right to write to the exchange") from error
 
 
 async def _dead_letters(

@@ -30,8 +30,8 @@ MAY_NOT_DECLARE = "The user may not declare it: set GATEWAY_AMQP_TOPOLOGY=check,
 class Connection(aio_pika.Connection):
     """A connection without aio-pika's finalizer. The owner closes the connection, or aborts its transport.
 
-    If a connection could not be opened or closed, the finalizer would call close() in the thread that collects garbage.
-    Without an event loop there, Python warns of a coroutine that was never awaited.
+    For a connection that could not be opened or closed, the finalizer would call close() in the thread that collects
+    garbage. Without an event loop in that thread, Python warns of a coroutine that was never awaited.
     """
 
     def __del__(self) -> None:
@@ -54,7 +54,7 @@ async def prepare_connection(settings: Settings, node: URL, name: str, transport
 async def stray_cancellation_is_loss() -> AsyncIterator[None]:
     """Turn a CancelledError of aiormq into ConnectionResetError; let a real cancellation through.
 
-    aiormq rejects the waiters of a dying connection with CancelledError. It would end the task that reconnects.
+    aiormq ends waits on a dying connection with CancelledError. That would end the task that reconnects.
     """
     try:
         yield

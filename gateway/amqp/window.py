@@ -1,9 +1,10 @@
 """The bound on unconfirmed messages: as many as the broker confirms in good time. No IO, no clock.
 
-Without a bound, a broker above its capacity receives ever more. Confirms take longer and longer, until every batch
-passes its deadline, is answered as unknown, and is sent again. So the window follows the time that confirms take, as
-TCP's congestion window follows loss (RFC 5681, additive increase, multiplicative decrease). It grows by the load that
-was confirmed in time, while the window is in use (RFC 7661). It shrinks once for all unconfirmed batches together.
+Without a bound, a broker above its capacity receives more and more. Confirms take longer and longer, until every batch
+passes its deadline, is answered as unknown, and is sent again by its caller. So the window follows the time that
+confirms take, as TCP's congestion window follows loss (RFC 5681, additive increase, multiplicative decrease). It grows
+by the load that was confirmed in time, while it is in use (RFC 7661). It shrinks once for all unconfirmed batches
+together.
 
 Requests for which there is no room in the window wait (ingest/admission.py). A batch inside the window may still wait
 for room on the broker's socket (connection.py): it counts as unconfirmed, and the wait as time to confirm.
@@ -30,7 +31,7 @@ class ConfirmWindow:
         self._target_s = target_s
         self._shrunk_at = float("-inf")
         self.messages = min(START_MESSAGES, most_messages)
-        self.confirm_s = 0.0  # smoothed time from the choice of a connection to the last confirm
+        self.confirm_s = 0.0  # smoothed time from the choice of a connection to a batch's last confirm
 
     def weigh(self, messages: int, size: int) -> int:
         """Return the load of a batch with this number of messages, and with `size` bytes."""
@@ -48,7 +49,7 @@ class ConfirmWindow:
         waited_s = now - published_at
         self.confirm_s += SMOOTHING * (waited_s - self.confirm_s)
         if waited_s > self._target_s:
-            if published_at > self._shrunk_at:  # otherwise the window has already shrunk for this batch's time
+            if published_at > self._shrunk_at:  # otherwise the batch was published before the window shrank
                 self.messages = max(min(FLOOR_MESSAGES, self._most), int(self.messages * SHRINK))
                 self._shrunk_at = now
         elif 2 * unconfirmed >= self.messages:
