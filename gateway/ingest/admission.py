@@ -10,9 +10,11 @@ Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter 
 
 An account leaves slots and bytes to the others: it may hold up to SHARE times what is free. That is three quarters for
 an account alone, and less the more others hold. (Dynamic thresholds, Choudhury and Hahne 1998: no setting per account,
-and no need to know which accounts are active.) Of slots, the request's own counts as free: while there is a slot, SHARE
-requests of an account always fit. Of bytes, those that the request takes count as held. The only body of an account
-needs no share: a body of any allowed size is served.
+and no need to know which accounts are active.)
+
+- Slots: the slot that a request has just taken counts as free. So SHARE requests of an account always fit.
+- Bytes: what a request is about to take counts as held. The only body of an account needs no share, so that a body of
+  any allowed size is served.
 """
 
 import asyncio
@@ -26,12 +28,12 @@ from gateway.ingest.wire import MAX_MESSAGES
 
 SHARE = 3
 SMOOTHING = 0.05  # weight of the newest request in `held_s`
-NO_ACCOUNT = 0
+NO_ACCOUNT = 0  # before the API key is looked up
 MESSAGE_BYTES = 100  # of a short message in JSON; estimates the load of an unread body
 GRANT_S = 0.25  # while others wait, a grant that is not used for so long ends: its body may be slow
 LONG_WAIT = 0.5  # longest wait, as a share of the deadline
 SHORT_WAIT = 0.3  # the same, once there have been waiting requests for LONG_WAIT without a break
-TICK_S = 0.1  # for what frees room without the end of a request: late confirms, a grown window, GRANT_S
+TICK_S = 0.1  # room may appear without the end of a request: by late confirms, a grown window, the end of a grant
 MAX_REFUSED_KEYS = 10_000  # at this number all are forgotten
 
 
@@ -67,7 +69,7 @@ class Admission:
         self._waiting: dict[Slot, asyncio.Future[GatewayError | None]] = {}  # oldest first
         self._standing_since = 0.0  # when the queue was last empty
         self._timer: asyncio.TimerHandle | None = None
-        self._granted: dict[Slot, float] = {}  # slot → when; not published yet; oldest first
+        self._granted: dict[Slot, float] = {}  # slot → time of its grant, which is not used yet; oldest first
         self._granted_load = 0
         self._granted_of: Counter[int] = Counter()  # account → load
         self._refused_keys: dict[int, int] = {}  # hash of an API key → account, of requests beyond its share
@@ -107,15 +109,15 @@ class Admission:
             self._refused_keys[hash(key)] = account_id
             raise self._overloaded("account_share")
 
-    def change(self, account_id: int, requests: int, size: int) -> None:
-        """Add to what an account holds; negative amounts are given back."""
+    def add_held(self, account_id: int, requests: int, size: int) -> None:
+        """Add requests and bytes to what an account holds; negative amounts are given back."""
         self.reserved_bytes += size
         if requests:
             _add(self.requests_of, account_id, requests)
         if size:
             _add(self.bytes_of, account_id, size)
 
-    def fits(self, slot: "Slot", size: int) -> bool:
+    def has_bytes(self, slot: "Slot", size: int) -> bool:
         """Return True if the slot may hold `size` bytes more: if they are free, and within its account's share.
 
         The only body of an account needs no share.
@@ -125,7 +127,7 @@ class Admission:
 
     def check_bytes(self, slot: "Slot", size: int) -> None:
         """Raise Overloaded unless the slot may hold `size` bytes more."""
-        if not self.fits(slot, size):
+        if not self.has_bytes(slot, size):
             raise self._overloaded("bytes")
 
     def expected_load(self, size: int) -> int:
@@ -134,7 +136,7 @@ class Admission:
 
     def try_enter(self, slot: "Slot") -> bool:
         """Give the slot a grant if nobody waits and there is room. Return False otherwise."""
-        if self._waiting or not self._fits_slot(slot) or not self._has_room(slot.load):
+        if self._waiting or not self._fits(slot) or not self._has_room(slot.load):
             return False
         self._grant(slot)
         return True
@@ -142,7 +144,7 @@ class Admission:
     def use_grant(self, slot: "Slot", load: int) -> bool:
         """End the slot's grant. Return True if a batch of this load may be written at once.
 
-        There must be room, and the grant must not have ended before, unless nobody waits.
+        It may if there is room for it. If others wait, the grant must still have been valid.
         """
         if self._waiting:
             # The load may be less than was expected: offer the rest to those that wait.
@@ -151,11 +153,14 @@ class Admission:
         return not load or ((had_grant or not self._waiting) and self._has_room(load))
 
     def _has_room(self, load: int) -> bool:
-        # Without a usable connection, waiting does not help: the publisher refuses the batch.
+        """Return True if there is room for a load at the broker, or no usable connection.
+
+        Without a connection, waiting does not help: the publisher refuses the batch.
+        """
         return load <= self._broker.room(self._granted_load) or not self._broker.is_usable()
 
-    def _fits_slot(self, slot: "Slot") -> bool:
-        """Return True if there is room for the body, and the account's slow bodies leave room for other accounts.
+    def _fits(self, slot: "Slot") -> bool:
+        """Return True if there are bytes for the body, and the account's slow bodies leave room for other accounts.
 
         All grants of an account, this one included, may take as much room at the broker as the grants so far have
         left: for an account alone, about half of it. An account's first grant only needs room. A batch that is built
@@ -163,8 +168,10 @@ class Admission:
         """
         if slot.has_batch:
             return True
+        if not self.has_bytes(slot, slot.wanted):
+            return False
         mine = self._granted_of[slot.account_id]
-        return self.fits(slot, slot.wanted) and (not mine or mine + slot.load <= self._broker.room(self._granted_load))
+        return not mine or mine + slot.load <= self._broker.room(self._granted_load)
 
     async def wait(self, slot: "Slot") -> None:
         """Wait for a grant. Raises Overloaded after too long a wait, QueueUnavailable if the broker is gone.
@@ -195,11 +202,11 @@ class Admission:
     def wake(self) -> None:
         """Give grants to waiting requests while there is room."""
         while self._waiting:
-            slot = self._queue.pop(self._broker.room(self._granted_load), self._fits_slot)
+            slot = self._queue.pop(self._broker.room(self._granted_load), self._fits)
             if slot is None:
                 return
             self._grant(slot)
-            self._answer(self._waiting.pop(slot), None)
+            self._end_wait(slot, None)
 
     def _grant(self, slot: "Slot") -> None:
         """Reserve what the slot wants: bytes until its end, and room at the broker until it is published."""
@@ -251,10 +258,10 @@ class Admission:
 
     def _refuse(self, slot: "Slot", refusal: GatewayError) -> None:
         self._queue.remove(slot.account_id, slot.load, slot)
-        self._answer(self._waiting.pop(slot), refusal)
+        self._end_wait(slot, refusal)
 
-    @staticmethod
-    def _answer(granted: "asyncio.Future[GatewayError | None]", refusal: GatewayError | None) -> None:
+    def _end_wait(self, slot: "Slot", refusal: GatewayError | None) -> None:
+        granted = self._waiting.pop(slot)
         if not granted.done():  # otherwise cancelled
             granted.set_result(refusal)
 
@@ -307,18 +314,18 @@ class Slot:
         self.wanted = 0  # bytes to reserve with the grant
         self.was_granted = False
         self.has_batch = False  # True: its body was read and its batch built before this wait
-        self.waits_since = 0.0  # as if all its waiting had been without a break
-        self.waited_s = 0.0  # in total
+        self.waits_since = 0.0  # when its wait began; earlier by the length of its waits before
+        self.waited_s = 0.0  # in all waits that have ended
 
     async def enter(self, account_id: int, size: int, key: str) -> None:
-        """Wait for room at the broker, and for `size` bytes of a body; before it is read, unless it came with its head.
+        """Wait for room at the broker, and for `size` bytes of a body, which may still have to be read.
 
         Raises Overloaded, QueueUnavailable, Draining at the end of a drain, or MalformedHttp if the caller hangs up.
         """
         admission = self._admission
         admission.check_share(account_id, key)
         self.account_id, self.wanted, self.load = account_id, size, admission.expected_load(size)
-        admission.change(account_id, 1, 0)
+        admission.add_held(account_id, 1, 0)
         if not admission.try_enter(self):
             await admission.wait(self)
 
@@ -352,7 +359,7 @@ class Slot:
 
     def _change_to(self, size: int) -> None:
         if size != self.reserved:
-            self._admission.change(self.account_id, 0, size - self.reserved)
+            self._admission.add_held(self.account_id, 0, size - self.reserved)
             self.reserved = size
 
     def abandon(self) -> None:
@@ -364,5 +371,5 @@ class Slot:
         if self._is_held:
             self._is_held = False
             if self.account_id != NO_ACCOUNT:
-                self._admission.change(self.account_id, -1, -self.reserved)
+                self._admission.add_held(self.account_id, -1, -self.reserved)
             self._admission.end(self, time.monotonic() - self._admitted_at)

@@ -36,7 +36,7 @@ _are_numbers = re.compile(rf"{E164}(?:\n{E164})*").fullmatch
 
 MACRO = "{{messageId}}"
 PLAIN = Layout()
-Built = TypeVar("Built")
+Finished = TypeVar("Finished")  # a Payload, or its bytes
 
 
 class Draft(NamedTuple):
@@ -48,7 +48,7 @@ class Draft(NamedTuple):
     indexes: Sequence[int]  # one per message: its position in the request
     rows: list[ErrorRow]
     size: int  # number of messages in the request, valid or not
-    dry_run: bool = False  # nothing is to be published
+    dry_run: bool = False  # True: nothing is to be published
 
     def distinct_list_numbers(self) -> list[str]:
         """Return the list numbers to resolve, each once."""
@@ -89,8 +89,8 @@ class Batch(msgspec.Struct, frozen=True):
     def outcomes_of_messages(self, outcomes: bytes) -> bytes:
         """Return one outcome per message, from one per AMQP message: each message has the outcome of its envelope.
 
-        An envelope that is TOO_LARGE says nothing about each of its messages: they are NACKED. It was made before the
-        broker's limit was known.
+        The messages of an envelope that is TOO_LARGE are NACKED: each of them may be small enough. Such an envelope was
+        made before the broker's limit was known.
         """
         if self.placements is None:
             return outcomes
@@ -104,7 +104,7 @@ class Batch(msgspec.Struct, frozen=True):
 
 
 def validate(decoded: DecodedBody) -> Draft:
-    """Split a request into its valid messages, and an error row for each other message."""
+    """Return the valid messages of a request, and an error row for each of the others."""
     draft = (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
     if decoded.taken_out is not None:
         # Only now: a check of an original would parse it again.
@@ -234,12 +234,12 @@ def build(
 
 
 def _payloads(
-    draft: Draft, lists: Mapping[str, int], ids: Sequence[str], origin: Origin, finish: Callable[[Payload], Built]
-) -> list[Built]:
+    draft: Draft, lists: Mapping[str, int], ids: Sequence[str], origin: Origin, finish: Callable[[Payload], Finished]
+) -> list[Finished]:
     """Return what `finish` makes of the payload of each message; `ids` has one per message.
 
-    Payloads that are encoded one by one are not all in memory. With an emoji, a text takes four times its bytes, and
-    5 MB of texts took twice as long (scripts/bench bodies, "letters and an emoji as all bodies").
+    If `finish` encodes them, only one Payload is in memory at a time. All at once, 5 MB of texts took twice as long:
+    with an emoji, a text takes four times its bytes (scripts/bench bodies, "letters and an emoji as all bodies").
     """
     account_id, request_id, accepted_at = origin
     return [
@@ -283,7 +283,7 @@ def _pack(
 
 
 def _envelopes(whole: Placement, contents: list[Payload], most_bytes: int | None) -> Iterator[tuple[Placement, bytes]]:
-    """Yield an envelope with its payload; halved, and halved again, as long as it is above `most_bytes`."""
+    """Yield an envelope with its payload. Above `most_bytes` it is halved, as often as needed and possible."""
     shard, positions = whole
     payload = encode([contents[position] for position in positions])
     if most_bytes is None or len(payload) <= most_bytes or len(positions) == 1:

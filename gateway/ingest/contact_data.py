@@ -16,9 +16,9 @@ from msgspec import UNSET, Raw, UnsetType
 from gateway.errors import InvalidJson
 from gateway.ingest.in_place import Body, InPlace, Malformed, check
 
-SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: other types would decode its texts
-# Limits on the work of `take_out`. Only the last MAX_NAMES names are considered. After MANY_VALUES values, it takes one
-# only if the next name, or the end of the body, is at least WORTH_BYTES away. Otherwise it is faster to leave it.
+SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: the typed check would decode its texts
+# Limits on the work of `take_out`. Only the last MAX_NAMES names are considered. After MANY_VALUES values, another one
+# is taken out only if the next name, or the end of the body, is at least WORTH_BYTES away: a small one is better left.
 MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 1024
 TINY_BYTES = 32  # a value of up to this size stays: to put it back may copy megabytes around it
 NESTED_TOO_DEEPLY = "it is nested too deeply"  # of a body: the reason of an InvalidJson
@@ -45,7 +45,7 @@ class SkippedObject(TypedDict):
 
 
 class _TypedContactData(msgspec.Struct, gc=False):
-    """The same fields, decoded."""
+    """The fields of ContactData, decoded."""
 
     first_name: str | None = None
     last_name: str | None = None
@@ -61,14 +61,14 @@ _to_object = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+(?=\{)").match
 _decode = msgspec.json.Decoder(ContactData).decode
 _decode_typed = msgspec.json.Decoder(_TypedContactData).decode
 _in_place = InPlace(ContactData)
-# Stand-ins. No body has the byte FF: it is no UTF-8. An object passes the check, an array does not.
+# Stand-ins: an object passes the check of `contact_data`, an array does not. No body has the byte FF: it is no UTF-8.
 _MARK = b"\xff"
 _VALID, _INVALID = b'{"\xff%d":0}', b'["\xff%d"]'
 _stand_in = re.compile(rb'[{[]"\xff(\d+)"(?::0\}|\])').match
 
 
 def first_byte(value: Raw) -> bytes:
-    """Return the first byte of a raw value. It says of which type the value is."""
+    """Return the first byte of a raw value, which shows the value's type."""
     # No copy: the value may have megabytes.
     return memoryview(value)[:1].tobytes()
 
@@ -94,10 +94,10 @@ def is_contact_data(value: Raw) -> bool:
 
 
 def is_contact_data_fast(value: Raw) -> bool:
-    """Return True only if is_contact_data does. False may be wrong: then ask is_contact_data.
+    """Return True only if is_contact_data does. After False, is_contact_data must decide.
 
-    True takes a fraction of the time (scripts/bench stages, "contact_data"). But to learn that a number is no string
-    takes up to 30 µs.
+    For a valid value this takes a fraction of the time (scripts/bench stages, "contact_data"). But to learn that a
+    number is no string takes up to 30 µs.
     """
     if len(value) > SMALL_BYTES:
         return is_contact_data(value)
@@ -117,7 +117,7 @@ class TakenOut:
         self._cuts: list[tuple[int, int]] = []
 
     def take(self, value: memoryview, start: int, *, is_valid: bool) -> bytes:
-        """Keep the value that begins at `start` in the body. Return its stand-in. To be called in order."""
+        """Keep the value that begins at `start` in the body, and return its stand-in. Values are taken in order."""
         stand_in = (_VALID if is_valid else _INVALID) % len(self._values)
         removed = self._cuts[-1][1] if self._cuts else 0
         self._cuts.append((start - removed + len(stand_in), removed + len(value) - len(stand_in)))
@@ -153,16 +153,16 @@ def take_out(body: Body) -> tuple[Body, TakenOut | None]:
 
     Raises Malformed, and RecursionError if such a value is nested too deeply. The body must be valid UTF-8.
 
-    The shortened body is valid JSON if and only if the body is. For in valid JSON the quote after `contact_data` ends a
-    string: if it began one, the letters before it would stand outside of strings. A string before a colon is a key. The
-    key may be a longer one that ends so; then its value is put back, or nothing reads it.
+    The shortened body is valid JSON if and only if the body is. In valid JSON, the quote after `contact_data` ends a
+    string: otherwise the letters before the quote would stand outside of strings. As a colon follows, this string is a
+    key. It may be a longer key that ends with these letters. Then its value is put back, or nothing reads it.
     """
     taken = TakenOut()
     pieces: list[bytes | memoryview] = []
     whole, copied, parsed = memoryview(body), 0, 0
     for at, following in pairwise([*_ends_of_names(body), len(body)]):
-        is_worth = parsed < MANY_VALUES or following - at >= WORTH_BYTES
-        if at < copied or not is_worth or not (found := _to_object(body, at)):
+        may_parse = parsed < MANY_VALUES or following - at >= WORTH_BYTES
+        if at < copied or not may_parse or not (found := _to_object(body, at)):
             continue
         start = found.end()
         parsed += 1
@@ -191,9 +191,9 @@ def _check_start(pieces: list[bytes | memoryview], taken: TakenOut) -> None:
 
 
 def _ends_of_names(body: Body) -> list[int]:
-    r"""Return where each name ends, in order.
+    r"""Return the ends of the names in a body, in order.
 
-    Of the last MAX_NAMES plain names, and of the names that have one of the last MAX_NAMES escapes `\u00`.
+    These are the last MAX_NAMES plain names, and the names with one of the last MAX_NAMES escapes `\u00`.
     """
     ends = {at + len(_NAME) for at in _last(_NAME, body, MAX_NAMES)}
     for at in _last(_ESCAPE, body, MAX_NAMES):
@@ -204,7 +204,7 @@ def _ends_of_names(body: Body) -> list[int]:
 
 
 def _last(text: bytes, body: Body, most: int) -> list[int]:
-    """Return where a text stands in a body, from its end on; up to `most` positions.
+    """Return the last `most` positions of a text in a body, the last one first.
 
     `find` takes up to 14 ms for 5 MB, with many letters of the text in it; `rfind` 3 ms (scripts/bench bodies).
     """
@@ -216,7 +216,7 @@ def _last(text: bytes, body: Body, most: int) -> list[int]:
 
 
 def _checked(value: bytes) -> Raw:
-    """Return an original that was put together. Raises InvalidJson if it is nested too deeply as a whole."""
+    """Return a value whose parts were put back. Raises InvalidJson if it is nested too deeply as a whole."""
     try:
         check(value)
     except RecursionError:

@@ -1,8 +1,8 @@
-"""Decodes the bodies of requests into messages. No IO, no clock.
+"""The decoding of request bodies into messages. No IO, no clock.
 
-A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, it is decoded message
-by message: the error then concerns one message only. So is a body that may have very many values, or is slow to parse;
-of too many messages, few are built.
+A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the body is decoded
+message by message: the error then concerns one message only. The same is done with a body that may have very many
+values, or is slow to parse: if it has too many messages, few of them are built.
 """
 
 import codecs
@@ -33,11 +33,12 @@ LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
 MANY_BRACKETS = 10_000
 # It takes longer to decode messages one by one, but then a value of the wrong type in a huge body costs no second pass.
 HUGE_BODY_BYTES = 1024 * 1024
-# Limits on what is decoded one by one. What stands after so many fields is parsed as a whole, and `messages` in it a
-# second time. After so many elements, so is the last of several `messages`.
+# Limits on what is decoded one by one. Fields after the first MAX_FIELDS are parsed as a whole, and `messages` among
+# them a second time. If a body has several `messages`, those after MAX_ELEMENTS elements are skipped, and the last of
+# them is parsed a second time.
 MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
-# Bytes of messages that are decoded in vain, as ones with the right types. A message counts as the second, if it is
-# shorter: to learn that a number is no string takes up to 30 µs.
+# A message is first decoded with the right types. After MAX_FAILED_BYTES of messages that failed, this is no longer
+# tried. A failed message counts as at least LEAST_FAILED_BYTES: to learn that a number is no string takes up to 30 µs.
 MAX_FAILED_BYTES, LEAST_FAILED_BYTES = 64 * 1024, 4096
 PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
 NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
@@ -51,10 +52,12 @@ class DecodedBody(msgspec.Struct):
     messages: list[Message | MistypedMessage]
     list_number: object = None
     typed: bool = True  # False: there may be MistypedMessages
-    dry_run: bool = False  # validate and resolve only
+    dry_run: bool = False
     taken_out: TakenOut | None = None  # the originals of the stand-ins in the objects of the messages
 
 
+# Typed: decoded in one pass, which fails if a value has the wrong type. Listed: the elements of `messages` stay raw.
+# Loose: all values stay raw.
 class _TypedBulk(msgspec.Struct):
     messages: list[Message]
     list_number: str | None = None
@@ -142,7 +145,10 @@ def _has_many_brackets(body: Body) -> bool:
 
 
 def _has_more(most: int, mark: bytes, body: Body) -> bool:
-    """Return True if a byte occurs more than `most` times. In a huge body with few, `find` is faster than `count`."""
+    """Return True if the byte `mark` occurs more than `most` times.
+
+    In a huge body that has few of them, `find` is faster than `count`.
+    """
     if len(body) <= HUGE_BODY_BYTES:
         return body.count(mark) > most
     found, at = 0, -1
@@ -217,40 +223,40 @@ def _reason(body: Body, error: Exception, taken_out: TakenOut | None) -> str:
 
 
 class _ElementDecoder:
-    """Decodes the elements of `messages` of one body, as messages with the right types while few have failed."""
+    """Decodes the elements of `messages` of one body, with the right types until MAX_FAILED_BYTES have failed."""
 
     def __init__(self, trial_bytes: int) -> None:
-        """`trial_bytes`: a message that is longer counts as failed once so many bytes are decoded."""
+        """`trial_bytes` bounds the attempt with the right types, in place: a longer message is decoded loosely."""
         self._trial_bytes = trial_bytes
-        self._room = MAX_FAILED_BYTES
+        self._failed_bytes_left = MAX_FAILED_BYTES
 
     def decode(self, element: Raw) -> _Element:
         """Decode an element. Raises DecodeError."""
         if first_byte(element) != b"{":
             return None
-        if self._room > 0:
+        if self._failed_bytes_left > 0:
             try:
                 return _message.decode(element)
             except msgspec.ValidationError:
-                self._room -= max(len(element), LEAST_FAILED_BYTES)
+                self._failed_bytes_left -= max(len(element), LEAST_FAILED_BYTES)
         return _loose_message.decode(element)
 
     def decode_in_place(self, body: Body, at: int) -> tuple[_Element, int]:
         """Return the element at a position, and the position of the next byte. Raises Malformed or RecursionError."""
         if body[at : at + 1] != b"{":
             return None, skip(body, at)
-        if self._room > 0:
+        if self._failed_bytes_left > 0:
             with suppress(msgspec.ValidationError, Malformed):
                 return _message_in_place.decode(body, at, at + self._trial_bytes)
         element, end = _loose_message_in_place.decode(body, at)
-        self._room -= max(end - at, LEAST_FAILED_BYTES)
+        self._failed_bytes_left -= max(end - at, LEAST_FAILED_BYTES)
         return element, end
 
 
 def _decode_one_by_one(body: Body, decoder: _ElementDecoder) -> DecodedBody:
-    """Decode a body in which some value has the wrong type.
+    """Decode a body in which some value has the wrong type. Raises what _decode_in_place raises, and DecodeError.
 
-    Faster than in place, but it is parsed twice. Raises what _decode_in_place raises, and DecodeError.
+    This is faster than _decode_in_place, although it parses the body twice.
     """
     try:
         bulk = _listed_bulk.decode(body)
@@ -261,20 +267,20 @@ def _decode_one_by_one(body: Body, decoder: _ElementDecoder) -> DecodedBody:
 
 
 def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> DecodedBody:
-    """Decode the first `most_fields` of a body one by one, the others as a whole, and `messages` element by element.
+    """Decode a body: its first `most_fields` one by one, the others as a whole, and `messages` element by element.
 
     Raises Malformed, RecursionError, ValidationError if the body is no object, and what decode_bulk raises.
     """
     start = at = after_spaces(body, 0)
     fields: dict[str, Any] = {}
-    room = MAX_ELEMENTS
+    elements_left = MAX_ELEMENTS
     for _ in range(most_fields if body[start : start + 1] == b"{" else 0):
         name, value_at = _next_key(body, at)
         if name is None:
             break
-        if name == "messages" and room > 0 and body[value_at : value_at + 1] == b"[":
+        if name == "messages" and elements_left > 0 and body[value_at : value_at + 1] == b"[":
             fields[name], at = decode_array(body, value_at, decoder.decode_in_place, MAX_MESSAGES + 1)
-            room -= len(fields[name])
+            elements_left -= len(fields[name])
         else:
             at = skip(body, value_at)
             if name in _FIELDS:
@@ -303,9 +309,9 @@ def _next_key(body: Body, at: int) -> tuple[str | None, int]:
 
 
 def _rest_of_fields(body: Body, at: int, *, is_first: bool) -> dict[str, Raw]:
-    """Return the known fields of a request from a position on, its start or the end of a field. Check the body's end.
+    """Return the known fields of a request after a position: its start (`is_first`), or the end of a field.
 
-    Raises Malformed, RecursionError, or ValidationError if the body is no object.
+    The rest of the body is checked. Raises Malformed, RecursionError, or ValidationError if the body is no object.
     """
     rest, shift = (body, 0) if is_first else rest_of(body, at, b'{"":null')
     try:

@@ -19,7 +19,8 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._items: dict[int, deque[tuple[int, T]]] = {}  # by account
-        self._turns: list[tuple[int, int, int]] = []  # heap of (start tag, order of joining, account)
+        # Heap of (start tag, order of joining, account). An account without items leaves it when its turn comes.
+        self._turns: list[tuple[int, int, int]] = []
         self._joined = count()
         self._virtual_time = 0  # the start tag of the item that left last; start tags are loads
         self._length = 0
@@ -45,9 +46,10 @@ class FairQueue(Generic[T]):
         self._note_removed()
 
     def pop(self, room: int, fits: Callable[[T], bool]) -> T | None:
-        """Remove and return the next item, or None if its load is above `room`.
+        """Remove and return the next item. Return None if there is none, or if its load is above `room`.
 
-        Accounts whose first item does not fit are passed over. They are next as soon as it fits, but gain no credit.
+        Accounts whose first item does not fit are passed over. Such an account is next as soon as the item fits, but
+        gains no credit for the turns that it missed.
         """
         turns: list[tuple[int, int, int]] = []
         found: T | None = None

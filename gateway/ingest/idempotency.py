@@ -37,7 +37,7 @@ from gateway.postgres.queries import ANSWER_UNIT, EndedRun, HeldKey, Hold, Known
 log = logging.getLogger(__name__)
 
 HOLD_MARGIN_S = 2.0  # beyond the longest run
-LATE_SETTLE_S = 0.25  # how long an answer that is due waits until its row is settled
+LATE_SETTLE_S = 0.25  # after its deadline, an answer waits at most this long until its row is settled
 SWEEP_INTERVAL_S = 60.0
 MAX_STORED_BYTES = 256 * 1024  # error rows echo input; a batch with a longer answer runs again instead
 _is_key = re.compile(r"[\x21-\x7e]{1,255}").fullmatch
@@ -53,7 +53,7 @@ def parse_key(values: Sequence[str]) -> str | None:
 
 
 class Submission(NamedTuple):
-    """The facts about a request that a claim needs. A repetition has the same account, key and body."""
+    """The facts about a request that a claim needs. A repeated request has the same account, key and body."""
 
     account_id: int
     key: str  # "" without an Idempotency-Key
@@ -114,7 +114,7 @@ class Claim:
 
 
 class KeyedClaim(Claim):
-    """A run of a request with an Idempotency-Key: its row is held until the run has ended."""
+    """A run of a request with an Idempotency-Key. It holds the key's row until it ends."""
 
     __slots__ = ("_block", "_holder", "_idempotency", "_is_held")
 
@@ -131,26 +131,26 @@ class KeyedClaim(Claim):
         Raises IdempotencyInProgress, IdempotencyKeyReused, TooManyIdempotencyKeys or DatabaseUnavailable.
         """
         await super().__aenter__()
-        has_room = self._idempotency.has_room(self._submission.account_id)
-        known = await self._hold(may_insert=has_room and bool(self.lists))
+        may_store = self._idempotency.may_store_key(self._submission.account_id)
+        known = await self._hold(may_insert=may_store and bool(self.lists))
         if isinstance(known, HeldKey):
             self._note_held(known)
-        elif known is None and not self.lists:  # no run has queued anything, and neither will this one
+        elif known is None and not self.lists:  # a first run that queues nothing: it needs no row
             self._idempotency.requests["first"] += 1
         elif known is not None and known.is_same_body and known.answer is not None:
             self._idempotency.requests["replayed"] += 1
             self.stored_answer, self.first_position = known.answer, known.first_position
         else:
-            raise self._refusal(known, has_room=has_room)
+            raise self._refusal(known, may_store=may_store)
         return self
 
-    def _refusal(self, known: KnownKey | None, *, has_room: bool) -> GatewayError:
+    def _refusal(self, known: KnownKey | None, *, may_store: bool) -> GatewayError:
         """Count and return the refusal of a request that neither holds its key nor finds its stored answer."""
         requests = self._idempotency.requests
         if known is not None and not known.is_same_body:
             requests["conflict"] += 1
             return IdempotencyKeyReused()
-        if known is None and not has_room:
+        if known is None and not may_store:
             requests["too_many"] += 1
             return TooManyIdempotencyKeys()
         # Another run holds the key, or its row was removed between the two queries: a retry finds the key free.
@@ -207,7 +207,7 @@ class KeyedClaim(Claim):
             await self._end(encoded)
 
     async def _end(self, answer: bytes | None = None, *, is_forgotten: bool = False) -> None:
-        """Settle the row. The answer waits for that, even if it is late."""
+        """Settle the row, if it is held: store `answer`, or forget the row, or else release it."""
         if not self._is_held:
             return
         sent = self._submission
@@ -228,7 +228,7 @@ class Idempotency:
         self._max_keys = max_keys
         self._settling: set[asyncio.Task[None]] = set()
         self.stored_keys: Counter[int] = Counter()  # account → keys: at the last count, and of this process since
-        self.requests: Counter[str] = Counter()  # requests with a key, by result
+        self.requests: Counter[str] = Counter()  # requests with a key, by result (web/metrics.py has their meanings)
         self.unsettled = 0  # answers given before their row was settled
 
     def claim(self, submission: Submission, block: IdBlock, ids: BatchIds) -> Claim:
@@ -237,7 +237,7 @@ class Idempotency:
             return Claim(self.queries, submission, ids)
         return KeyedClaim(self, submission, block, ids)
 
-    def has_room(self, account_id: int) -> bool:
+    def may_store_key(self, account_id: int) -> bool:
         """Return True if the account may store another key."""
         return self.stored_keys[account_id] < self._max_keys
 
@@ -260,8 +260,8 @@ class Idempotency:
     async def settle(self, run: EndedRun, deadline: float) -> None:
         """Settle a row; wait for that until `deadline`, at least LATE_SETTLE_S, and at most one database timeout.
 
-        A failure costs no message, and the answer stays true: the hold expires by itself, and the next run takes the
-        same ids.
+        Nothing is raised. If the row is not settled, no message is lost, and the answer stays true: the hold expires by
+        itself, and the next run takes the same ids.
         """
         task = asyncio.create_task(self.queries.settle_key(run), name="settle an idempotency key")
         self._settling.add(task)

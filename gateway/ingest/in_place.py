@@ -1,7 +1,7 @@
 """Decoding of JSON values where they stand in a larger body. No IO.
 
-msgspec decodes a whole document. But it finishes a value before it raises an error for the byte that follows, and the
-text of this error has the position of that byte. So one pass gives a value and its end.
+msgspec decodes whole documents only. Of a value with more bytes behind it, it decodes the value, then raises an error
+whose text has the position of the next byte. So one pass gives the value and its end.
 """
 
 import re
@@ -30,14 +30,14 @@ class Malformed(Exception):
     def of(cls, error: msgspec.DecodeError, start: int = 0) -> "Malformed":
         """Convert an error of the decoder. `start` is added to its position.
 
-        Not for a ValidationError: its text may quote the body. The others are constants, with a position.
+        Not for a ValidationError: its text may quote the body. The texts of other errors are constants with a position.
         """
         found = _malformed(str(error))
         return cls(found[1], start + int(found[2])) if found else cls("it ends too early", None)
 
 
 class InPlace(Generic[T]):
-    """A decoder of objects of one type, a Struct, where they stand. For one thread."""
+    """A decoder of objects of one Struct where they stand in a body. For one thread."""
 
     def __init__(self, kind: type[T]) -> None:
         self._found: list[T] = []
@@ -94,7 +94,7 @@ def decode_array(
             return elements, after_spaces(body, at + 1)
         following = after_spaces(body, at + 1)
         if body[at : at + 1] != b"," or body[following : following + 1] == b"]" or len(elements) == most:
-            # It is malformed, or the other elements are to be skipped. The decoder skips them, or says what is wrong.
+            # The array is malformed, or its other elements are skipped. The decoder skips them, or says what is wrong.
             rest, shift = rest_of(body, at, b"[null")
             return elements, shift + _end(_decode_raw, rest, 0, shift=shift)
         at = following
@@ -119,7 +119,10 @@ def check(body: Body) -> None:
 def _end(
     decode: Callable[[memoryview], object], body: Body, start: int, stop: int | None = None, shift: int = 0
 ) -> int:
-    """Return the position after what `decode` decodes. `shift` is added to the position of an error."""
+    """Decode the value at `start`, and return the position of the next byte after it that is no white space.
+
+    `shift` is added to the position of an error.
+    """
     part = memoryview(body)[start:stop]
     try:
         decode(part)

@@ -71,9 +71,9 @@ class SendRequest(msgspec.Struct):
 
 
 def draft_early(body: bytes, form: Form) -> Draft | None:
-    """Return the draft of a body that arrived with its head; None if it is refused.
+    """Return the draft of a body, before the API key is looked up; None if the body is refused.
 
-    Pipeline.run raises the refusal, after the refusals that concern the API key.
+    Pipeline.run then decodes the body again and raises the refusal: refusals of the API key come first.
     """
     try:
         return validate(form.decode(body))
@@ -104,16 +104,18 @@ class Pipeline:
     async def run(self, request: SendRequest, record: RequestRecord) -> bytes:
         """Return the encoded answer once the broker has settled every message, or the deadline has passed.
 
-        Sets `record.is_replayed` if the answer is the stored one of an earlier request, and `record.is_dry_run`. Raises
-        the GatewayErrors of decoding, of the Idempotency-Key, of the database, Unavailable or OutcomeUnknown if nothing
-        is confirmed, and MessageRefused if the message of a single send is refused.
+        Sets `record.is_replayed` if the answer is the stored one of an earlier request, and `record.is_dry_run`.
+
+        Raises the GatewayErrors of decoding, of the Idempotency-Key and of the database; Unavailable or OutcomeUnknown
+        if nothing is confirmed; MessageRefused if the message of a single send is refused.
         """
         draft = request.draft
         if draft is None:
             draft = validate(request.form.decode(request.body))
             record.mark(VALIDATE)
-        has_key = request.idempotency_key is not None
-        body_sha256 = hashlib.sha256(request.form.salt + request.body).digest() if has_key else b""
+        body_sha256 = b""
+        if request.idempotency_key is not None:
+            body_sha256 = hashlib.sha256(request.form.salt + request.body).digest()
         request.body = b""
         record.count_in_flight(draft.size)
         if draft.dry_run:
@@ -183,7 +185,7 @@ class Pipeline:
         return encode(SingleDryRunAnswer())
 
     async def _claim(self, request: SendRequest, draft: Draft, body_sha256: bytes) -> Claim:
-        """Take message ids, and return the claim in which the batch runs."""
+        """Take message ids, and return the claim for the batch, not entered yet."""
         block = await self._ids.take(draft.size + self._layout.most_envelopes(draft.list_numbers))
         ids = BatchIds(block.ids[: draft.size], block.ids[draft.size :])
         submission = Submission(
@@ -199,13 +201,16 @@ class Pipeline:
 
 
 def _with_ids(stored_answer: bytes, claim: Claim) -> bytes:
-    """Return the stored answer to a batch with the ids of its first run."""
+    """Return the stored answer to a batch, with the ids of what was queued: those of the first run."""
     answer = decode_answer(stored_answer)
     return encode_with_ids(answer, ids_at(claim.first_position, answer.queued_count + answer.error_count))
 
 
 def _single_answer(answer: Answer, claim: Claim) -> bytes:
-    """Return the encoded answer to a single send; b"" if its message is not queued: `store` stores no such answer."""
+    """Return the encoded answer to a single send; b"" if its message is not queued.
+
+    `Claim.store` does not store the answer then, and the caller gets a refusal.
+    """
     return encode(SingleAnswer(True, claim.ids.messages[0], "queued")) if answer.queued_count else b""
 
 
@@ -216,8 +221,8 @@ def _refusal_of(row: ErrorRow) -> MessageRefused:
 def answer_for(batch: Batch, outcomes: bytes) -> Answer:
     """Return the answer: the number of confirmed messages, and an error row for each of the others.
 
-    `outcomes` has one Outcome per message. If none is confirmed, raises OutcomeUnknown if a message is unknown, or
-    QueueUnavailable if the queue refused one, unless all are too large: to send those again would be of no use.
+    `outcomes` has one Outcome per message. If none is confirmed, raises OutcomeUnknown if a message is unknown, or else
+    QueueUnavailable if the queue refused one. If all are too large, they get error rows: sending them again is no use.
     """
     queued = outcomes.count(Outcome.ACKED)
     rows = batch.rows

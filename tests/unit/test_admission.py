@@ -281,7 +281,7 @@ def test_an_account_may_hold_its_share_to_the_last_slot() -> None:
     admission = admission_of(max_requests=4)
     for account_id in (A, A, B):
         admission.admit()
-        admission.change(account_id, 1, 0)
+        admission.add_held(account_id, 1, 0)
     admission.admit()
     admission.check_share(A, KEY)  # its third of four, of which one is free with it
 
@@ -290,7 +290,7 @@ def test_the_keys_of_all_refused_requests_are_remembered() -> None:
     admission = admission_of(max_requests=4)
     for _ in range(4):
         admission.admit()
-        admission.change(A, 1, 0)
+        admission.add_held(A, 1, 0)
     for key in ("one", "two", "three"):
         with pytest.raises(Overloaded):
             admission.check_share(A, key)
