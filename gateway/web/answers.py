@@ -30,7 +30,7 @@ REFUSED_WITH = web.ResponseKey("refused_with", str)
 UNKNOWN_CODING = "The only Transfer-Encoding this service takes is chunked"
 # Characters that a log line, a header and a JSON string can carry unescaped.
 _is_safe_request_id = re.compile(r"[0-9A-Za-z._:/+=@-]{1,128}").fullmatch
-# Our own ids are a random prefix of the process and a counter: unique, without a call for randomness per request.
+# Our own ids are a random prefix for the process and a counter: unique, without a call for randomness per request.
 _PROCESS, _requests = secrets.token_hex(8), count()
 
 
@@ -52,7 +52,7 @@ def json_answer(status: int, body: bytes, headers: Mapping[str, str]) -> web.Res
 
 
 def refuse(error: GatewayError) -> web.Response:
-    """Return the answer to a refused request."""
+    """Return the answer to a request that is refused as a whole."""
     message_id = error.message_id if isinstance(error, OutcomeUnknown) else ""
     body = msgspec.json.encode(Refused(str(error), error.code, message_id))
     response = json_answer(error.status, body, error.headers())
@@ -105,11 +105,11 @@ async def answer_every_request(request: web.Request, handler: Handler) -> web.St
         drop_tracebacks(error)
         response = refuse(InternalError(f"{InternalError.sentence}: {request_id}"))
     response.headers[REQUEST_ID_HEADER] = request_id
-    runtime = request.app.get(RUNTIME)
     if is_chunked(request):
         # aiohttp 3.14.5 reads the last trailer of a chunked request as the first header of the connection's next
         # request. Behind a load balancer that may be another caller's.
         response.force_close()
+    runtime = request.app.get(RUNTIME)
     if runtime is not None and runtime.draining:
         response.force_close()  # the caller's next request then goes to a process that stays
     return response

@@ -27,8 +27,8 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 REPLAYED_HEADERS = {"Idempotent-Replayed": "true"}
 PREFER_HEADER = "Prefer"
 PREFERENCE_HEADERS = {"Preference-Applied": "return=representation"}
-# A comma or a semicolon in a quoted string does not separate (RFC 9110, 5.6.4). A string that is not closed ends with
-# its header line. Each pattern takes linear time, because callers choose the text.
+# A comma or a semicolon in a quoted string is no separator (RFC 9110, 5.6.4). A string that is not closed ends with its
+# header line. Each pattern takes linear time, because callers choose the text.
 _preferences_in = re.compile(r'(?:[^",]+|"(?:[^"\\]|\\.?)*"?)+').findall
 _is_return = re.compile(r"\s*return\s*(?:[=;]|$)", re.IGNORECASE).match
 _value_of_return = re.compile(r'[^=;]+=\s*("(?:[^"\\]|\\.)*"|[^\s;"]+)\s*(?:;|$)').match
@@ -64,7 +64,8 @@ async def send_single(request: web.Request) -> web.StreamResponse:
 async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     """Admit, authenticate, read the body, and answer with what the pipeline made of the batch.
 
-    A small body that has arrived with its head is decoded before the key is looked up; its refusal waits for its turn.
+    A small body that has arrived with its head is decoded before the key is looked up. If it is refused, the pipeline
+    raises the refusal later: the refusals of the key come first.
     """
     runtime, record = request.app[RUNTIME], request[RECORD]
     slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
@@ -80,13 +81,13 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     record.account_id = account.id
     runtime.key_watch.note(key_sha256)
     record.mark(AUTHENTICATE)
-    await slot.enter(account.id, size_to_reserve(request), keys[0])  # without a valid key, no bytes are reserved
+    await slot.enter(account.id, size_to_reserve(request), keys[0])
     if slot.waited_s:
         record.mark(WAIT)
     received = await _receive(request, form, slot, account.id, body)
     if draft is not None:
         received.draft, received.lists = draft, account.lists
-    del body, draft  # the pipeline alone holds them: it can let go of them
+    del body, draft  # `received` alone holds them now, and the pipeline empties it
     answer = await runtime.pipeline.run(received, record)
     slot.hold_answer(len(answer))
     headers = REPLAYED_HEADERS if record.is_replayed else {}
@@ -96,7 +97,10 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
 
 
 async def _receive(request: web.Request, form: Form, slot: Slot, account_id: int, body: bytes | None) -> SendRequest:
-    """Read the body of an authenticated request unless it has been read, and reserve what it costs."""
+    """Return what the pipeline needs of a request. Read the body if `body` is None, and reserve its cost.
+
+    Raises InvalidIdempotencyKey, Overloaded, and what read_body raises.
+    """
     settings, record = request.app[RUNTIME].settings, request[RECORD]
     key = idempotency.parse_key(request.headers.getall(IDEMPOTENCY_HEADER, []))
     if body is None:

@@ -1,4 +1,4 @@
-"""Reading a request's body: media type, size, weight, deadline, `Expect: 100-continue`."""
+"""Reading a request's body: media type, size, cost in memory, timeout, `Expect: 100-continue`."""
 
 import asyncio
 from contextlib import nullcontext
@@ -18,9 +18,9 @@ from gateway.errors import (
 from gateway.ingest.wire import MAX_BODY_BYTES
 
 # The factor for a body with characters beyond ASCII. Python stores a text with the width of its widest character: with
-# one emoji, four bytes for each. Twice is enough: such a body holds 4.0 times its bytes until its payloads are built,
-# and then, like any other, 2.6 times until its confirms (docs/evidence/performance.md, "Large bodies").
-# tests/hostile/test_memory.py checks the bound of a process.
+# one emoji, four bytes for each. But 2 is enough: such a body takes 4.0 times its bytes only until its payloads are
+# built. Then, until its confirms, it takes 2.6 times its bytes, like any other (docs/evidence/performance.md, "Large
+# bodies"). tests/hostile/test_memory.py checks the bound of a process.
 WIDE_FACTOR = 2
 # Up to this size, a body that arrives with its head is decoded before its caller is known: key and lists then take one
 # query. Decoded, it may take seven times its bytes, in each slot (tests/hostile/test_memory_of_bodies.py).
@@ -66,7 +66,8 @@ async def read_body(request: web.Request, timeout_s: float) -> bytes:
     body = bytearray()
     refusal = await _read_into(body, request, timeout_s)
     if refusal is not None:
-        # The error is in a stream that its traceback reaches. A refusal raised here has nothing to do with it.
+        # A refusal raised in _read_into would have the original error as its context: the error's traceback reaches the
+        # stream that holds it, a reference cycle.
         body.clear()
         raise refusal
     return bytes(body)

@@ -29,10 +29,10 @@ from gateway.web.sockets import BACKLOG, ProtocolFactory, bind_tcp, cannot_liste
 
 log = logging.getLogger(__name__)
 
-STEP_S = 0.002
+STEP_S = 0.002  # how long a worker does not watch the queue, to let another one accept
 MAX_STEPS_PER_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
-STEPS_PER_SECOND = 10.0  # 2 % of all time
-MAX_SAVED_STEPS = 100.0
+STEPS_PER_SECOND = 10.0  # on average: 2 % of all time
+MAX_SAVED_STEPS = 100.0  # unused ones, which may be taken at once
 
 ABSENT = 2**32 - 1  # the count of a worker that does not accept: no worker defers to it
 COUNT_BYTES = 4
@@ -87,11 +87,11 @@ class SharedPort:
         return InheritedPort(worker, self._counts_descriptor, [each.fileno() for each in self._sockets])
 
     def mark_absent(self, worker: int) -> None:
-        """Let no worker defer to this one: its process has ended."""
+        """Let no worker defer to this one, whose process has ended or has not started yet."""
         self._counts.write(worker, ABSENT)
 
     def close(self) -> None:
-        """End the queue for all processes, also for a worker that hangs. Callers are refused from then on."""
+        """End the queue for all processes, also for a worker that hangs. New connections are refused from then on."""
         for each in self._sockets:
             with suppress(OSError):  # no worker listens yet
                 each.shutdown(socket.SHUT_RDWR)
@@ -100,7 +100,7 @@ class SharedPort:
 
 @asynccontextmanager
 async def open_shared_port(host: str, port: int, workers: int) -> AsyncIterator[SharedPort]:
-    """Bind the port, so that no other program takes it while a worker restarts. Raises ConfigurationError."""
+    """Yield the port, bound: no other program can take it while a worker restarts. Raises ConfigurationError."""
     with ExitStack() as stack:
         sockets = await bind_tcp(host, port, shared=True)
         for each in sockets:
@@ -137,7 +137,7 @@ class SharedListener:
         self._sockets = [socket.socket(fileno=descriptor) for descriptor in port.sockets]
         self._factory = factory
         self._tls = tls
-        self._open_connections = 0  # including those in a TLS handshake
+        self._open_connections = 0  # those in a TLS handshake included
         self._is_accepting = False
         self._deferral = _Deferral()
         self._timer: asyncio.TimerHandle | None = None  # of a step, or of a pause after an error
@@ -146,7 +146,7 @@ class SharedListener:
 
     @property
     def port(self) -> int:
-        """Return the port."""
+        """The port, which the system may have chosen."""
         port: int = self._sockets[0].getsockname()[1]
         return port
 
@@ -240,7 +240,7 @@ class _Deferral:
     def __init__(self) -> None:
         self._awaited: dict[int, int] = {}  # worker → count, of the workers that this one defers to
         self._steps = 0  # since `_awaited` has changed
-        self._ignored: dict[int, int] = {}  # worker → count, of those that did not accept within a wait
+        self._ignored: dict[int, int] = {}  # worker → count, of those that did not accept within MAX_STEPS_PER_WAIT
         self._saved_steps = MAX_SAVED_STEPS
         self._saved_at = 0.0
 

@@ -13,7 +13,7 @@ from gateway.config import PREFIX, ConfigurationError
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024  # connections that the kernel holds until they are accepted; callers beyond it retry after a second
+BACKLOG = 1024  # connections that the kernel holds until they are accepted; beyond it, a caller's kernel tries again
 SPARE_DESCRIPTORS = 128  # for everything that is not a caller's connection
 
 ProtocolFactory = Callable[[], asyncio.Protocol]
