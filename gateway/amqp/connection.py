@@ -78,32 +78,35 @@ class PublishConnection:
         self._settings = settings
         self._count_late = count_late
         self._loop = asyncio.get_running_loop()
-        self._tracker = ConfirmTracker()
-        self.unverified = ""  # the broker's words, if it does not let the user verify the queues' type
-        self._written: dict[PublishedRange, _Batch] = {}  # those that are not settled
-        self.is_blocked = False
-        self._blocked_at = 0.0
-        self._blocked_s = 0.0
-        self._lost = self._loop.create_future()
-        self._channel: AbstractChannel | None = None
-        self._channel_reply = ""
-        self._nacked_since = NEVER  # the first nack after the last ack
-        self._first_nack_at = NEVER
-        self._is_retiring = False
-        self.has_returned = False  # the broker has returned a message; reset when the topology is restored
-        self.is_suspect = False  # the broker has just closed a channel: open() checks the right to publish
-        self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
-        self.has_refused_size = False  # the broker has closed the channel because of a payload above that
-        self.unconfirmed_messages = 0  # those that wait for room on the socket included
-        self.unconfirmed_bytes = 0  # likewise; frames included
-        self._waiting: deque[_Batch] = deque()  # batches that wait for room on the socket, oldest first
-        self._waiting_bytes = 0
+        # The socket and the channel.
         self._transport = TappedTransport()
         self._transport.report_to(self._on_event, self._on_lost)
         self._connection: aio_pika.Connection | None = None
+        self._channel: AbstractChannel | None = None
+        self._channel_reply = ""  # why the channel was closed or given up; "" while it is in use
         self._framers: list[PublishFramer] = []  # one for each shard
+        self._lost = self._loop.create_future()
+        self.is_blocked = False
+        self._blocked_at = 0.0
+        self._blocked_s = 0.0  # without the block that lasts
+        # The batches.
+        self._tracker = ConfirmTracker()
+        self._written: dict[PublishedRange, _Batch] = {}  # those that are not settled
+        self._waiting: deque[_Batch] = deque()  # batches that wait for room on the socket, oldest first
+        self._waiting_bytes = 0
+        self.unconfirmed_messages = 0  # those that wait for room on the socket included
+        self.unconfirmed_bytes = 0  # likewise; frames included
         self._due_at = NEVER  # the earliest deadline of a batch; the timer is set to it
         self._timer: asyncio.TimerHandle | None = None
+        # What the broker refuses.
+        self.unverified = ""  # the broker's words, if it does not let the user verify the queues' type
+        self.is_right_in_doubt = False  # True: open() checks the right to publish, because the broker has refused one
+        self.max_payload_bytes: int | None = None  # the broker's limit; None: not known
+        self.has_refused_size = False  # the broker has closed the channel because of a payload above that
+        self.has_returned = False  # the broker has returned a message; reset when the topology is restored
+        self._nacked_since = NEVER  # the first nack after the last ack
+        self._first_nack_at = NEVER
+        self._is_retiring = False
 
     async def open(self) -> None:
         """Connect, declare or check the topology, and open the publish channel. Raises any error of connecting."""
@@ -115,7 +118,7 @@ class PublishConnection:
         # When a classic queue's process dies, the broker nacks all its unconfirmed messages, even those on disk.
         if settings.amqp_queue_type == "classic" or self.unverified:
             self._tracker = ConfirmTracker(nacked=Outcome.UNKNOWN)
-        if self.is_suspect:
+        if self.is_right_in_doubt:
             async with self._connection.channel() as channel:
                 await check_may_publish(channel, settings)
         if self._channel is not None:  # the predecessor's; it is closed already, unless it was retired
@@ -147,7 +150,7 @@ class PublishConnection:
         successor._transport, successor._connection = self._transport, self._connection
         successor._channel = self._channel
         successor._transport.report_to(successor._on_event, successor._on_lost)
-        successor.is_suspect = self._channel_reply.startswith("403")
+        successor.is_right_in_doubt = self._channel_reply.startswith("403")
         successor._blocked_s, successor.max_payload_bytes = self.blocked_s, self.max_payload_bytes
         return successor
 

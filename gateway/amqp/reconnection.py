@@ -141,11 +141,11 @@ class PublishConnections:
         nodes = self._settings.amqp_nodes()
         number += self._first_node
         attempt = 0
-        half_open = is_suspect = False
+        half_open = is_right_in_doubt = False
         while not self.is_closed:
             node = URL(nodes[(number + attempt) % len(nodes)])
             connection = PublishConnection(self._settings, node, self._count_late, half_open=half_open)
-            connection.is_suspect = is_suspect
+            connection.is_right_in_doubt = is_right_in_doubt
             try:
                 if await self._open(connection):
                     attempt = 0
@@ -155,7 +155,7 @@ class PublishConnections:
                     while not self.is_closed:  # aiormq may have absorbed a cancellation
                         await self._serve(connection)
                         if (successor := await self._reopen(connection)) is None:
-                            is_suspect = connection.close_reply.startswith("403")
+                            is_right_in_doubt = connection.close_reply.startswith("403")
                             break
                         connection = successor
                     number += 1  # the next node first: this one has just failed

@@ -14,7 +14,7 @@ class IdSupply:
         self._current: LeasedIds | None = None
         self._next: LeasedIds | None = None
         self._leasing: asyncio.Task[None] | None = None
-        self.leases = 0
+        self.leases = 0  # obtained so far
 
     @property
     def available(self) -> int:

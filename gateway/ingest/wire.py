@@ -82,7 +82,7 @@ class DryRunAnswer(Answer):
 
 
 class SingleAnswer(msgspec.Struct):
-    """The answer to a single message that was queued."""
+    """The answer to a single send whose message was queued."""
 
     success: bool
     message_id: str
@@ -90,7 +90,7 @@ class SingleAnswer(msgspec.Struct):
 
 
 class SingleDryRunAnswer(msgspec.Struct):
-    """The answer to a dry run of a single message that would be published."""
+    """The answer to a dry run of a single send whose message would be published."""
 
     success: bool = True
     status: str = "dry_run"

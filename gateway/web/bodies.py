@@ -22,9 +22,9 @@ from gateway.ingest.wire import MAX_BODY_BYTES
 # built. Then, until its confirms, it takes 2.6 times its bytes, like any other (docs/evidence/performance.md, "Large
 # bodies"). tests/hostile/test_memory.py checks the bound of a process.
 WIDE_FACTOR = 2
-# Up to this size, a body that arrives with its head is decoded before its caller is known: key and lists then take one
-# query. Decoded, it may take seven times its bytes, in each slot (tests/hostile/test_memory_of_bodies.py).
-EARLY_BODY_BYTES = 32 * 1024
+# Up to this size, a body that arrives with its head is decoded before the API key is looked up: key and lists then take
+# one query. Decoded, it may take seven times its bytes, in each slot (tests/hostile/test_memory_of_bodies.py).
+SMALL_REQUEST_BYTES = 32 * 1024
 _JSON_TYPES = (None, "application/json")
 
 
@@ -37,7 +37,7 @@ def read_arrived(request: web.Request) -> bytes | None:
     if (
         not content.is_eof()
         or content.exception() is not None
-        or content.total_bytes > EARLY_BODY_BYTES
+        or content.total_bytes > SMALL_REQUEST_BYTES
         or hdrs.EXPECT in request.headers
         or not _is_plain_json(request)
     ):

@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from gateway.ingest.admission import Slot
-from gateway.web.bodies import EARLY_BODY_BYTES
+from gateway.web.bodies import SMALL_REQUEST_BYTES
 from gateway.web.connections import LINGER_S, _Connection
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
@@ -144,8 +144,8 @@ async def test_a_body_with_wide_characters_reserves_what_it_costs(
     database = await asyncpg.connect(gateway.runtime.settings.database_url)
     try:
         for text, factor in (("plain", 1), ("\N{PILE OF POO}", 2), ("\\ud83d\\udca9", 2)):
-            # Larger than EARLY_BODY_BYTES: of a small body the lists are looked up with the key, before it is weighed.
-            body = gateway.caller.body(body="TEXT" + "a" * EARLY_BODY_BYTES).replace(b"TEXT", text.encode())
+            # Above SMALL_REQUEST_BYTES: of a small request the lists are looked up with the key, before it is weighed.
+            body = gateway.caller.body(body="TEXT" + "a" * SMALL_REQUEST_BYTES).replace(b"TEXT", text.encode())
             async with database.transaction():
                 await database.execute("LOCK TABLE sending_lists")
                 request = asyncio.create_task(gateway.post(body))

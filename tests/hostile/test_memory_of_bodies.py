@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from gateway.ingest.wire import MAX_BODY_BYTES
-from gateway.web.bodies import EARLY_BODY_BYTES
+from gateway.web.bodies import SMALL_REQUEST_BYTES
 from testbed import Servers
 from tests.hostile.attacked_gateway import AttackedGateway, open_gateway
 from tests.support.callers import Caller, make_caller
@@ -108,9 +108,9 @@ async def test_small_bodies_of_unknown_callers_fit_into_the_memory_limit(servers
         caller = await make_caller(gateway.admin)
         good = caller.message()
         bad = {"to": text, "body": text}
-        number = (EARLY_BODY_BYTES - 1024) // len(msgspec.json.encode(bad) + b",")
+        number = (SMALL_REQUEST_BYTES - 1024) // len(msgspec.json.encode(bad) + b",")
         body = msgspec.json.encode({"messages": [good, *[bad] * min(number, 999)]})
-        assert 0.8 * EARLY_BODY_BYTES < len(body) <= EARLY_BODY_BYTES
+        assert 0.8 * SMALL_REQUEST_BYTES < len(body) <= SMALL_REQUEST_BYTES
         unknown = [b"X-Api-Key: trk_" + b"x" * 32, b"Content-Length: %d" % len(body)]
         async with locked_lists(servers):
             answers = await asyncio.gather(

@@ -336,7 +336,7 @@ async def sharing_gateway(gateway: GatewayUnderTest, request: pytest.FixtureRequ
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(asyncpg.Connection, "fetch", fetch_and_count)
         if request.param == RESOLVE_LISTS:
-            patch.setattr(bodies, "EARLY_BODY_BYTES", 0)
+            patch.setattr(bodies, "SMALL_REQUEST_BYTES", 0)
         yield gateway
     shared = [accounts for accounts in accounts_per_query if accounts > 1]
     assert len(shared) >= 10, "nothing could have been mixed up: the test has shown nothing"
