@@ -19,10 +19,10 @@ A, B = 1, 2
 BATCH_BYTES = 1_000 * admission_module.MESSAGE_BYTES  # a body with an expected load of 1,000
 
 
-async def fill(house: AsyncExitStack, admission: Admission, size: int, account_id: int) -> int:
+async def fill(held: AsyncExitStack, admission: Admission, size: int, account_id: int) -> int:
     """Admit requests of one account until one is refused or waits; return how many were admitted."""
     for number in range(1_000):
-        request = asyncio.create_task(house.enter_async_context(entered(admission, size, account_id)))
+        request = asyncio.create_task(held.enter_async_context(entered(admission, size, account_id)))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         if not request.done():
@@ -65,10 +65,10 @@ def assert_empty(admission: Admission) -> None:
 
 async def test_one_account_alone_gets_three_quarters_of_the_slots_and_leaves_room_for_others() -> None:
     admission = admission_of()
-    async with AsyncExitStack() as house:
-        assert await fill(house, admission, 0, A) == 75
+    async with AsyncExitStack() as held:
+        assert await fill(held, admission, 0, A) == 75
         assert admission.shed == {"account_share": 1}
-        assert await fill(house, admission, 0, B) > 15
+        assert await fill(held, admission, 0, B) > 15
         async with entered(admission, 0, account_id=3):
             assert admission.requests_of[3] == 1
     assert_empty(admission)
@@ -76,8 +76,8 @@ async def test_one_account_alone_gets_three_quarters_of_the_slots_and_leaves_roo
 
 async def test_one_accounts_large_bodies_leave_room_for_others() -> None:
     admission = admission_of(max_requests=1_000, max_bytes=1_000)
-    async with AsyncExitStack() as house:
-        assert await fill(house, admission, 10, A) == 75
+    async with AsyncExitStack() as held:
+        assert await fill(held, admission, 10, A) == 75
         async with waiting(admission, 10, A), entered(admission, 150, B):
             assert admission.reserved_bytes == 900
     assert_empty(admission)
@@ -85,8 +85,8 @@ async def test_one_accounts_large_bodies_leave_room_for_others() -> None:
 
 async def test_one_account_leaves_bytes_free_when_its_bodies_are_large() -> None:
     admission = admission_of(max_bytes=1_500)
-    async with AsyncExitStack() as house:
-        assert await fill(house, admission, 500, A) == 2, "a third body would take all bytes"
+    async with AsyncExitStack() as held:
+        assert await fill(held, admission, 500, A) == 2, "a third body would take all bytes"
         async with waiting(admission, 500, A), entered(admission, 500, B):
             assert dict(admission.bytes_of) == {A: 1_000, B: 500}
     assert_empty(admission)
@@ -128,8 +128,8 @@ async def test_a_body_as_large_as_all_bytes_is_served_once_they_are_free(size: i
 async def test_a_released_share_can_be_taken_again() -> None:
     admission = admission_of(max_requests=8, max_bytes=1_000)
     for _ in range(3):
-        async with AsyncExitStack() as house:
-            assert await fill(house, admission, 1, A) == 6
+        async with AsyncExitStack() as held:
+            assert await fill(held, admission, 1, A) == 6
 
 
 async def test_retry_after_follows_how_long_a_slot_is_held() -> None:
@@ -256,7 +256,7 @@ async def test_a_slot_is_given_back_once() -> None:
             assert_empty(admission)
 
 
-async def test_a_smaller_weight_is_never_refused() -> None:
+async def test_a_body_that_costs_less_than_is_reserved_is_never_refused() -> None:
     admission = admission_of(max_bytes=1_000)
     async with entered(admission, 100, A) as slot, entered(admission, 100, B) as other:
         other.hold_answer(1_500)
@@ -368,9 +368,9 @@ async def test_a_batch_without_a_grant_does_not_pass_those_that_wait() -> None:
 async def test_an_account_alone_may_use_the_whole_window() -> None:
     room = BrokerRoom(10_000)
     admission = admission_of(room=room)
-    async with AsyncExitStack() as house:
+    async with AsyncExitStack() as held:
         for _ in range(10):
-            slot = await house.enter_async_context(entered(admission, BATCH_BYTES - 1, A))
+            slot = await held.enter_async_context(entered(admission, BATCH_BYTES - 1, A))
             await slot.enter_window(1_000)
             room.unconfirmed += 1_000
         async with waiting(admission, BATCH_BYTES - 1, A) as served:
@@ -416,8 +416,8 @@ async def test_turns_are_given_for_room_and_not_for_all_at_once() -> None:
 async def test_slow_bodies_of_one_account_leave_room_for_another() -> None:
     """They have had their turn, and nothing comes of it: no other account waits for that."""
     admission = admission_of(room=BrokerRoom(10_000))
-    async with AsyncExitStack() as house:
-        slow = await fill(house, admission, BATCH_BYTES - 1, A)
+    async with AsyncExitStack() as held:
+        slow = await fill(held, admission, BATCH_BYTES - 1, A)
         assert slow == 5
         async with (
             waiting(admission, BATCH_BYTES - 1, A),
@@ -573,8 +573,8 @@ async def test_a_caller_that_hangs_up_leaves_the_queue() -> None:
 async def test_quick_refusals_do_not_shorten_retry_after() -> None:
     admission = admission_of(max_requests=4)
     admission.held_s = 3.2
-    async with AsyncExitStack() as house:
-        await fill(house, admission, 0, A)
+    async with AsyncExitStack() as held:
+        await fill(held, admission, 0, A)
         for _ in range(200):
             with held_slot(admission), pytest.raises(Overloaded):
                 admission.check_refused_key(KEY)
@@ -607,8 +607,8 @@ async def test_a_cancelled_request_leaves_the_queue() -> None:
 async def test_a_key_whose_account_is_over_its_share_is_refused_again_without_a_query() -> None:
     admission = admission_of(max_requests=4)
     admission.check_refused_key(KEY)
-    async with AsyncExitStack() as house:
-        assert await fill(house, admission, 0, A) == 3
+    async with AsyncExitStack() as held:
+        assert await fill(held, admission, 0, A) == 3
         for refusals in (2, 3):
             with held_slot(admission), pytest.raises(Overloaded):
                 admission.check_refused_key(KEY)
@@ -621,8 +621,8 @@ async def test_a_key_whose_account_is_over_its_share_is_refused_again_without_a_
 async def test_remembered_keys_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(admission_module, "MAX_REFUSED_KEYS", 10)
     admission = admission_of(max_requests=4)
-    async with AsyncExitStack() as house:
-        await fill(house, admission, 0, A)
+    async with AsyncExitStack() as held:
+        await fill(held, admission, 0, A)
         for number in range(100):
             with held_slot(admission), pytest.raises(Overloaded):
                 admission.check_share(A, f"key {number}")

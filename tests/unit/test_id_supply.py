@@ -1,4 +1,4 @@
-"""The supply of message ids: one lease for all that wait, the next one ahead of time, and nobody harms another."""
+"""The supply of message ids: one lease for all that wait, and the next one ahead of time."""
 
 import asyncio
 from typing import cast
