@@ -69,6 +69,9 @@ MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers
 # Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
 MAX_COST_OF_HEADS = 64 * 1024 * 1024
 COST_OF_BYTE, COST_OF_LINE = 3, 350
+# Memory of the TLS buffers of all connections together: uvloop keeps two, as large as the largest read, to the close.
+MAX_TLS_BUFFERS = 128 * 1024 * 1024
+SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
 # Of the body of a request that waits. One read of the event loop (256 kB) comes on top.
 READ_AHEAD = 64 * 1024
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
@@ -264,6 +267,8 @@ class _Server(web.Server):
         self._is_full = False
         self._is_draining = False
         self.cost_of_heads = 0  # of the incomplete ones
+        self._tls_buffers: dict[_Connection, int] = {}  # bytes; the connection whose buffers grew last is the last
+        self._tls_bytes = 0
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
 
     def __call__(self) -> RequestHandler:
@@ -335,6 +340,20 @@ class _Server(web.Server):
                 if self.cost_of_heads > MAX_COST_OF_HEADS:
                     connection.drop_head()
 
+    def bound_tls_buffers(self, connection: "_Connection", size: int) -> None:
+        """Note the size of a connection's buffers. Close others without a request while all are too large."""
+        self.forget_tls_buffers(connection)
+        self._tls_buffers[connection] = size
+        self._tls_bytes += size
+        if self._tls_bytes > MAX_TLS_BUFFERS:
+            for other in list(self._tls_buffers):
+                if self._tls_bytes > MAX_TLS_BUFFERS and other is not connection and other.abort_if_answered():
+                    self.forget_tls_buffers(other)
+
+    def forget_tls_buffers(self, connection: "_Connection") -> None:
+        """Forget the buffers of a connection, if they are noted."""
+        self._tls_bytes -= self._tls_buffers.pop(connection, 0)
+
 
 class _Connection(RequestHandler):
     """One HTTP connection, with the bounds of the module's docstring."""
@@ -351,6 +370,7 @@ class _Connection(RequestHandler):
         "_head_lines",
         "_is_half_closed",
         "_kept",
+        "_largest_read",
         "_server",
         "_unread",
         "head_due",
@@ -370,6 +390,7 @@ class _Connection(RequestHandler):
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
         self._body_bytes = 0  # its length, if some of it is to come
         self._kept = b""  # data behind as many requests as may wait
+        self._largest_read = SMALL_READ  # in bytes; with TLS
         self._unread = EMPTY_PAYLOAD  # of an answered request: aiohttp reads it and discards it
         self._is_half_closed = False  # the caller sends no more, and waits for its answers
 
@@ -391,6 +412,9 @@ class _Connection(RequestHandler):
 
         At an error, the parser loses the requests before it in the same data. And a head that is not whole is known.
         """
+        if len(data) > self._largest_read and self.ssl_context is not None:
+            self._largest_read = len(data)
+            self._server.bound_tls_buffers(self, 2 * len(data))
         if isinstance(self._payload_parser, _DiscardingParser):
             super().data_received(data)
             return
@@ -550,6 +574,17 @@ class _Connection(RequestHandler):
         self._refuse_head(Overloaded(TOO_MANY))
         return True
 
+    def abort_if_answered(self) -> bool:
+        """Abort this connection and return True, or return False if a request is in progress.
+
+        An orderly end of TLS would wait for the caller, and keep the buffers.
+        """
+        if self._is_in_request or self.transport is None:
+            return False
+        self._server.refusals.note("connection closed: all TLS buffers together are too large")
+        self.transport.abort()
+        return True
+
     def drop_head(self) -> None:
         """Refuse the incomplete head of this connection, because all of them are too expensive."""
         self._server.refusals.note("request head refused: all incomplete heads together are too large")
@@ -601,6 +636,7 @@ class _Connection(RequestHandler):
         self._end_unread()
         if self._current_request is not None and SLOT in self._current_request:
             self._current_request[SLOT].abandon()
+        self._server.forget_tls_buffers(self)
         self._body = self._unread = EMPTY_PAYLOAD
         self._kept = b""
         # The body of a request behind the one in progress refers to its connection: a reference cycle.
