@@ -8,7 +8,8 @@
 - Idle: closed by aiohttp after `keepalive_timeout_s`.
 
 All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the largest are closed. Of the requests sent
-behind one in progress, MAX_BYTES_AHEAD are read.
+behind one in progress, MAX_BYTES_AHEAD are read. With TLS, the buffers of all connections together are bounded:
+beyond MAX_TLS_BUFFERS, connections without a request are closed, first those whose buffers grew longest ago.
 
 One sweep per second looks at the heads of all connections, so that a request needs no timer for its head.
 
