@@ -8,12 +8,14 @@ from urllib.parse import urlsplit
 import aiohttp
 import psutil
 
+from gateway.amqp.connection import CLOSE_TIMEOUT_S
 from testbed import Servers
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.tcp_proxy import TcpProxy
 
 ROUNDS = 8
+MOMENT_S = 0.25
 
 
 async def post(gateway: GatewayUnderTest, **headers: str) -> int:
@@ -36,9 +38,9 @@ async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
     )
     await eventually(lambda: len(runtime.publisher.connections.open) == runtime.settings.amqp_connections)
     await eventually(lambda: not runtime.idempotency._settling)
-    tasks = Counter(task.get_coro().__qualname__ for task in asyncio.all_tasks())  # type: ignore[union-attr]
+    names = [task.get_coro().__qualname__ for task in asyncio.all_tasks()]  # type: ignore[union-attr]
     return {
-        "tasks": {name: count for name, count in tasks.items() if not name.startswith("_Link.")},  # the proxies' own
+        "tasks": Counter(name for name in names if not name.startswith("_Link.")),  # without the proxies' own
         "connections": sum(
             1
             for connection in psutil.Process().net_connections("tcp")
@@ -52,12 +54,19 @@ async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
 
 
 async def held_at_rest(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
-    """Return what `held` returns at the quietest of some moments: a question about the queues has tasks of its own."""
-    moments = []
-    for _ in range(8):
-        moments.append(await held(gateway, ports))
-        await asyncio.sleep(0.25)
-    return min(moments, key=lambda moment: sum(moment["tasks"].values()))
+    """Return what `held` returns, with the tasks only that are there at every moment, once no more of them end.
+
+    A heartbeat or a question about the queues has a task of its own for a moment, and the closing of a lost connection
+    for up to CLOSE_TIMEOUT_S.
+    """
+    at_rest, unchanged = await held(gateway, ports), 0
+    while unchanged * MOMENT_S < 2 * CLOSE_TIMEOUT_S:
+        await asyncio.sleep(MOMENT_S)
+        moment = await held(gateway, ports)
+        moment["tasks"] &= at_rest["tasks"]
+        unchanged = unchanged + 1 if moment["tasks"] == at_rest["tasks"] else 0
+        at_rest = moment
+    return at_rest
 
 
 async def test_faults_leave_nothing_behind(
