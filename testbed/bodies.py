@@ -10,6 +10,7 @@ LIST_NUMBER = b"+18005551000000"  # of 14 digits, so that any other can take its
 FIELDS = b'"to":"+14155551234","list_number":"%b","body":"Hi {{messageId}}"' % LIST_NUMBER
 GOOD = b"{" + FIELDS + b"}"
 HEAD, TAIL = b'{"messages":[', b"]}"
+MANY_NAMES = b'"metadata":{"x":[' + b'{"contact_data":1},' * 10_000 + b"1]}"
 
 
 def clean_body(text: bytes = b"a", list_number: bytes = LIST_NUMBER) -> bytes:
@@ -68,16 +69,22 @@ PLACES = {
         b"}},1.5" + TAIL,
     ),
     "contact_data before its end is malformed": (HEAD + b"{" + FIELDS + b',"contact_data":{"x":', b"!}}" + TAIL),
+    "contact_data of metadata": (HEAD + b"{" + FIELDS + b',"metadata":{"contact_data":{"x":', b'},"y":1}}' + TAIL),
     "contact_data before many of its name": (
         HEAD + b"{" + FIELDS + b',"contact_data":{"x":',
-        b'},"metadata":{"x":[' + b'{"contact_data":1},' * 10_000 + b"1]}}" + TAIL,
+        b"}," + MANY_NAMES + b"}" + TAIL,
+    ),
+    "contact_data with a bad field before many of its name": (
+        HEAD + b"{" + FIELDS + b',"contact_data":{"x":',
+        b',"first_name":1},' + MANY_NAMES + b"}" + TAIL,
+    ),
+    "contact_data after many fields and before many of its name": (
+        b"{" + b'"a":1,' * 1_000 + HEAD[1:] + b"{" + FIELDS + b',"contact_data":{"x":',
+        b',"first_name":1},' + MANY_NAMES + b"}" + TAIL,
     ),
     "first_name": (HEAD + b"{" + FIELDS + b',"contact_data":{"first_name":', b"}}" + TAIL),
     "custom_fields": (HEAD + b"{" + FIELDS + b',"contact_data":{"custom_fields":', b"}}" + TAIL),
 }
-
-# Places behind so much that brackets in them are parsed twice: decision 0049.
-PARSED_TWICE = ("a message after many fields", "a message after many elements", "contact_data before many of its name")
 
 # Places in the body of a single send. It has the form of one element of `messages`.
 SINGLE_PLACES = {"a single send": (b"", b"")} | {
@@ -97,6 +104,8 @@ VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
     "good messages": (filled, b"[", GOOD + b",", GOOD + b"]"),
     "deep": (filled, b"[", b"[" * 300 + b"]" * 300 + b",", b"1]"),
     "deep known names": (filled, b"[", b"[" * 300 + b'{"first_name":1}' + b"]" * 300 + b",", b"1]"),
+    "deep names": (filled, b"[", b"[" * 300 + b'{"contact_data":{}}' + b"]" * 300 + b",", b"1]"),
+    "shallow": (filled, b"[", b"[" * 10 + b"]" * 10 + b",", b"1]"),
     "keys": (numbered, b"{", b'"%07d":1,', b'"last":1}'),
     "one key": (filled, b"{", b'"a":1,', b'"a":1}'),
     "known keys": (filled, b"{", b'"to":"a",', b'"to":"a"}'),

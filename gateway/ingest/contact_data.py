@@ -13,7 +13,6 @@ from typing import TypedDict
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
-from gateway.errors import InvalidJson
 from gateway.ingest.in_place import Body, InPlace, Malformed, check
 
 SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: the typed check would decode its texts
@@ -21,7 +20,6 @@ SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: the typed 
 # is taken out only if the next name, or the end of the body, is at least WORTH_BYTES away: a small one is better left.
 MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 1024
 TINY_BYTES = 32  # a value of up to this size stays: to put it back may copy megabytes around it
-NESTED_TOO_DEEPLY = "it is nested too deeply"  # of a body: the reason of an InvalidJson
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -125,7 +123,11 @@ class TakenOut:
         return stand_in
 
     def put_back(self, value: Raw | UnsetType) -> Raw | UnsetType:
-        """Return the original of a value from the shortened body. Raises InvalidJson if it is nested too deeply."""
+        """Return the original of a value from the shortened body.
+
+        What was taken out of the middle of it is put back there. It may then be nested deeper than the decoder allows:
+        its depth is not checked, because that would parse megabytes a second time.
+        """
         short = b"" if value is UNSET else bytes(memoryview(value))
         at = short.find(_MARK)
         if at < 0:
@@ -141,7 +143,7 @@ class TakenOut:
             pieces += [short[copied : found.start()], original]
             copied = found.end()
             at = short.find(_MARK, copied)
-        return _checked(b"".join([*pieces, short[copied:]]))
+        return Raw(b"".join([*pieces, short[copied:]]))
 
     def position(self, at: int) -> int:
         """Return the position in the body. `at` is one in the shortened body, outside the stand-ins."""
@@ -213,12 +215,3 @@ def _last(text: bytes, body: Body, most: int) -> list[int]:
     while len(found) < most and (at := body.rfind(text, 0, at)) >= 0:
         found.append(at)
     return found
-
-
-def _checked(value: bytes) -> Raw:
-    """Return a value whose parts were put back. Raises InvalidJson if it is nested too deeply as a whole."""
-    try:
-        check(value)
-    except RecursionError:
-        raise InvalidJson(NESTED_TOO_DEEPLY) from None
-    return Raw(value)

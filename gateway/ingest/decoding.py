@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, TakenOut, first_byte, take_out
+from gateway.ingest.contact_data import WORTH_BYTES, TakenOut, first_byte, is_object, take_out
 from gateway.ingest.in_place import (
     Body,
     InPlace,
@@ -41,7 +41,12 @@ MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
 # tried. A failed message counts as at least LEAST_FAILED_BYTES: to learn that a number is no string takes up to 30 µs.
 MAX_FAILED_BYTES, LEAST_FAILED_BYTES = 64 * 1024, 4096
 PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
-NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
+# Parts of a body that would be parsed a second time may not have both many brackets and more bytes than this.
+TWICE_BYTES = 256 * 1024
+# Of a body: reasons of an InvalidJson.
+NOT_AN_OBJECT: Final = "it is not an object"
+NESTED_TOO_DEEPLY: Final = "it is nested too deeply"
+TOO_MUCH_TO_PARSE: Final = "it has too many arrays and objects beside too many fields, messages or contact_data"
 _FIELDS = frozenset(("messages", "list_number", "dry_run"))
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
@@ -133,6 +138,9 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
             short, taken_out = take_out(body)
             has_many_brackets = taken_out is None or _has_many_brackets(short)  # is it still slow to parse?
         decoded = decode(short, has_many_brackets)
+        if has_many_brackets:  # `contact_data` that is still there will be parsed again, by its check
+            left = [m.contact_data for m in decoded.messages if m.contact_data is not UNSET]
+            _check_second_pass([value for value in left if len(value) > WORTH_BYTES and is_object(value)])
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
         # An error of `take_out` has its position in the body: `taken_out` is None then.
         raise InvalidJson(_reason(body, error, taken_out)) from None
@@ -142,6 +150,13 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
 
 def _has_many_brackets(body: Body) -> bool:
     return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
+
+
+def _check_second_pass(parts: list[Raw]) -> None:
+    """Raise InvalidJson if parts of a body are too large and slow to be parsed again."""
+    text = b"".join(parts)
+    if len(text) > TWICE_BYTES and _has_many_brackets(text):
+        raise InvalidJson(TOO_MUCH_TO_PARSE)
 
 
 def _has_more(most: int, mark: bytes, body: Body) -> bool:
@@ -290,6 +305,7 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> 
     fields |= _rest_of_fields(body, at, is_first=at == start)
     elements = fields.get("messages")
     if isinstance(elements, Raw):
+        _check_second_pass([elements])
         is_array = first_byte(elements) == b"["
         elements = decode_array(bytes(elements), 0, decoder.decode_in_place, MAX_MESSAGES + 1)[0] if is_array else []
     return _decoded(elements or [], fields.get("list_number", UNSET), fields.get("dry_run", UNSET))
