@@ -41,12 +41,12 @@ MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
 # tried. A failed message counts as at least LEAST_FAILED_BYTES: to learn that a number is no string takes up to 30 µs.
 MAX_FAILED_BYTES, LEAST_FAILED_BYTES = 64 * 1024, 4096
 PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
-# Parts of a body that would be parsed a second time may not have both many brackets and more bytes than this.
+# Parts of a body that would be parsed a second time may not have both more bytes than this and very many values.
 TWICE_BYTES = 256 * 1024
 # Of a body: reasons of an InvalidJson.
 NOT_AN_OBJECT: Final = "it is not an object"
 NESTED_TOO_DEEPLY: Final = "it is nested too deeply"
-TOO_MUCH_TO_PARSE: Final = "it has too many arrays and objects beside too many fields, messages or contact_data"
+TOO_MANY_VALUES: Final = "it has too many values beside too many fields, messages or contact_data"
 _FIELDS = frozenset(("messages", "list_number", "dry_run"))
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
@@ -139,8 +139,8 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
             has_many_brackets = taken_out is None or _has_many_brackets(short)  # is it still slow to parse?
         decoded = decode(short, has_many_brackets)
         if has_many_brackets:  # `contact_data` that is still there will be parsed again, by its check
-            left = [m.contact_data for m in decoded.messages if m.contact_data is not UNSET]
-            _check_second_pass([value for value in left if len(value) > WORTH_BYTES and is_object(value)])
+            left = [message.contact_data for message in decoded.messages if message.contact_data is not UNSET]
+            _check_values(b"".join([value for value in left if len(value) > WORTH_BYTES and is_object(value)]))
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
         # An error of `take_out` has its position in the body: `taken_out` is None then.
         raise InvalidJson(_reason(body, error, taken_out)) from None
@@ -152,11 +152,10 @@ def _has_many_brackets(body: Body) -> bool:
     return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
 
 
-def _check_second_pass(parts: list[Raw]) -> None:
-    """Raise InvalidJson if parts of a body are too large and slow to be parsed again."""
-    text = b"".join(parts)
-    if len(text) > TWICE_BYTES and _has_many_brackets(text):
-        raise InvalidJson(TOO_MUCH_TO_PARSE)
+def _check_values(parts: bytes) -> None:
+    """Raise InvalidJson if parts of a body are too large, and too slow to parse, to be parsed a second time."""
+    if len(parts) > TWICE_BYTES and (_has_many_brackets(parts) or _has_more(MANY_COMMAS, b",", parts)):
+        raise InvalidJson(TOO_MANY_VALUES)
 
 
 def _has_more(most: int, mark: bytes, body: Body) -> bool:
@@ -305,9 +304,10 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> 
     fields |= _rest_of_fields(body, at, is_first=at == start)
     elements = fields.get("messages")
     if isinstance(elements, Raw):
-        _check_second_pass([elements])
-        is_array = first_byte(elements) == b"["
-        elements = decode_array(bytes(elements), 0, decoder.decode_in_place, MAX_MESSAGES + 1)[0] if is_array else []
+        array = bytes(elements) if first_byte(elements) == b"[" else b"[]"
+        if at > start:  # else the body is small enough
+            _check_values(array)
+        elements, _ = decode_array(array, 0, decoder.decode_in_place, MAX_MESSAGES + 1)
     return _decoded(elements or [], fields.get("list_number", UNSET), fields.get("dry_run", UNSET))
 
 

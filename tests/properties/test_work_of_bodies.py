@@ -15,7 +15,7 @@ import pytest
 
 from gateway.errors import GatewayError, InvalidJson
 from gateway.ingest import batch
-from gateway.ingest.decoding import MANY_BRACKETS, TWICE_BYTES, decode_bulk, decode_single
+from gateway.ingest.decoding import HUGE_BODY_BYTES, MANY_BRACKETS, MANY_COMMAS, decode_bulk, decode_single
 from gateway.ingest.wire import MAX_BODY_BYTES, Answer, encode
 from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
 
@@ -63,10 +63,10 @@ def test_work_is_that_of_a_clean_body(place: str) -> None:
     assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
 
 
-def with_arrays(place: str, arrays: int) -> bytes:
-    """Return a body of more than 256 KiB with so many arrays at a place."""
+def with_values(place: str, value: bytes, count: int) -> bytes:
+    """Return a huge body with so many values at a place."""
     before, after = PLACES[place]
-    return before + b"[" + b"[]," * arrays + b'"' + b"a" * TWICE_BYTES + b'"]' + after
+    return before + b"[" + value * count + b'"' + b"a" * HUGE_BODY_BYTES + b'"]' + after
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,11 @@ def with_arrays(place: str, arrays: int) -> bytes:
         *["contact_data before many of its name", "contact_data with a bad field before many of its name"],
     ],
 )
-def test_what_would_be_parsed_twice_is_refused_if_it_has_many_brackets(place: str) -> None:
-    batch.validate(decode_bulk(with_arrays(place, MANY_BRACKETS // 2)))
-    with pytest.raises(InvalidJson, match="too many arrays and objects beside"):
-        decode_bulk(with_arrays(place, MANY_BRACKETS))
+@pytest.mark.parametrize(("value", "most"), [(b"[],", MANY_BRACKETS), (b"{},", MANY_BRACKETS), (b"1,", MANY_COMMAS)])
+def test_what_would_be_parsed_twice_is_refused_if_it_has_very_many_values(place: str, value: bytes, most: int) -> None:
+    batch.validate(decode_bulk(with_values(place, value, most // 2)))
+    with pytest.raises(InvalidJson, match="too many values beside"):
+        decode_bulk(with_values(place, value, most + 1))
 
 
 def test_no_body_takes_much_memory() -> None:
