@@ -160,9 +160,9 @@ def _check_values(parts: list[Raw]) -> None:
     if sum(map(len, parts)) <= TWICE_BYTES:
         return
     arrays = objects = commas = 0
-    for part in map(memoryview, parts):
+    for part in parts:
         for start in range(0, len(part), PIECE_BYTES):
-            piece = bytes(part[start : start + PIECE_BYTES])
+            piece = bytes(memoryview(part)[start : start + PIECE_BYTES])
             arrays += piece.count(b"[")
             objects += piece.count(b"{")
             commas += piece.count(b",")
