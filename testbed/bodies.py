@@ -115,6 +115,7 @@ VALUES: dict[str, tuple[Fill, bytes, bytes, bytes]] = {
     "emoji": (filled, b'"', "\N{PILE OF POO}".encode(), b'"'),
     "newlines": (filled, b'"', b"\\n", b'"'),
     "escapes": (filled, b'"', b"\\u20ac", b'"'),
+    "phone numbers": (filled, b'"', b"+10\\n", b'+10"'),
     "macros": (filled, b'"', b"{{messageId}}", b'"'),
     "digits": (filled, b"", b"1", b"1"),
     "fraction": (filled, b"0.", b"1", b"e5"),

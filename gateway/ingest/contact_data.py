@@ -13,13 +13,16 @@ from typing import TypedDict
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
+from gateway.errors import InvalidJson
 from gateway.ingest.in_place import Body, InPlace, Malformed, check
+from gateway.ingest.second_pass import SecondPass
 
 SMALL_BYTES = 4096  # a larger value is checked by ContactData alone: the typed check would decode its texts
 # Limits on the work of `take_out`. Only the last MAX_NAMES names are considered. After MANY_VALUES values, another one
 # is taken out only if the next name, or the end of the body, is at least WORTH_BYTES away: a small one is better left.
-MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 1024
+MAX_NAMES, MANY_VALUES, WORTH_BYTES = 10_000, 1_000, 4096
 TINY_BYTES = 32  # a value of up to this size stays: to put it back may copy megabytes around it
+NESTED_TOO_DEEPLY = "it is nested too deeply"  # of a body: the reason of an InvalidJson
 
 
 class ContactData(msgspec.Struct, gc=False):
@@ -57,6 +60,7 @@ _escaped_name = re.compile(rb'"%b"' % b"".join([rb"(?:%c|\\u00(?i:%x))" % (byte,
 _LONGEST_NAME = 2 + 12 * len(b"\\u0000")
 _to_object = re.compile(rb"[ \t\r\n]*+:[ \t\r\n]*+(?=\{)").match
 _decode = msgspec.json.Decoder(ContactData).decode
+_decode_raw = msgspec.json.Decoder(Raw).decode
 _decode_typed = msgspec.json.Decoder(_TypedContactData).decode
 _in_place = InPlace(ContactData)
 # Stand-ins: an object passes the check of `contact_data`, an array does not. No body has the byte FF: it is no UTF-8.
@@ -111,6 +115,7 @@ class TakenOut:
 
     def __init__(self) -> None:
         self._values: list[Raw] = []
+        self._second_pass = SecondPass()
         # Of each stand-in: its end in the shortened body, and how many bytes were removed up to there.
         self._cuts: list[tuple[int, int]] = []
 
@@ -125,8 +130,7 @@ class TakenOut:
     def put_back(self, value: Raw | UnsetType) -> Raw | UnsetType:
         """Return the original of a value from the shortened body.
 
-        What was taken out of the middle of it is put back there. It may then be nested deeper than the decoder allows:
-        its depth is not checked, because that would parse megabytes a second time.
+        Raises InvalidJson if that is nested too deeply as a whole, or has too much to parse it again to find out.
         """
         short = b"" if value is UNSET else bytes(memoryview(value))
         at = short.find(_MARK)
@@ -143,7 +147,13 @@ class TakenOut:
             pieces += [short[copied : found.start()], original]
             copied = found.end()
             at = short.find(_MARK, copied)
-        return Raw(b"".join([*pieces, short[copied:]]))
+        whole = Raw(b"".join([*pieces, short[copied:]]))
+        self._second_pass.add(whole)
+        try:
+            _decode_raw(whole)
+        except RecursionError:
+            raise InvalidJson(NESTED_TOO_DEEPLY) from None
+        return whole
 
     def position(self, at: int) -> int:
         """Return the position in the body. `at` is one in the shortened body, outside the stand-ins."""

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from gateway.errors import InvalidDryRun, InvalidJson, MissingMessages, TooManyMessages
-from gateway.ingest.contact_data import WORTH_BYTES, TakenOut, first_byte, is_object, take_out
+from gateway.ingest.contact_data import NESTED_TOO_DEEPLY, TakenOut, first_byte, is_object, take_out
 from gateway.ingest.in_place import (
     Body,
     InPlace,
@@ -24,6 +24,7 @@ from gateway.ingest.in_place import (
     rest_of,
     skip,
 )
+from gateway.ingest.second_pass import SecondPass
 from gateway.ingest.wire import MAX_MESSAGES, NOT_A_MESSAGE, WRONG_TYPE, Message, MistypedMessage
 
 # A body above both limits may have too many values to build all. A batch of 1,000 messages reaches the limit with 50
@@ -40,13 +41,8 @@ MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
 # A message is first decoded with the right types. After MAX_FAILED_BYTES of messages that failed, this is no longer
 # tried. A failed message counts as at least LEAST_FAILED_BYTES: to learn that a number is no string takes up to 30 µs.
 MAX_FAILED_BYTES, LEAST_FAILED_BYTES = 64 * 1024, 4096
-PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked, or its values are counted
-# Parts of a body that would be parsed a second time may not have both more bytes than this and very many values.
-TWICE_BYTES = 256 * 1024
-# Of a body: reasons of an InvalidJson.
-NOT_AN_OBJECT: Final = "it is not an object"
-NESTED_TOO_DEEPLY: Final = "it is nested too deeply"
-TOO_MANY_VALUES: Final = "it has too many values beside too many fields, messages or contact_data"
+PIECE_BYTES = 64 * 1024  # of a text while its UTF-8 is checked
+NOT_AN_OBJECT: Final = "it is not an object"  # of a body: the reason of an InvalidJson
 _FIELDS = frozenset(("messages", "list_number", "dry_run"))
 _LITERALS = {b"true": True, b"false": False, b"null": None}
 
@@ -138,9 +134,8 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
             short, taken_out = take_out(body)
             has_many_brackets = taken_out is None or _has_many_brackets(short)  # is it still slow to parse?
         decoded = decode(short, has_many_brackets)
-        if has_many_brackets:  # `contact_data` that is still there will be parsed again, by its check
-            left = [message.contact_data for message in decoded.messages if message.contact_data is not UNSET]
-            _check_values([value for value in left if len(value) > WORTH_BYTES and is_object(value)])
+        if has_many_brackets:
+            _limit_second_pass(decoded.messages)
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
         # An error of `take_out` has its position in the body: `taken_out` is None then.
         raise InvalidJson(_reason(body, error, taken_out)) from None
@@ -152,22 +147,12 @@ def _has_many_brackets(body: Body) -> bool:
     return any(_has_more(MANY_BRACKETS, bracket, body) for bracket in (b"[", b"{"))
 
 
-def _check_values(parts: list[Raw]) -> None:
-    """Raise InvalidJson if parts of a body are too large, and too slow to parse, to be parsed a second time.
-
-    Counts in pieces: a copy of all parts would take as long.
-    """
-    if sum(map(len, parts)) <= TWICE_BYTES:
-        return
-    arrays = objects = commas = 0
-    for part in parts:
-        for start in range(0, len(part), PIECE_BYTES):
-            piece = bytes(memoryview(part)[start : start + PIECE_BYTES])
-            arrays += piece.count(b"[")
-            objects += piece.count(b"{")
-            commas += piece.count(b",")
-            if max(arrays, objects) > MANY_BRACKETS or commas > MANY_COMMAS:
-                raise InvalidJson(TOO_MANY_VALUES)
+def _limit_second_pass(messages: list[Message | MistypedMessage]) -> None:
+    """Raise InvalidJson if validation would parse too much again: the `contact_data` that `take_out` has left."""
+    second_pass = SecondPass()
+    for message in messages:
+        if message.contact_data is not UNSET and is_object(message.contact_data):
+            second_pass.add(message.contact_data)
 
 
 def _has_more(most: int, mark: bytes, body: Body) -> bool:
@@ -316,8 +301,8 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> 
     fields |= _rest_of_fields(body, at, is_first=at == start)
     elements = fields.get("messages")
     if isinstance(elements, Raw):
-        if at > start:  # else the body is small enough
-            _check_values([elements])
+        if at > start:  # otherwise the body has few brackets, and at most HUGE_BODY_BYTES
+            SecondPass().add(elements)
         array = bytes(elements) if first_byte(elements) == b"[" else b"[]"
         elements, _ = decode_array(array, 0, decoder.decode_in_place, MAX_MESSAGES + 1)
     return _decoded(elements or [], fields.get("list_number", UNSET), fields.get("dry_run", UNSET))
