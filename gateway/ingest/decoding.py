@@ -123,7 +123,7 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
     """Decode a body that may be no UTF-8, no JSON, or very large.
 
     To skip a body of 5 MB with millions of values takes as long as to decode and encode a clean one. So no value is
-    built that is not needed, and few bytes are parsed twice (tests/properties/test_work_of_bodies.py).
+    built that is not needed, and few values are parsed twice (tests/properties/test_work_of_bodies.py).
     """
     short, taken_out = body, None
     try:

@@ -15,7 +15,7 @@ from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
 from tests.support.tcp_proxy import TcpProxy
 
 ROUNDS = 8
-MOMENT_S = 0.25
+LOOK_AGAIN_S = 0.25
 
 
 async def post(gateway: GatewayUnderTest, **headers: str) -> int:
@@ -54,14 +54,14 @@ async def held(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
 
 
 async def held_at_rest(gateway: GatewayUnderTest, ports: set[int]) -> dict[str, Any]:
-    """Return what `held` returns, with the tasks only that are there at every moment, once no more of them end.
+    """Return what `held` returns, with only those tasks that are there at every look, once no more of them end.
 
-    A heartbeat or a question about the queues has a task of its own for a moment, and the closing of a lost connection
-    for up to CLOSE_TIMEOUT_S.
+    A heartbeat or a question about the queues has a task for a moment, and the closing of a lost connection for up to
+    CLOSE_TIMEOUT_S.
     """
     at_rest, unchanged = await held(gateway, ports), 0
-    while unchanged * MOMENT_S < 2 * CLOSE_TIMEOUT_S:
-        await asyncio.sleep(MOMENT_S)
+    while unchanged * LOOK_AGAIN_S < 2 * CLOSE_TIMEOUT_S:
+        await asyncio.sleep(LOOK_AGAIN_S)
         moment = await held(gateway, ports)
         moment["tasks"] &= at_rest["tasks"]
         unchanged = unchanged + 1 if moment["tasks"] == at_rest["tasks"] else 0
