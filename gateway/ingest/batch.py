@@ -15,7 +15,7 @@ from msgspec import UNSET
 from gateway import errors
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
-from gateway.ingest.contact_data import is_contact_data, is_contact_data_fast, is_null, is_object
+from gateway.ingest.contact_data import SMALL_BYTES, is_contact_data, is_contact_data_fast, is_null, is_object
 from gateway.ingest.decoding import DecodedBody
 from gateway.ingest.envelopes import Layout, Placement, place
 from gateway.ingest.wire import (
@@ -38,6 +38,7 @@ _are_numbers = re.compile(rf"{E164}(?:\n{E164})*").fullmatch
 MAX_NUMBER = 17
 
 MACRO = "{{messageId}}"
+NO_CONTACT_DATA = msgspec.Raw(b"[]")  # fails the check of `contact_data`
 PLAIN = Layout()
 Finished = TypeVar("Finished")  # a Payload, or its bytes
 
@@ -200,6 +201,8 @@ def _error_in_objects(
     contact_data, metadata = message.contact_data, message.metadata
     if contact_data is not UNSET and not check(contact_data):
         if not is_null(contact_data):
+            if len(contact_data) > SMALL_BYTES:  # the message by message check that follows would parse it again
+                message.contact_data = NO_CONTACT_DATA
             return errors.INVALID_CONTACT_DATA
         message.contact_data = UNSET
     if metadata is not UNSET and not is_object(metadata):

@@ -6,6 +6,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from msgspec import Raw
 
 from gateway.amqp.confirms import Outcome
 from gateway.amqp.outgoing import Outgoing
@@ -168,6 +169,22 @@ def test_contact_data_is_checked_whatever_its_size(size: int, beside: list[Any])
         contact_data["x"] = "x" * (size - len(json.dumps(contact_data)))
         draft = batch.validate(decode_bulk(request_of([GOOD | {"contact_data": contact_data}, *beside])))
         assert [row.code for row in draft.rows if row.index == 0] == ([code] if code else [])
+
+
+def test_large_contact_data_of_the_wrong_type_is_parsed_once() -> None:
+    parsed = []
+
+    def decode(value: Raw) -> contact_data.ContactData:
+        parsed.append(len(value))
+        return contact_data_decoder(value)
+
+    contact_data_decoder = contact_data._decode
+    bad = GOOD | {"contact_data": {"x": "x" * contact_data.SMALL_BYTES, "first_name": 1}}
+    decoded = decode_bulk(request_of([GOOD, bad]))
+    with patch.object(contact_data, "_decode", decode):
+        draft = batch.validate(decoded)
+    assert [(row.index, row.code) for row in draft.rows] == [(1, "invalid_field")]
+    assert len(parsed) == 1
 
 
 def test_contact_data_of_any_depth_is_valid_or_refused() -> None:
