@@ -42,7 +42,7 @@ from typing import Any
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler, _ErrInfo
 
 from gateway.errors import (
@@ -659,7 +659,7 @@ class _Connection(RequestHandler):
             with suppress(ConnectionError):  # the caller has hung up, and aiohttp notices by itself
                 await response.prepare(request)
                 await response.write_eof()
-                await self._linger()
+                await self._linger(request.content)
             return response
 
         return answer_and_linger
@@ -683,10 +683,9 @@ class _Connection(RequestHandler):
         if (
             # The caller learns only now that we close, and may have sent more.
             (is_body_broken or (request.keep_alive and not response.keep_alive))
-            and request.content.is_eof()  # otherwise aiohttp reads the rest of the body
             and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
         ):
-            await self._linger()
+            await self._linger(request.content)
         elif self._head_bytes and not self._is_in_request:  # the head began behind this request
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         return response, is_lost
@@ -697,8 +696,20 @@ class _Connection(RequestHandler):
         resp.headers.setdefault(hdrs.SERVER, SERVER)  # aiohttp's own header names its version, and Python's
         return super().finish_response(request, resp, start_time)
 
-    async def _linger(self) -> None:
-        """Discard what arrives before the close (LINGER_S). An incomplete head is discarded too."""
+    async def _linger(self, body: StreamReader) -> None:
+        """Before the close, discard the rest of the request's body and what arrives behind it (LINGER_S)."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_S):
+                while not body.is_eof():
+                    await body.readany()
+                if not self._force_close:
+                    await self._discard_rest()
+        if not body.is_eof():
+            self.close()
+            body.feed_eof()  # otherwise aiohttp waits for it once more
+
+    async def _discard_rest(self) -> None:
+        """Discard what arrives behind the last request. An incomplete head is discarded too."""
         self.head_due = NEVER
         self._forget_head()
         rest = self._payload_parser = _DiscardingParser()
@@ -743,15 +754,13 @@ class _DiscardingParser:
         self._ended.set()
 
     async def drain(self) -> None:
-        """Return when the caller hangs up, when nothing arrives for QUIET_S, or after LINGER_S."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_S):
-                while self._is_coming:
-                    self._is_coming = False
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(QUIET_S):
-                            await self._ended.wait()
-                            return
+        """Return when the caller hangs up, or when nothing arrives for QUIET_S."""
+        while self._is_coming:
+            self._is_coming = False
+            with suppress(TimeoutError):
+                async with asyncio.timeout(QUIET_S):
+                    await self._ended.wait()
+                    return
 
 
 BLANK_LINE = b"\r\n\r\n"

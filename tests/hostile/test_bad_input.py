@@ -211,6 +211,36 @@ async def test_bytes_sent_behind_the_last_answer_do_not_discard_it(attack: Attac
         assert answer.raw.count(b"HTTP/1.1 ") == 1
 
 
+@pytest.mark.parametrize(
+    ("request_head", "refusal"),
+    [
+        (table.chunked(lines=(b"Content-Encoding: gzip",), end=b""), "415 unsupported_media_type"),
+        (table.head(b"X-Api-Key: unknown", b"Transfer-Encoding: chunked"), "401 invalid_api_key"),
+        (table.head(b"Transfer-Encoding: chunked", first=b"POST /other HTTP/1.1"), "404 not_found"),
+    ],
+    ids=["coding", "key", "path"],
+)
+async def test_bytes_sent_behind_a_body_that_comes_after_its_refusal_do_not_discard_the_answer(
+    attack: Attack, request_head: bytes, refusal: str
+) -> None:
+    address, start = urlsplit(attack.gateway.url), attack.fill_in(request_head) + b"64\r\n" + b"a" * 50
+
+    def send_slowly_and_read_late() -> bytes:
+        with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
+            caller.sendall(start)
+            time.sleep(0.5)  # longer than the gateway waits where nothing more is to come
+            caller.sendall(b"a" * 50 + b"\r\n0\r\n\r\n")
+            for _ in range(3):
+                time.sleep(0.05)
+                caller.sendall(NEXT)
+            return b"".join(iter(lambda: caller.recv(65_536), b""))
+
+    answer = RawAnswer(await asyncio.to_thread(send_slowly_and_read_late))
+    assert attack.read(answer) == refusal
+    assert b"\r\nConnection: close\r\n" in answer.raw
+    assert answer.raw.count(b"HTTP/1.1 ") == 1
+
+
 async def test_a_client_that_resets_before_reading_its_400_leaves_no_traceback(attack: Attack) -> None:
     address = urlsplit(attack.gateway.url)
 
