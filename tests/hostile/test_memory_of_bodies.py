@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import chain
 from pathlib import Path
+from resource import getpagesize
+from statistics import median
 
 import asyncpg
 import msgspec
@@ -25,6 +27,7 @@ REFUSED, AT_ONCE = 150, 6
 MAX_AFTER_REFUSALS_MB = 150
 SLOTS = 512  # GATEWAY_MAX_REQUESTS_IN_FLIGHT, as it ships
 MAX_SMALL_MB = 250
+PAGE_BYTES = getpagesize()
 MAX_MB = 400  # of the 512 MB that docs/operations.md allows a process
 
 
@@ -47,6 +50,12 @@ def peak_mb(gateway: AttackedGateway) -> float:
     """Return the highest resident memory that the process has had, in MiB."""
     status = Path(f"/proc/{gateway.process.pid}/status").read_text(encoding="ascii")
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def page_faults(gateway: AttackedGateway) -> int:
+    """Return how many pages of memory the process has fetched from the kernel, without those read from files."""
+    after_name = Path(f"/proc/{gateway.process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2]
+    return int(after_name.split()[7])
 
 
 @asynccontextmanager
@@ -99,6 +108,20 @@ async def test_bodies_that_wait_for_the_database_fit_into_the_memory_limit(serve
             await asyncio.gather(*(post(gateway, caller, body) for _ in range(CONNECTIONS)))
         print(f"{CONNECTIONS} bodies that wait: {peak_mb(gateway):.0f} MB")
         assert peak_mb(gateway) <= MAX_MB
+
+
+async def test_bodies_sent_one_after_the_other_use_the_same_memory(servers: Servers) -> None:
+    """Page faults took a third of the CPU of a large body."""
+    async with open_gateway(servers) as gateway:
+        caller = await make_caller(gateway.admin)
+        body = body_of(caller, "")
+        faults = []
+        for _ in range(12):
+            before = page_faults(gateway)
+            assert await post(gateway, caller, body) == 200
+            faults.append(page_faults(gateway) - before)
+        print(f"page faults: {faults}")
+        assert median(faults) < len(body) / PAGE_BYTES, "fewer than the body has pages"
 
 
 @pytest.mark.parametrize("text", ["aaaaaaa", "\N{PILE OF POO}"])
