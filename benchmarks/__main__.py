@@ -276,6 +276,8 @@ def bodies_command(
     report_file: ReportFile = None,
 ) -> None:
     """CPU of the gateway for bodies of 5 MB in all shapes of testbed/bodies.py, beside that of a clean one."""
+    if not bodies.chosen(like):
+        raise typer.BadParameter(f'no shape has "{like}" in its name; testbed/bodies.py has the names')
     options = bodies.Options(like=like, rounds=rounds)
     measured = bodies.measure(options, lambda reading: typer.echo(bodies.show(reading)))
     publish(measured, bodies.report(measured), json_file, report_file)

@@ -64,11 +64,15 @@ def measure(options: Options, on_reading: Callable[[Reading], None]) -> Bodies:
     return Bodies(described, options, readings, bars_of(readings))
 
 
-def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
-    clean = clean_body(list_number=backends.list_numbers[0].encode())
+def chosen(like: str) -> list[tuple[str, str, Callable[[], bytes]]]:
+    """Return the name, the path and the maker of each shape whose name contains `like`."""
     shapes = [(name, PATH, make) for name, make in SHAPES.items()]
     shapes += [(name, SINGLE_PATH, make) for name, make in SINGLE_SHAPES.items()]
-    chosen = [shape for shape in shapes if options.like in shape[0]]
+    return [shape for shape in shapes if like in shape[0]]
+
+
+def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
+    clean = clean_body(list_number=backends.list_numbers[0].encode())
     for _ in range(options.rounds):
         with (
             backends.names("quorum", declare=True) as names,
@@ -76,7 +80,7 @@ def _read_all(backends: Backends, options: Options) -> Iterator[Reading]:
             closing(_Caller(server.url, backends.key, server.pid)) as caller,
         ):
             caller.send(clean)  # the first one pays for what is set up once
-            for name, path, make in chosen:
+            for name, path, make in chosen(options.like):
                 body = make().replace(LIST_NUMBER, backends.list_numbers[0].encode())
                 own, clean_own = caller.send_in_turn(body, path, clean, options.bodies)
                 if median(own) > BAR * median(clean_own):

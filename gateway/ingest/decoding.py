@@ -34,8 +34,9 @@ LARGE_BODY_BYTES, MANY_COMMAS = 64 * 1024, 50_000
 MANY_BRACKETS = 10_000
 # It takes longer to decode messages one by one, but then a value of the wrong type in a huge body costs no second pass.
 HUGE_BODY_BYTES = 1024 * 1024
-# Limits on what is decoded one by one. After the first MAX_FIELDS fields, or after MAX_ELEMENTS elements of several
-# `messages`, the rest of the body is parsed as a whole, and `messages` in it a second time.
+# Limits on what is decoded one by one. Fields after the first MAX_FIELDS are parsed as a whole, and `messages` among
+# them a second time. If a body has several `messages`, those after MAX_ELEMENTS elements are skipped, and the last of
+# them is parsed a second time.
 MAX_FIELDS, MAX_ELEMENTS = 1_000, 2 * MAX_MESSAGES
 # A message is first decoded with the right types. After MAX_FAILED_BYTES of messages that failed, this is no longer
 # tried. A failed message counts as at least LEAST_FAILED_BYTES: to learn that a number is no string takes up to 30 µs.
@@ -286,9 +287,9 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> 
     elements_left = MAX_ELEMENTS
     for _ in range(most_fields if body[start : start + 1] == b"{" else 0):
         name, value_at = _next_key(body, at)
-        if name is None or elements_left <= 0:
-            break  # the rest is decoded as a whole
-        if name == "messages" and body[value_at : value_at + 1] == b"[":
+        if name is None:
+            break
+        if name == "messages" and elements_left > 0 and body[value_at : value_at + 1] == b"[":
             fields[name], at = decode_array(body, value_at, decoder.decode_in_place, MAX_MESSAGES + 1)
             elements_left -= len(fields[name])
         else:
@@ -297,11 +298,11 @@ def _decode_in_place(body: Body, decoder: _ElementDecoder, most_fields: int) -> 
                 fields[name] = Raw(memoryview(body)[value_at:at])
         if body[at : at + 1] != b",":
             break
-    if at > start:  # otherwise the body has few brackets, and at most HUGE_BODY_BYTES
-        SecondPass().add(memoryview(body)[at:])
     fields |= _rest_of_fields(body, at, is_first=at == start)
     elements = fields.get("messages")
     if isinstance(elements, Raw):
+        if at > start:  # otherwise the body has few brackets, and at most HUGE_BODY_BYTES
+            SecondPass().add(elements)
         array = bytes(elements) if first_byte(elements) == b"[" else b"[]"
         elements, _ = decode_array(array, 0, decoder.decode_in_place, MAX_MESSAGES + 1)
     return _decoded(elements or [], fields.get("list_number", UNSET), fields.get("dry_run", UNSET))

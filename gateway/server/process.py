@@ -30,11 +30,12 @@ from gateway.web.sockets import Limits
 
 logger = logging.getLogger(__name__)
 
-# Parameters of glibc's mallopt(3), in bytes. By default, a body of 5 MB makes glibc return its memory to the kernel and
-# fetch it again with page faults, which takes up to 15 ms of CPU (scripts/bench bodies). All that one body needs fits
-# below KEPT_FREE; above it, free memory at the end of the heap is returned.
-M_TRIM_THRESHOLD, KEPT_FREE = -1, 32 * 1024 * 1024
-M_MMAP_THRESHOLD, LARGEST_IN_HEAP = -3, 8 * 1024 * 1024  # the other limit is fixed by setting the first
+# Parameters of mallopt(3), in bytes. By default, glibc returns the memory of a large body to the kernel, and the next
+# one fetches it again with page faults: up to 15 ms of CPU for 5 MB (scripts/bench bodies). Free memory at the end of
+# the heap is returned above KEPT_FREE. With that set, glibc does not adjust the other limit: it would stay at 128 KiB,
+# and larger blocks would not come from the heap.
+M_TRIM_THRESHOLD, KEPT_FREE = -1, 24 * 1024 * 1024
+M_MMAP_THRESHOLD, LARGEST_IN_HEAP = -3, 8 * 1024 * 1024
 
 
 def run(settings: Settings, *, workers: int = 1) -> None:
@@ -86,7 +87,7 @@ def _run(serving: Coroutine[None, None, None]) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the allocator keep up to KEPT_FREE, where it is glibc's: musl and macOS lack mallopt."""
+    """Let the allocator keep up to KEPT_FREE at the end of the heap. musl and macOS have no mallopt."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_TRIM_THRESHOLD, KEPT_FREE)
         mallopt(M_MMAP_THRESHOLD, LARGEST_IN_HEAP)

@@ -65,7 +65,7 @@ SWEEP_S = 1.0
 # Before a close, unread data is read and discarded for this time, as nginx does. A close with unread data makes the
 # kernel send a TCP reset, which can take the answer from the caller.
 LINGER_S = 5.0
-QUIET_S = 0.2  # the reading ends earlier if nothing arrives for this time
+QUIET_S = 0.2  # behind the body, the reading ends if nothing arrives for this time
 MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers of 8 kB
 # Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
 MAX_COST_OF_HEADS = 64 * 1024 * 1024
@@ -697,7 +697,7 @@ class _Connection(RequestHandler):
         return super().finish_response(request, resp, start_time)
 
     async def _linger(self, body: StreamReader) -> None:
-        """Before the close, discard the rest of the request's body and what arrives behind it (LINGER_S)."""
+        """Discard the rest of the request's body, then what arrives behind it, for at most LINGER_S in all."""
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while not body.is_eof():
@@ -705,8 +705,10 @@ class _Connection(RequestHandler):
                 if not self._force_close:
                     await self._discard_rest()
         if not body.is_eof():
+            # After its end, a body must get no data: close() lets data_received drop it. Without an end, aiohttp would
+            # wait for the rest once more.
             self.close()
-            body.feed_eof()  # otherwise aiohttp waits for it once more
+            body.feed_eof()
 
     async def _discard_rest(self) -> None:
         """Discard what arrives behind the last request. An incomplete head is discarded too."""

@@ -38,6 +38,7 @@ ABSENT = 2**32 - 1  # the count of a worker that does not accept: no worker defe
 COUNT_BYTES = 4
 LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # of descriptors, or of memory
 RETRY_S = 1.0  # after one of them
+TLS_CLOSE_S = 5.0  # for a caller's answer to the end of TLS; uvloop waits 30 s
 
 
 class InheritedPort(msgspec.Struct):
@@ -223,6 +224,7 @@ class SharedListener:
                 accepted,
                 ssl=self._tls and self._tls.context,
                 ssl_handshake_timeout=self._tls and self._tls.handshake_timeout_s,
+                ssl_shutdown_timeout=self._tls and TLS_CLOSE_S,
             )
         except BaseException as error:
             accepted.close()

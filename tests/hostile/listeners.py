@@ -20,7 +20,7 @@ class Listener:
     def __init__(self, gateway: AttackedGateway, socket_path: str, context: ssl.SSLContext | None) -> None:
         self.gateway = gateway
         self._socket_path = socket_path
-        self._context = context
+        self.context = context
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[Conversation]:
@@ -30,7 +30,7 @@ class Listener:
             _, conversation = await loop.create_unix_connection(Conversation, self._socket_path)
         else:
             port = self.gateway.process.port.number
-            _, conversation = await loop.create_connection(Conversation, "127.0.0.1", port, ssl=self._context)
+            _, conversation = await loop.create_connection(Conversation, "127.0.0.1", port, ssl=self.context)
         try:
             yield conversation
         finally:

@@ -228,7 +228,7 @@ async def test_bytes_sent_behind_a_body_that_comes_after_its_refusal_do_not_disc
     def send_slowly_and_read_late() -> bytes:
         with socket.create_connection((address.hostname, address.port), timeout=5) as caller:
             caller.sendall(start)
-            time.sleep(0.5)  # longer than the gateway waits where nothing more is to come
+            time.sleep(0.5)  # longer than QUIET_S
             caller.sendall(b"a" * 50 + b"\r\n0\r\n\r\n")
             for _ in range(3):
                 time.sleep(0.05)

@@ -2,13 +2,16 @@
 
 import asyncio
 import random
+import socket
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from gateway.web.connections import LINGER_S
+from gateway.web.shared_port import TLS_CLOSE_S
 from testbed import Servers
 from tests.hostile import table
 from tests.hostile.listeners import KINDS, open_listener
@@ -34,6 +37,23 @@ async def test_an_idle_connection_keeps_little_of_what_was_sent(servers: Servers
         each_mb = (listener.gateway.memory_mb() - before_mb) / IDLE
         print(f"{kind}: {each_mb:.3f} MiB each")
         assert each_mb < MOST_MB[kind]
+
+
+async def test_tls_does_not_keep_a_closed_connection_open(servers: Servers, tmp_path: Path) -> None:
+    """The caller of a refused body sends nothing more, and does not answer the end of TLS."""
+    async with open_listener(servers, tmp_path, "TLS") as listener:
+        assert listener.context is not None
+        address = ("127.0.0.1", listener.gateway.process.port.number)
+        refused = table.head(b"X-Api-Key: unknown", b"Transfer-Encoding: chunked") + b"64\r\n"
+        with ExitStack() as stack:
+            before = listener.gateway.descriptors()
+            for _ in range(20):
+                connection = stack.enter_context(await asyncio.to_thread(socket.create_connection, address))
+                silent = await asyncio.to_thread(listener.context.wrap_socket, connection, server_hostname=address[0])
+                stack.enter_context(silent).sendall(refused)
+            await eventually(lambda: listener.gateway.descriptors() >= before + 20)
+            await eventually(lambda: listener.gateway.descriptors() < before + 5, timeout=LINGER_S + TLS_CLOSE_S + 5)
+        assert listener.gateway.alarms() == []
 
 
 async def test_tls_buffers_of_all_idle_connections_together_are_bounded(servers: Servers, tmp_path: Path) -> None:

@@ -84,8 +84,7 @@ def with_values(place: str, value: bytes, count: int) -> bytes:
 SECOND_PASSES = [
     (place, value, most)
     for place in (
-        *("a message after many fields", "a message after many elements", "an unknown field after two arrays"),
-        *("contact_data of metadata",),
+        *("a message after many fields", "a message after many elements", "contact_data of metadata"),
         *("contact_data before many of its name", "contact_data with a bad field before many of its name"),
     )
     for value, most in ((b"[],", MOST_BRACKETS), (b"{},", MOST_BRACKETS), (b"1,", MOST_COMMAS))
