@@ -293,7 +293,9 @@ ENDINGS = {
     "closed by the caller": Ending(b"Connection: close\r\n"),
     "closed by the server": Ending(server_closes=True, is_last_read=True),
     "half-closed by the caller": Ending(server_closes=True, caller_ends=True),
-    "closed by the server in a body": Ending(b"Content-Length: 2\r\n", True, rest=b"{}", is_last_read=True),
+    "closed by the server in a body": Ending(
+        b"Content-Length: 2\r\n", server_closes=True, rest=b"{}", is_last_read=True
+    ),
 }
 
 
