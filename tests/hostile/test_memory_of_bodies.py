@@ -26,7 +26,7 @@ REFUSED, AT_ONCE = 150, 6
 MAX_AFTER_REFUSALS_MB = 150
 SLOTS = 512  # GATEWAY_MAX_REQUESTS_IN_FLIGHT, as it ships
 MAX_SMALL_MB = 250
-MAX_PAGE_FAULTS = 100  # with glibc's own settings: 690 for a body of 1 MB, 3,300 to 6,700 for one of 5 MB
+MAX_PAGE_FAULTS = 100  # with glibc's own settings: about 650 for a body of 1 MB, 3,100 to 6,700 for 5 MB
 MAX_MB = 400  # of the 512 MB that docs/operations.md allows a process
 
 
