@@ -230,7 +230,7 @@ def sweep_command(
     backoff: Annotated[bool, typer.Option(help="Also with callers that wait for Retry-After after a 503.")] = False,
     baseline: Baseline = None,
     rounds: Rounds = 3,
-    seconds: Seconds = 4.0,
+    seconds: Seconds = 10.0,
     json_file: JsonFile = None,
     report_file: ReportFile = None,
 ) -> None:

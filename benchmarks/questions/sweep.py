@@ -34,7 +34,7 @@ class Options(msgspec.Struct, frozen=True):
     backlogs: tuple[int, ...] = (0, 1_000_000)  # messages in the queue at the start
     backoff: tuple[bool, ...] = (False,)  # callers that wait for Retry-After after a 503
     rounds: int = 3
-    seconds: float = 4.0
+    seconds: float = 10.0
     warm_up_s: float = 2.0
     baseline: str = ""  # the folder of another checkout, measured in turn
 

@@ -27,7 +27,6 @@ tests/integration/test_aiohttp_contract.py names every private name used here, a
 import asyncio
 import logging
 import os
-import re
 import ssl
 import sys
 import time
@@ -56,6 +55,7 @@ from gateway.errors import (
 )
 from gateway.ingest.admission import Slot
 from gateway.repeat_log import RepeatLog
+from gateway.web.heads import MAX_HEAD_BYTES, Heads, IncompleteHead
 from gateway.web.shared_port import InheritedPort, SharedListener, Tls, bind_alone, listen_on_inherited
 from gateway.web.sockets import SPARE_DESCRIPTORS, Limits, ListenerName, fit_descriptors, open_tcp, open_unix
 
@@ -66,10 +66,6 @@ SWEEP_S = 1.0
 # kernel send a TCP reset, which can take the answer from the caller.
 LINGER_S = 5.0
 QUIET_S = 0.2  # behind the body, the reading ends if nothing arrives for this time
-MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers of 8 kB
-# Memory of all incomplete heads together. Each byte is kept about three times, and each header as a few objects.
-MAX_COST_OF_HEADS = 64 * 1024 * 1024
-COST_OF_BYTE, COST_OF_LINE = 3, 350
 # Memory of the TLS buffers of all connections together: uvloop keeps two, as large as the largest read, to the close.
 MAX_TLS_BUFFERS = 128 * 1024 * 1024
 SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
@@ -267,7 +263,7 @@ class _Server(web.Server):
         self._evictable: deque[_Connection] = deque()
         self._is_full = False
         self._is_draining = False
-        self.cost_of_heads = 0  # of the incomplete ones
+        self.heads = Heads()
         self._tls_buffers: dict[_Connection, int] = {}  # bytes; the connection whose buffers grew last is the last
         self._tls_bytes = 0
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
@@ -335,10 +331,11 @@ class _Server(web.Server):
 
     def bound_heads(self) -> None:
         """Close the connections with the most expensive heads while all incomplete heads together are too expensive."""
-        if self.cost_of_heads > MAX_COST_OF_HEADS:
-            heads = [connection for connection in self._connections if connection.cost_of_head()]
-            for connection in nlargest(1 + len(heads) // EVICTION_SHARE, heads, key=_Connection.cost_of_head):
-                if self.cost_of_heads > MAX_COST_OF_HEADS:
+        if self.heads.are_too_expensive:
+            with_heads = [connection for connection in self._connections if connection.head.size]
+            most = 1 + len(with_heads) // EVICTION_SHARE
+            for connection in nlargest(most, with_heads, key=lambda connection: connection.head.cost):
+                if self.heads.are_too_expensive:
                     connection.drop_head()
 
     def bound_tls_buffers(self, connection: "_Connection", size: int) -> None:
@@ -365,15 +362,12 @@ class _Connection(RequestHandler):
         "_body",
         "_body_bytes",
         "_bytes_ahead",
-        "_head_bytes",
-        "_head_cost",
-        "_head_end",
-        "_head_lines",
         "_is_half_closed",
         "_kept",
         "_largest_read",
         "_server",
         "_unread",
+        "head",
         "head_due",
     )
 
@@ -382,10 +376,7 @@ class _Connection(RequestHandler):
         self._server = server
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
-        self._head_bytes = 0  # of an incomplete head
-        self._head_lines = 0
-        self._head_end = b""  # its last three bytes
-        self._head_cost = 0  # in bytes of memory
+        self.head = IncompleteHead(server.heads)
         self._bytes_ahead = 0  # of requests pipelined behind the one in progress
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
@@ -428,7 +419,7 @@ class _Connection(RequestHandler):
             elif rest_of_body:
                 end = min(at + rest_of_body, len(data))
             else:
-                end = _end_of_head(data, at, self._head_end)
+                end = self.head.end_in(data, at)
             self._receive(data[at:end], is_head=not rest_of_body)
             at = end
             if is_full or at == len(data):
@@ -449,7 +440,7 @@ class _Connection(RequestHandler):
         if len(self._messages) > queued:
             self._note_arrival()
             self.head_due = NEVER
-            self._forget_head()
+            self.head.clear()
             if not is_behind:
                 self._bytes_ahead = 0
         elif is_head:
@@ -501,16 +492,11 @@ class _Connection(RequestHandler):
             return
         if self.head_due == NEVER and not self._is_in_request:
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
-        self._head_bytes += len(data)
-        self._head_lines += data.count(b"\n")
-        if self._head_end or data.strip(b"\r\n"):  # the parser skips line ends before a request
-            self._head_end = (self._head_end + data[-3:])[-3:]
-        if self._head_bytes > MAX_HEAD_BYTES:
+        self.head.add(data, self.max_headers)
+        if self.head.size > MAX_HEAD_BYTES:
             self._refuse_large_head()
-            return
-        # aiohttp refuses a head with more headers.
-        self._set_head_cost(COST_OF_BYTE * self._head_bytes + COST_OF_LINE * min(self._head_lines, self.max_headers))
-        self._server.bound_heads()
+        else:
+            self._server.bound_heads()
 
     def _refuse_large_head(self) -> None:
         self._server.refusals.note("request head refused: too large")
@@ -519,19 +505,10 @@ class _Connection(RequestHandler):
     def _refuse_next(self, refusal: GatewayError) -> None:
         """Refuse an incomplete head after the answers to the requests before it, and close the connection."""
         self.head_due = NEVER
-        self._forget_head()
+        self.head.clear()
         self._messages.append((_ErrInfo(refusal.status, refusal, ""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-    def _forget_head(self) -> None:
-        self._head_bytes = self._head_lines = 0
-        self._head_end = b""
-        self._set_head_cost(0)
-
-    def _set_head_cost(self, cost: int) -> None:
-        self._server.cost_of_heads += cost - self._head_cost
-        self._head_cost = cost
 
     def _bound_bytes_ahead(self, data: bytes) -> None:
         """Bound pipelined requests: aiohttp would read 32 of them ahead, each with up to 512 kB of body."""
@@ -558,10 +535,6 @@ class _Connection(RequestHandler):
     def task(self) -> "asyncio.Task[None] | None":
         """The task that serves the requests; None once it has ended."""
         return self._task_handler
-
-    def cost_of_head(self) -> int:
-        """Return the memory of an incomplete head."""
-        return self._head_cost
 
     def eviction_key(self) -> tuple[float, float]:
         """Return a key that sorts connections in eviction order."""
@@ -593,7 +566,7 @@ class _Connection(RequestHandler):
 
     def close_if_idle(self) -> None:
         """Close this connection if no byte of a request has arrived."""
-        if self.is_waiting and not self._head_bytes:
+        if self.is_waiting and not self.head.size:
             self.force_close()
 
     def end_body(self) -> None:
@@ -612,10 +585,10 @@ class _Connection(RequestHandler):
 
         A caller that has sent no byte gets no answer: it would take this one for the answer to its next request.
         """
-        if self._head_bytes and self.transport is not None:
+        if self.head.size and self.transport is not None:
             self.transport.write(_encode(self._server.refuse(refusal)))
         self.head_due = NEVER
-        self._forget_head()
+        self.head.clear()
         self.force_close()
 
     def pause_writing(self) -> None:
@@ -633,7 +606,7 @@ class _Connection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._cancel_answer_timer()
         self.head_due = NEVER
-        self._forget_head()
+        self.head.clear()
         self._end_unread()
         if self._current_request is not None and SLOT in self._current_request:
             self._current_request[SLOT].abandon()
@@ -686,7 +659,7 @@ class _Connection(RequestHandler):
             and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
         ):
             await self._linger(request.content)
-        elif self._head_bytes and not self._is_in_request:  # the head began behind this request
+        elif self.head.size and not self._is_in_request:  # the head began behind this request
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s
         return response, is_lost
 
@@ -713,7 +686,7 @@ class _Connection(RequestHandler):
     async def _discard_rest(self) -> None:
         """Discard what arrives behind the last request. An incomplete head is discarded too."""
         self.head_due = NEVER
-        self._forget_head()
+        self.head.clear()
         rest = self._payload_parser = _DiscardingParser()
         if self._buffer_paused:
             self._resume_reading_for_buffer()
@@ -763,24 +736,6 @@ class _DiscardingParser:
                 async with asyncio.timeout(QUIET_S):
                     await self._ended.wait()
                     return
-
-
-BLANK_LINE = b"\r\n\r\n"
-_line_ends = re.compile(rb"[\r\n]*+").match  # the parser skips them before a request
-
-
-def _end_of_head(data: bytes, at: int, head_end: bytes) -> int:
-    """Return the end of the head that begins at an index of the data; the end of the data, if it goes on.
-
-    If it began in earlier data, `head_end` has the last three bytes of that.
-    """
-    if not head_end and (line_ends := _line_ends(data, at)):
-        at = line_ends.end()
-    end = (head_end + data[at : at + 3]).find(BLANK_LINE) + 4
-    if end >= 4:
-        return at + end - len(head_end)
-    end = data.find(BLANK_LINE, at) + 4
-    return end if end >= 4 else len(data)
 
 
 def _encode(response: web.Response) -> bytes:

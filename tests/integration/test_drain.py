@@ -108,8 +108,8 @@ async def test_a_caller_that_hangs_up_in_a_head_leaves_nothing_and_the_end_no_ti
     assert isinstance(server, _Server)
     async with connect(listener.url) as caller:
         await caller.send(b"GET / HTTP/1.1\r\nHost: ")
-        await eventually(lambda: server.cost_of_heads > 0)
-    await eventually(lambda: server.cost_of_heads == 0)
+        await eventually(lambda: server.heads.cost > 0)
+    await eventually(lambda: server.heads.cost == 0)
     await listener.runner.cleanup()
     assert server._sweeping.cancelled()
 
@@ -120,10 +120,10 @@ async def test_an_evicted_head_costs_nothing_at_once_and_a_request_is_not_evicte
     assert isinstance(server, _Server)
     async with connect(listener.url) as caller:
         await caller.send(b"GET / HTTP/1.1\r\nHost: ")
-        await eventually(lambda: server.cost_of_heads > 0)
+        await eventually(lambda: server.heads.cost > 0)
         (connection,) = server._connections
         assert connection.evict()
-        assert server.cost_of_heads == 0
+        assert server.heads.cost == 0
         assert (await caller.read_answer()).status == 503
     await eventually(lambda: not server._connections)
     async with connect(listener.url) as caller:
@@ -145,7 +145,7 @@ async def test_a_head_in_pieces_may_have_32_kb(listener: Listener) -> None:
     listener.may_answer.set()
     async with connect(listener.url) as caller, connect(listener.url) as other:
         await caller.send(GET[:-2] + HEADER_OF_1_KB * 31)
-        await eventually(lambda: server.cost_of_heads > 0)
+        await eventually(lambda: server.heads.cost > 0)
         await caller.send(b"\r\n")
         assert (await caller.read_answer()).status == 200
         await other.send(GET[:-2] + HEADER_OF_1_KB * 33)
@@ -157,7 +157,7 @@ async def test_a_head_behind_a_request_may_have_32_kb(listener: Listener, betwee
     async with in_a_request(listener, GET + between) as (caller, connection):
         await caller.send(GET[:-2] + HEADER_OF_1_KB * 33)
         await eventually(lambda: bool(connection._messages))
-        assert connection.cost_of_head() == 0
+        assert connection.head.cost == 0
         listener.may_answer.set()
         for _ in range(2 if between else 1):
             assert (await caller.read_answer()).status == 200
@@ -203,14 +203,14 @@ async def test_a_head_is_counted_that_begins_in_one_read_with_the_end_of_a_reque
         for _ in range(requests):
             assert (await caller.read_answer()).status == 200
         await eventually(lambda: connection.is_waiting)
-        assert server.cost_of_heads == 3 * len(BEGUN) + 2 * 350
+        assert server.heads.cost == 3 * len(BEGUN) + 2 * 350
         assert connection.head_due != NEVER
         await caller.send(b"\r\n\r\n")
         assert (await caller.read_answer()).status == 200
         await caller.send(before)  # nothing is left of what was counted
         for _ in range(requests):
             assert (await caller.read_answer()).status == 200
-        assert (server.cost_of_heads, connection.head_due) == (0, NEVER)
+        assert (server.heads.cost, connection.head_due) == (0, NEVER)
 
 
 async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_much(listener: Listener) -> None:
@@ -222,11 +222,11 @@ async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_muc
         await large.send(begun)
         await small.send(GET[:10])
         # A byte is kept about three times; each of the four lines is a few objects.
-        await eventually(lambda: server.cost_of_heads == 3 * (len(begun) + 10) + 4 * 350)
-        server.cost_of_heads += others
+        await eventually(lambda: server.heads.cost == 3 * (len(begun) + 10) + 4 * 350)
+        server.heads.cost += others
         await small.send(GET[10:12])
         assert (await large.read_answer()).status == 503
-        server.cost_of_heads -= others
+        server.heads.cost -= others
         await small.send(GET[12:])
         assert (await small.read_answer()).status == 200
 
@@ -340,10 +340,10 @@ async def test_a_head_behind_a_last_answer_is_discarded_with_the_rest(listener: 
     listener.closes = True
     async with in_a_request(listener) as (caller, connection):
         await caller.send(BEGUN)
-        await eventually(lambda: connection.cost_of_head() > 0)
+        await eventually(lambda: connection.head.cost > 0)
         listener.may_answer.set()
         await last_read.begun.wait()
-        assert (connection.cost_of_head(), connection.head_due) == (0, NEVER)
+        assert (connection.head.cost, connection.head_due) == (0, NEVER)
     last_read.may_end.set()
 
 
