@@ -380,11 +380,11 @@ class PublishConnection:
     def _with_refused_sizes(self, outcomes: bytes, payloads: Sequence[bytes]) -> bytes:
         """Return the outcomes after the broker has closed the channel because of a payload's size.
 
-        Unknown messages above the limit were certainly not queued: they are NACKED.
+        Unknown messages above the limit were certainly not queued: they are TOO_LARGE.
         """
         limit = self.max_payload_bytes or 0
         return bytes(
-            Outcome.NACKED if outcome == Outcome.UNKNOWN and len(payload) > limit else outcome
+            Outcome.TOO_LARGE if outcome == Outcome.UNKNOWN and len(payload) > limit else outcome
             for outcome, payload in zip(outcomes, payloads, strict=True)
         )
 

@@ -136,7 +136,7 @@ class Admission:
 
     def try_enter(self, slot: "Slot") -> bool:
         """Give the slot a grant if nobody waits and there is room. Return False otherwise."""
-        if self._waiting or not self._fits(slot) or not self._has_room(slot.load):
+        if self._waiting or not self._fits(slot) or not self._need_not_wait(slot.load):
             return False
         self._grant(slot)
         return True
@@ -150,9 +150,9 @@ class Admission:
             # The load may be less than was expected: offer the rest to those that wait.
             asyncio.get_running_loop().call_soon(self.wake)
         had_grant = self.end_grant(slot)
-        return not load or ((had_grant or not self._waiting) and self._has_room(load))
+        return not load or ((had_grant or not self._waiting) and self._need_not_wait(load))
 
-    def _has_room(self, load: int) -> bool:
+    def _need_not_wait(self, load: int) -> bool:
         """Return True if there is room for a load at the broker, or no usable connection.
 
         Without a connection, waiting does not help: the publisher refuses the batch.
@@ -247,7 +247,9 @@ class Admission:
         waits_before = now - (self._short_wait_s if is_standing else self._long_wait_s)
         for slot in list(self._waiting):
             if slot.waits_since <= waits_before:
-                self._refuse(slot, self._overloaded("bytes" if self._has_room(slot.load) else "confirm_window"))
+                lacks_bytes = not slot.has_batch and not self.has_bytes(slot, slot.wanted)
+                is_for_bytes = lacks_bytes and self._need_not_wait(slot.load)
+                self._refuse(slot, self._overloaded("bytes" if is_for_bytes else "confirm_window"))
         if self._waiting:
             self._timer = loop.call_later(TICK_S, self._tick)
 

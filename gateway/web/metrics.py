@@ -182,7 +182,7 @@ def _message_metrics(publisher: Publisher) -> Iterator[Metric]:
         "gateway_published",
         "AMQP messages by the broker's response within the deadline: acked, nacked, returned (unroutable), unknown (no "
         "response, or a nack of a queue whose type is classic or not verified; the message may be queued), too_large "
-        "(not sent). An envelope counts once.",
+        "(not queued). An envelope counts once.",
         ("outcome",),
         {
             (outcome.name.lower(),): publisher.outcomes[outcome]

@@ -43,7 +43,7 @@ async def test_a_message_above_the_limit_costs_neither_its_batch_nor_a_neighbour
         for status, answer in answers:
             assert (status, answer["queued_count"]) == (200, 2)
             assert [(row["index"], row["code"]) for row in answer["errors"]] == [(1, "queue_rejected")]
-        assert "Shorten it" in answers[-1][1]["errors"][0]["error"]
+            assert "Shorten it" in answer["errors"][0]["error"], "also in the answer that made the limit known"
         assert (alone[0], alone[1]["queued_count"], alone[1]["errors"][0]["code"]) == (200, 0, "queue_rejected")
         assert neighbour.failures == []
         taken = await queue.take_payloads()
@@ -51,6 +51,22 @@ async def test_a_message_above_the_limit_costs_neither_its_batch_nor_a_neighbour
         assert len(ids) == 2 * len(answers) + neighbour.counted
         assert max(len(payload["body"]) for payload in taken) < LIMIT
         await queue.delete()
+
+
+@pytest.mark.usefixtures("_limit")
+@pytest.mark.parametrize("is_single", [False, True], ids=["batch", "single"])
+async def test_a_message_above_the_limit_alone_is_refused_although_the_limit_is_not_known_yet(
+    start_gateway: StartGateway, make_settings: MakeSettings, *, is_single: bool
+) -> None:
+    """A 503 would say that it should be sent again."""
+    gateway = await start_gateway(make_settings())
+    if is_single:
+        status, row, _ = await gateway.post_single(gateway.message(body=LARGE))
+    else:
+        status, answer = await gateway.send([gateway.message(body=LARGE)])
+        row = answer["errors"][0]
+    assert (status, row["code"]) == (400 if is_single else 200, "queue_rejected")
+    assert "Shorten it" in row["error"]
 
 
 @pytest.mark.usefixtures("_limit")

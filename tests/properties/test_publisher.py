@@ -151,7 +151,8 @@ class Model:
             case Outcome.UNKNOWN:
                 assert None in copies, "at least one copy may be queued"
             case _:
-                assert (outcome, copies) == (Outcome.TOO_LARGE, [])
+                assert outcome == Outcome.TOO_LARGE
+                assert set(copies) <= {False}, "each copy that was written was refused for certain"
         assert len(copies) <= 2 or any(each.connection.has_refused_size for each in self.channels)
 
 

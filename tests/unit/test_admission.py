@@ -474,6 +474,20 @@ async def test_after_too_long_a_wait_a_request_is_refused(resource: str) -> None
     assert_empty(admission)
 
 
+async def test_a_small_request_behind_a_large_one_is_not_refused_for_bytes() -> None:
+    """The reason tells an operator which limit to raise."""
+    room = BrokerRoom(1_000)
+    admission = admission_of(room=room, deadline_s=0.4)
+    room.unconfirmed = 990
+    async with waiting(admission, 100_000, A):
+        with pytest.raises(Overloaded):
+            async with entered(admission, 1, B):
+                pytest.fail("admitted")
+        await eventually(lambda: not admission.waiting)
+    assert admission.shed == {"confirm_window": 2}
+    assert_empty(admission)
+
+
 @pytest.mark.parametrize(("standing_s", "waits_s", "is_refused"), [(60, 35, True), (60, 25, False), (40, 45, False)])
 async def test_a_queue_that_has_been_standing_refuses_earlier(
     standing_s: float, waits_s: float, *, is_refused: bool
