@@ -1,6 +1,6 @@
 """All that the gateway refuses: a whole request (by an exception), or one message (by the error in its row).
 
-GatewayError                    status  code                    the caller may send it again
+GatewayError                    status  code                    send it again …
 ├── MissingMessages             400     missing_messages        corrected
 ├── InvalidIdempotencyKey       400     invalid_idempotency_key corrected
 ├── InvalidJson                 400     invalid_json            corrected
@@ -26,7 +26,7 @@ GatewayError                    status  code                    the caller may s
 │   ├── DatabaseUnavailable             database_unavailable
 │   ├── Overloaded                      overloaded
 │   └── Draining                        draining
-└── OutcomeUnknown              504     outcome_unknown         but messages may be queued already
+└── OutcomeUnknown              504     outcome_unknown         with the same Idempotency-Key: messages may be queued
 """
 
 import math

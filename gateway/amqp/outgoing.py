@@ -21,7 +21,6 @@ class Outgoing(msgspec.Struct):
     ids: Sequence[str]  # the AMQP message_id of each
     payloads: Sequence[bytes]
     shards: Sequence[int] | None = None  # of each, ascending; None: all go to the first
-    account_id: int = 0  # whose share of the confirm window the batch takes
     headers: Mapping[str, str] | None = None  # AMQP headers of each message, such as a trace's context
 
     def __len__(self) -> int:
@@ -38,7 +37,6 @@ class Outgoing(msgspec.Struct):
             [self.ids[position] for position in positions],
             [self.payloads[position] for position in positions],
             [self.shards[position] for position in positions] if self.shards else None,
-            self.account_id,
             self.headers,
         )
 

@@ -1,9 +1,10 @@
-"""Admission: a request waits for room before its body is read, and is refused when it has waited too long.
+"""Admission: a request waits for room, and is refused if that takes too long.
 
 A request holds its slot until its answer has been written. Without a free slot it is refused at once: slots bound the
 number of waiting requests. With a slot it waits for a grant, which accounts get in turn (fair_queue.py): until the
-confirm window has room for its messages, and there is room for the bytes of its body. Meanwhile TCP flow control slows
-the caller down. An account alone may use the whole window.
+confirm window has room for its messages, and there is room for the bytes of its body. A body that is not small is read
+after the wait. Until then TCP flow control slows the caller down. The published batches of an account alone may fill
+the whole window. Its grants whose bodies are still being read may take half of the free room.
 
 The wait is limited as in CoDel (Nichols and Jacobson, ACM Queue 2012), in Facebook's adaptive form (Maurer, "Fail at
 Scale", ACM Queue 2015): a queue that has been standing for long gets a shorter limit.
@@ -162,9 +163,9 @@ class Admission:
     def _fits(self, slot: "Slot") -> bool:
         """Return True if there are bytes for the body, and the account's slow bodies leave room for other accounts.
 
-        All grants of an account, this one included, may take as much room at the broker as the grants so far have
-        left: for an account alone, about half of it. An account's first grant only needs room. A batch that is built
-        has its bytes, and will not be slow.
+        All grants of an account, this one included, may take as much room at the broker as all grants so far have left
+        free: if no other account has grants, half of the free room. An account's first grant only needs room. A batch
+        that is built has its bytes, and will not be slow.
         """
         if slot.has_batch:
             return True
@@ -316,7 +317,8 @@ class Slot:
         self.wanted = 0  # bytes to reserve with the grant
         self.was_granted = False
         self.has_batch = False  # True: its body was read and its batch built before this wait
-        self.waits_since = 0.0  # when its wait began; earlier by the length of its waits before
+        # The start of its wait on the loop's clock, minus its earlier waits: all waits together have one limit.
+        self.waits_since = 0.0
         self.waited_s = 0.0  # in all waits that have ended
 
     async def enter(self, account_id: int, size: int, key: str) -> None:

@@ -109,7 +109,9 @@ class Batch(msgspec.Struct, frozen=True):
 
 def validate(decoded: DecodedBody) -> Draft:
     """Return the valid messages of a request, and an error row for each of the others."""
-    draft = (decoded.typed and _validate_whole(decoded)) or _validate_each(decoded)
+    draft = _validate_whole(decoded) if decoded.typed else None
+    if draft is None:
+        draft = _validate_each(decoded)
     if decoded.taken_out is not None:
         # Only now: a check of an original would parse it again.
         for message in draft.messages:
@@ -234,10 +236,10 @@ def build(
     used = ids.messages if len(draft.indexes) == draft.size else [ids.messages[index] for index in draft.indexes]
     if layout.is_plain:
         placements = None
-        outgoing = Outgoing(used, _payloads(draft, lists, used, origin, encode), None, origin.account_id)
+        outgoing = Outgoing(used, _payloads(draft, lists, used, origin, encode))
     else:
         contents = _payloads(draft, lists, used, origin, lambda content: content)
-        placements, outgoing = _pack(contents, ids.envelopes, origin.account_id, layout, most_bytes)
+        placements, outgoing = _pack(contents, ids.envelopes, layout, most_bytes)
     return Batch(used, draft.recipients, draft.indexes, draft.rows, outgoing, placements)
 
 
@@ -274,7 +276,7 @@ def _payloads(
 
 
 def _pack(
-    contents: list[Payload], envelope_ids: list[str], account_id: int, layout: Layout, most_bytes: int | None
+    contents: list[Payload], envelope_ids: list[str], layout: Layout, most_bytes: int | None
 ) -> tuple[list[Placement], Outgoing]:
     """Distribute and encode the messages: each alone, or in envelopes of one list, split above `most_bytes`."""
     placements = place([content.list_id for content in contents], layout)
@@ -287,7 +289,7 @@ def _pack(
         # A part beyond the ids that were taken for envelopes has the id of its first SMS.
         surplus = [contents[positions[0]].id for _, positions in placements[len(envelope_ids) :]]
         ids = envelope_ids[: len(placements)] + surplus
-    return placements, Outgoing(ids, payloads, [shard for shard, _ in placements], account_id)
+    return placements, Outgoing(ids, payloads, [shard for shard, _ in placements])
 
 
 def _envelopes(whole: Placement, contents: list[Payload], most_bytes: int | None) -> Iterator[tuple[Placement, bytes]]:

@@ -1,6 +1,7 @@
-"""One batch from bytes to answer: decode, validate, resolve lists, build, publish, answer. No HTTP, SQL or AMQP here.
+"""One batch from bytes to answer: decode, validate, resolve lists, build, publish, answer.
 
-ARCHITECTURE.md has the table of the steps. A bad message becomes an error row; a bad request raises a GatewayError.
+HTTP, SQL and AMQP are elsewhere: it calls `Queries` and `Publisher`. ARCHITECTURE.md has the table of the steps. A bad
+message becomes an error row; a bad request raises a GatewayError.
 """
 
 import hashlib

@@ -17,10 +17,10 @@ from gateway.errors import (
 )
 from gateway.ingest.wire import MAX_BODY_BYTES
 
-# The factor for a body with characters beyond ASCII. Python stores a text with the width of its widest character: with
-# one emoji, four bytes for each. But 2 is enough: such a body takes 4.0 times its bytes only until its payloads are
-# built. Then, until its confirms, it takes 2.6 times its bytes, like any other (docs/evidence/performance.md, "Large
-# bodies"). tests/hostile/test_memory.py checks the bound of a process.
+# The factor for a body with characters beyond ASCII, or `\u` escapes. Python stores a text with the width of its widest
+# character: with one emoji, four bytes for each. But 2 is enough: such a body takes 4.0 times its bytes only until its
+# payloads are built. Then, until its confirms, it takes 2.6 times its bytes, like any other
+# (docs/evidence/performance.md, "Large bodies"). tests/hostile/test_memory.py checks the bound of a process.
 WIDE_FACTOR = 2
 # Up to this size, a body that arrives with its head is decoded before the API key is looked up: key and lists then take
 # one query. Decoded, it may take seven times its bytes, in each slot (tests/hostile/test_memory_of_bodies.py).
@@ -74,7 +74,7 @@ async def read_body(request: web.Request, timeout_s: float) -> bytes:
 
 
 async def _read_into(body: bytearray, request: web.Request, timeout_s: float) -> GatewayError | None:
-    """Read the body; return the refusal if it cannot be read."""
+    """Read the body; return the refusal if it cannot be read. Raises ExpectationFailed."""
     try:
         if hdrs.EXPECT in request.headers:
             await _continue(request)

@@ -7,9 +7,10 @@
   caller that does not read its answer is cut after `answer_timeout_s`.
 - Idle: closed by aiohttp after `keepalive_timeout_s`.
 
-All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the largest are closed. Of the requests sent
-behind one in progress, MAX_BYTES_AHEAD are read. With TLS, the buffers of all connections together are bounded:
-beyond MAX_TLS_BUFFERS, connections without a request are closed, first those whose buffers grew longest ago.
+All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the most expensive are refused. Reading pauses
+once more than MAX_BYTES_AHEAD bytes of requests wait behind the one in progress. With TLS, the buffers of all
+connections together are bounded: beyond MAX_TLS_BUFFERS, connections without a request are closed, first those whose
+buffers grew longest ago.
 
 One sweep per second looks at the heads of all connections, so that a request needs no timer for its head.
 
@@ -69,7 +70,8 @@ QUIET_S = 0.2  # behind the body, the reading ends if nothing arrives for this t
 # Memory of the TLS buffers of all connections together: uvloop keeps two, as large as the largest read, to the close.
 MAX_TLS_BUFFERS = 128 * 1024 * 1024
 SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
-# Of the body of a request that waits. One read of the event loop (256 kB) comes on top.
+# Bytes of a body that are read while its request waits; one read of the event loop (256 kB) comes on top. aiohttp
+# pauses the reading at twice its `read_bufsize`.
 READ_AHEAD = 64 * 1024
 MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
 # At the end of a drain, so long is kept for the answers to requests that cannot be served any more.
@@ -79,6 +81,7 @@ EVICTION_SHARE = 8  # a search through all connections selects an eighth of the 
 LEAST_HANDSHAKES = SPARE_DESCRIPTORS // 4  # there may be so many TLS handshakes at any number of connections
 NEVER = inf
 TOO_MANY = "Too many connections are open. Nothing was queued; send it again"
+TOO_MANY_HEADS = "Too many incomplete requests have arrived. Nothing was queued; send it again"
 
 SERVER = "sms-gateway"
 JSON_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: SERVER}
@@ -261,7 +264,7 @@ class _Server(web.Server):
         self._refuse = refuse
         self._on_refused = on_refused
         self._evictable: deque[_Connection] = deque()
-        self._is_full = False
+        self._may_evict = True
         self._is_draining = False
         self.heads = Heads()
         self._tls_buffers: dict[_Connection, int] = {}  # bytes; the connection whose buffers grew last is the last
@@ -304,7 +307,7 @@ class _Server(web.Server):
             elif self._is_draining:
                 connection.close_if_idle()
         self._evictable.clear()  # some may be in a request by now
-        self._is_full = False
+        self._may_evict = True
         self.refusals.log_counts()
 
     def refuse(self, error: GatewayError, cause: BaseException | None = None) -> web.Response:
@@ -320,13 +323,13 @@ class _Server(web.Server):
         """Return True if there is room for one more connection; evict one if necessary."""
         if len(self._connections) < self.limits.max_connections:
             return True
-        while not self._is_full:
+        while self._may_evict:
             while self._evictable:
                 if self._evictable.popleft().evict():
                     return True
             waiting = [connection for connection in self._connections if connection.is_waiting]
             self._evictable.extend(nsmallest(1 + len(waiting) // EVICTION_SHARE, waiting, key=_Connection.eviction_key))
-            self._is_full = not waiting  # until the next sweep: the search through all connections is expensive
+            self._may_evict = bool(waiting)  # until the next sweep: the search through all connections is expensive
         return False
 
     def bound_heads(self) -> None:
@@ -400,9 +403,13 @@ class _Connection(RequestHandler):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Give the parser one head or one body at a time, while more requests may wait.
+        """Give the parser one head, or one part of a body, at a time.
 
-        At an error, the parser loses the requests before it in the same data. And a head that is not whole is known.
+        At an error, the parser discards the requests that it has parsed from the same data. And an incomplete head is
+        counted only if the parser gets it alone.
+
+        Once as many requests wait as aiohttp allows, the rest of the data is kept. aiohttp calls this method with no
+        data when it resumes the reading.
         """
         if len(data) > self._largest_read and self.ssl_context is not None:
             self._largest_read = len(data)
@@ -412,17 +419,17 @@ class _Connection(RequestHandler):
             return
         data, at = self._kept + data, 0
         while self._is_parsing:
-            is_full = len(self._messages) >= self._max_msg_queue_size
+            is_queue_full = len(self._messages) >= self._max_msg_queue_size
             rest_of_body = 0 if self._body.is_eof() else self._body_bytes - self._body.total_bytes
-            if is_full:
-                end = at  # the parser may have a rest of its own
+            if is_queue_full:
+                end = at  # no new data: the parser may go on with what it has buffered
             elif rest_of_body:
                 end = min(at + rest_of_body, len(data))
             else:
                 end = self.head.end_in(data, at)
             self._receive(data[at:end], is_head=not rest_of_body)
             at = end
-            if is_full or at == len(data):
+            if is_queue_full or at == len(data):
                 self._kept = data[at:]
                 return
 
@@ -562,7 +569,7 @@ class _Connection(RequestHandler):
     def drop_head(self) -> None:
         """Refuse the incomplete head of this connection, because all of them are too expensive."""
         self._server.refusals.note("request head refused: all incomplete heads together are too large")
-        self._refuse_next(Overloaded(TOO_MANY))
+        self._refuse_next(Overloaded(TOO_MANY_HEADS))
 
     def close_if_idle(self) -> None:
         """Close this connection if no byte of a request has arrived."""
@@ -653,11 +660,10 @@ class _Connection(RequestHandler):
             self._end_unread()
         if self._is_half_closed and not self._messages:
             self.close()
-        if (
-            # The caller learns only now that we close, and may have sent more.
-            (is_body_broken or (request.keep_alive and not response.keep_alive))
-            and not (is_lost or self._force_close or self._payload_parser or self._is_half_closed)
-        ):
+        # The caller learns only now that the connection closes, and may have sent more.
+        is_close_unexpected = is_body_broken or (request.keep_alive and not response.keep_alive)
+        is_closed_already = is_lost or self._force_close or self._payload_parser or self._is_half_closed
+        if is_close_unexpected and not is_closed_already:
             await self._linger(request.content)
         elif self.head.size and not self._is_in_request:  # the head began behind this request
             self.head_due = self._server.loop.time() + self._server.limits.header_timeout_s

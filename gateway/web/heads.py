@@ -7,7 +7,7 @@ MAX_HEAD_BYTES = 32 * 1024  # of a head that arrives in pieces; nginx: 4 buffers
 MAX_COST_OF_HEADS = 64 * 1024 * 1024
 COST_OF_BYTE, COST_OF_LINE = 3, 350
 BLANK_LINE = b"\r\n\r\n"
-_line_ends = re.compile(rb"[\r\n]*+").match  # the parser skips them before a request
+_skip_line_ends = re.compile(rb"[\r\n]*+").match  # the parser skips them before a request
 
 
 class Heads:
@@ -34,7 +34,7 @@ class IncompleteHead:
         self.size = 0  # in bytes
         self.cost = 0  # in bytes of memory
         self._lines = 0
-        self._last_bytes = b""  # three of them
+        self._last_bytes = b""  # the last three: the blank line may arrive in two pieces
 
     def add(self, data: bytes, most_lines: int) -> None:
         """Count more of the head. `most_lines` lines cost memory: with more headers, aiohttp refuses the head."""
@@ -51,12 +51,12 @@ class IncompleteHead:
         self._set_cost(0)
 
     def end_in(self, data: bytes, at: int) -> int:
-        """Return the end of the head in data that goes on with it at an index; the length of the data if it has none.
+        """Return the index after the blank line that ends the head; the length of the data if it goes on.
 
-        If nothing of the head has arrived before, it begins at the index.
+        The head begins in the data at index `at`, or continues there.
         """
         before = self._last_bytes
-        if not before and (line_ends := _line_ends(data, at)):
+        if not before and (line_ends := _skip_line_ends(data, at)):
             at = line_ends.end()
         end = (before + data[at : at + 3]).find(BLANK_LINE) + 4
         if end >= 4:

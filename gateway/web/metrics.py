@@ -131,9 +131,9 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
     yield _gauge("gateway_body_bytes_in_flight_limit", "Bodies beyond it wait.", settings.max_bytes_in_flight)
     yield _counter(
         "gateway_shed",
-        "Requests refused as overloaded at their admission, by the exhausted resource: slots, account_share (of "
+        "Requests refused as overloaded, at once or after a wait, by the exhausted resource: slots, account_share (of "
         "slots), bytes (of bodies, or the account's share of them), confirm_window (the broker confirms too slowly). "
-        "Connections beyond max_connections, and batches without room when they are published, are not counted here.",
+        "Connections beyond max_connections, and batches that the publisher refuses, are not counted here.",
         ("reason",),
         {(reason,): admission.shed[reason] for reason in _SHED_REASONS},
     )

@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 STEP_S = 0.002  # how long a worker does not watch the queue, to let another one accept
 MAX_STEPS_PER_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
-STEPS_PER_SECOND = 10.0  # on average: 2 % of all time
-MAX_SAVED_STEPS = 100.0  # unused ones, which may be taken at once
+# Steps come from a token bucket: its refill, 2 % of all time, and its size.
+STEPS_PER_SECOND, MAX_SAVED_STEPS = 10.0, 100.0
 
 ABSENT = 2**32 - 1  # the count of a worker that does not accept: no worker defers to it
 COUNT_BYTES = 4
-LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # of descriptors, or of memory
-RETRY_S = 1.0  # after one of them
+OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}  # descriptors or memory
+RETRY_S = 1.0  # after such an error, nothing is accepted for this time
 TLS_CLOSE_S = 5.0  # for a caller's answer to the end of TLS; uvloop waits 30 s
 
 
@@ -101,7 +101,10 @@ class SharedPort:
 
 @asynccontextmanager
 async def open_shared_port(host: str, port: int, workers: int) -> AsyncIterator[SharedPort]:
-    """Yield the port, bound: no other program can take it while a worker restarts. Raises ConfigurationError."""
+    """Yield the port, bound: no other user's program can take it while a worker restarts. Raises ConfigurationError.
+
+    Another supervisor of the same user can bind it too, to replace a dead one (docs/decisions, 0047).
+    """
     with ExitStack() as stack:
         sockets = await bind_tcp(host, port, shared=True)
         for each in sockets:
@@ -188,7 +191,7 @@ class SharedListener:
             self._loop.remove_reader(each)
 
     def _on_connection(self, queue: socket.socket) -> None:
-        if self._deferral.should_defer(self._loop.time(), self._open_connections, self._counts.read()):
+        if self._deferral.take_step(self._loop.time(), self._open_connections, self._counts.read()):
             self._stop_watching()
             self._timer = self._loop.call_later(STEP_S, self._watch)
         else:
@@ -198,7 +201,7 @@ class SharedListener:
         try:
             accepted, _ = queue.accept()
         except OSError as error:
-            if error.errno in LACKS:
+            if error.errno in OUT_OF_RESOURCES:
                 self._failures.note(f"no connection can be accepted: {error.strerror}")
                 self._pause()
                 self._timer = self._loop.call_later(RETRY_S, self._begin)
@@ -246,11 +249,12 @@ class _Deferral:
         self._saved_steps = MAX_SAVED_STEPS
         self._saved_at = 0.0
 
-    def should_defer(self, now: float, own: int, counts: tuple[int, ...]) -> bool:
-        """Return True if another worker has fewer connections, and a step is left to wait for it. Take the step."""
+    def take_step(self, now: float, own: int, counts: tuple[int, ...]) -> bool:
+        """Take a step, and return True, if another worker has fewer connections and a step is left."""
         self._saved_steps = min(MAX_SAVED_STEPS, self._saved_steps + STEPS_PER_SECOND * (now - self._saved_at))
         self._saved_at = now
         fewer = {worker: count for worker, count in enumerate(counts) if count < own}
+        # Also True if no worker has fewer connections.
         if fewer.items() <= self._ignored.items() or self._saved_steps < 1:
             return False
         if fewer != self._awaited:

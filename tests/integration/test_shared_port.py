@@ -192,7 +192,7 @@ def test_steps_are_a_share_of_all_time_although_the_numbers_change(monkeypatch: 
     deferral = _Deferral()
     began, steps, now = 1_000.0, 0, 1_000.0
     for number in range(100_000):
-        if deferral.should_defer(now, 2, (2, number % 2)):
+        if deferral.take_step(now, 2, (2, number % 2)):
             steps += 1
             now += STEP_S
         now += 0.001

@@ -91,18 +91,15 @@ async def publish_batch(
     batch: str = "A",
     *,
     deadline: float | None = None,
-    account_id: int = 0,
 ) -> bytes:
     """Publish one batch, of `messages` small payloads or of the payloads given; return its outcomes."""
     bodies = payloads(messages) if isinstance(messages, int) else messages
-    return await publisher.publish(Outgoing(ids(len(bodies), batch), bodies, None, account_id), deadline=deadline)
+    return await publisher.publish(Outgoing(ids(len(bodies), batch), bodies), deadline=deadline)
 
 
-def publish(
-    publisher: Publisher, messages: int | Sequence[bytes], batch: str = "A", *, account_id: int = 0
-) -> "asyncio.Task[bytes]":
+def publish(publisher: Publisher, messages: int | Sequence[bytes], batch: str = "A") -> "asyncio.Task[bytes]":
     """Start publish_batch() in a task of its own."""
-    return asyncio.create_task(publish_batch(publisher, messages, batch, account_id=account_id))
+    return asyncio.create_task(publish_batch(publisher, messages, batch))
 
 
 async def publish_on(connection: PublishConnection, count: int, *, within_s: float) -> bytes:

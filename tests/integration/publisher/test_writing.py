@@ -90,7 +90,7 @@ async def test_a_batch_lays_out_the_headers_of_a_trace_for_its_own_shards_only(
     monkeypatch.setattr(PublishFramer, "with_headers", counting_with_headers)
     headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     async with connected(broker.url, amqp_queue="q", queue_shards=8) as publisher:
-        outgoing = Outgoing(ids(3), payloads(3), [2, 2, 5], 0, headers)
+        outgoing = Outgoing(ids(3), payloads(3), [2, 2, 5], headers)
         assert list(await publisher.publish(outgoing)) == [ACKED] * 3
     assert len(laid_out) == 2
     assert [message.routing_key for message in broker.published] == ["q.2", "q.2", "q.5"]
