@@ -230,7 +230,7 @@ class PublishConnection:
 
     @property
     def state(self) -> str:
-        """The state that a new batch would find; one of STATES."""
+        """The state of the connection; one of STATES. A retired one counts as open until it is replaced."""
         if self.is_lost or self._transport.is_closing:
             return "lost"
         if self.is_blocked:

@@ -105,6 +105,7 @@ class Admission:
         """Raise Overloaded if the account holds its share of slots. SHARE requests always fit."""
         requests = self.requests_of[account_id] + 1
         if requests > SHARE * (self._max_requests - self.requests + 1):
+            # The hash, so that no key stays in memory. With a collision, another key may be refused once.
             if len(self._refused_keys) >= MAX_REFUSED_KEYS:
                 self._refused_keys.clear()
             self._refused_keys[hash(key)] = account_id

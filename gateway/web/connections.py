@@ -196,9 +196,9 @@ class BoundedRunner(web.AppRunner):
         context: ssl.SSLContext | None = None,
         handshake_timeout_s: float = 10.0,
     ) -> int:
-        """Accept connections as `open_tcp` does; on a port of this host that other processes share; or with TLS.
+        """Accept connections on a TCP port, and return the port, which the system chooses if `port` is 0.
 
-        Return the port, which the system chooses if `port` is 0.
+        A SharedListener serves a port that other processes share, and TLS; any other port is asyncio's.
         """
         server = await self._set_up()
         if inherited is not None or context is not None:
@@ -445,7 +445,7 @@ class _Connection(RequestHandler):
         super().data_received(part)
         self._decline_upgrade()
         if len(self._messages) > queued:
-            self._note_arrival()
+            self._note_message()
             self.head_due = NEVER
             self.head.clear()
             if not is_behind:
@@ -462,8 +462,8 @@ class _Connection(RequestHandler):
             self._parser.set_upgraded(False)
             self._message_tail = b""  # not empty only behind chunks, after which the connection is closed
 
-    def _note_arrival(self) -> None:
-        """Keep the body that the next data belongs to. After an error of the parser, end the body that it was in."""
+    def _note_message(self) -> None:
+        """Note the body of the request that has arrived. After an error of the parser, end the body it stood in."""
         message, body = self._messages[-1]
         if not isinstance(message, _ErrInfo):
             self._body = body
@@ -472,7 +472,7 @@ class _Connection(RequestHandler):
                 self._body_bytes = sys.maxsize if message.chunked else int(message.headers.get(hdrs.CONTENT_LENGTH, 0))
             return
         drop_tracebacks(message.exc)  # its frames hold the data, and the message itself
-        # Without this, aiohttp would wait for the rest.
+        # The parser gives the body no more data. Without an end, its reader would wait until its timeout.
         if self._body is self._unread:
             self._end_unread()
         elif not self._body.is_eof():
@@ -507,9 +507,9 @@ class _Connection(RequestHandler):
 
     def _refuse_large_head(self) -> None:
         self._server.refusals.note("request head refused: too large")
-        self._refuse_next(MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes"))
+        self._refuse_in_turn(MalformedHttp(f"Request line and headers may have {MAX_HEAD_BYTES:,} bytes"))
 
-    def _refuse_next(self, refusal: GatewayError) -> None:
+    def _refuse_in_turn(self, refusal: GatewayError) -> None:
         """Refuse an incomplete head after the answers to the requests before it, and close the connection."""
         self.head_due = NEVER
         self.head.clear()
@@ -552,7 +552,7 @@ class _Connection(RequestHandler):
         if not self.is_waiting:
             return False
         self._server.refusals.note("connection closed to make room for another")
-        self._refuse_head(Overloaded(TOO_MANY))
+        self._refuse_now(Overloaded(TOO_MANY))
         return True
 
     def abort_if_answered(self) -> bool:
@@ -569,7 +569,7 @@ class _Connection(RequestHandler):
     def drop_head(self) -> None:
         """Refuse the incomplete head of this connection, because all of them are too expensive."""
         self._server.refusals.note("request head refused: all incomplete heads together are too large")
-        self._refuse_next(Overloaded(TOO_MANY_HEADS))
+        self._refuse_in_turn(Overloaded(TOO_MANY_HEADS))
 
     def close_if_idle(self) -> None:
         """Close this connection if no byte of a request has arrived."""
@@ -585,9 +585,9 @@ class _Connection(RequestHandler):
     def time_out(self) -> None:
         """Close this connection: its head has not arrived in time."""
         self._server.refusals.note("request head refused: too slow")
-        self._refuse_head(RequestTimeout("The request did not arrive in time. Nothing was queued; send it again"))
+        self._refuse_now(RequestTimeout("The request did not arrive in time. Nothing was queued; send it again"))
 
-    def _refuse_head(self, refusal: GatewayError) -> None:
+    def _refuse_now(self, refusal: GatewayError) -> None:
         """Close the connection, with an answer to an incomplete head.
 
         A caller that has sent no byte gets no answer: it would take this one for the answer to its next request.
@@ -709,7 +709,7 @@ class _Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Return the answer to a request that the parser refused, or that failed outside its handler."""
-        if isinstance(exc, GatewayError):  # of _refuse_next
+        if isinstance(exc, GatewayError):  # of _refuse_in_turn
             return self._server.refuse(exc)
         if status != 400:
             return self._server.refuse(InternalError(), exc)

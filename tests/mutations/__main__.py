@@ -42,7 +42,7 @@ TESTS = {
     "gateway/ingest/decoding.py": [
         *("tests/unit/test_decoding.py", "tests/properties/test_decoding.py"),
         *("tests/properties/test_in_place.py", "tests/properties/test_batch.py"),
-        *("tests/unit/test_batch.py", "tests/properties/test_contact_data.py"),
+        *("tests/unit/test_batch.py", "tests/properties/test_contact_data.py", "tests/unit/test_second_pass.py"),
     ],
     "gateway/ingest/idempotency.py": ["tests/unit/test_idempotency.py", "tests/api/test_idempotency.py"],
     "gateway/postgres/pool.py": ["tests/unit/test_pool.py", "tests/integration/test_database.py"],

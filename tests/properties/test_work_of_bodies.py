@@ -5,7 +5,6 @@ Resident memory shows the allocations. docs/evidence/performance.md has the figu
 """
 
 import ctypes
-import json
 import subprocess
 import sys
 import time
@@ -15,12 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from gateway.errors import GatewayError, InvalidJson
+from gateway.errors import GatewayError
 from gateway.ingest import batch
-from gateway.ingest.decoding import HUGE_BODY_BYTES, decode_bulk, decode_single
-from gateway.ingest.second_pass import MOST_BRACKETS, MOST_COMMAS
+from gateway.ingest.decoding import decode_bulk, decode_single
 from gateway.ingest.wire import MAX_BODY_BYTES, Answer, encode
-from testbed.bodies import GOOD, LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
+from testbed.bodies import LIST_NUMBER, PLACES, SHAPES, SINGLE_PLACES, SINGLE_SHAPES, clean_body
 
 # Of decoding, validating, building and answering alone, as a multiple of a clean body, or of one pass of the decoder
 # over deep arrays, whichever takes longer: that depends on the build of Python. One pass and all other work take 1.4.
@@ -73,43 +71,6 @@ def test_work_is_that_of_a_clean_body(place: str) -> None:
                 ratios[shape] = min(dirty for dirty, _ in pairs) / min(unit for _, unit in pairs)
     print(*(f"{ratio:.2f}: {shape}" for shape, ratio in ratios.items()), sep="\n")
     assert {shape: ratio for shape, ratio in ratios.items() if ratio > MAX_RATIO} == {}
-
-
-def with_values(place: str, value: bytes, count: int) -> bytes:
-    """Return a body with `count` values at a place, and a text that makes it a huge one."""
-    before, after = PLACES[place]
-    return before + b"[" + value * count + b'"' + b"a" * HUGE_BODY_BYTES + b'"]' + after
-
-
-SECOND_PASSES = [
-    (place, value, most)
-    for place in (
-        *("a message after many fields", "a message after many elements", "contact_data of metadata"),
-        *("contact_data before many of its name", "contact_data with a bad field before many of its name"),
-    )
-    for value, most in ((b"[],", MOST_BRACKETS), (b"{},", MOST_BRACKETS), (b"1,", MOST_COMMAS))
-    if (place, value) != ("contact_data of metadata", b"1,")  # it has few brackets: nothing is taken out
-]
-
-
-@pytest.mark.parametrize(("place", "value", "most"), SECOND_PASSES)
-def test_a_second_pass_over_very_many_values_is_refused(place: str, value: bytes, most: int) -> None:
-    batch.validate(decode_bulk(with_values(place, value, most - 10)))
-    with pytest.raises(InvalidJson, match="too many values"):
-        batch.validate(decode_bulk(with_values(place, value, most + 1)))
-
-
-GUEST = {"contact_data": {"first_name": "Ada", "last_name": "Lovelace", "timezone": "Europe/London"}, "x": [[], {}]}
-
-
-@pytest.mark.parametrize(("messages", "guests"), [(1_000, 15), (1_000, 35), (400, 90), (10, 3_000)])
-@pytest.mark.parametrize("field", ["contact_data", "metadata"])
-def test_a_batch_with_nested_contact_data_is_accepted(messages: int, guests: int, field: str) -> None:
-    value = {"custom_fields": {"guests": [GUEST] * guests}, "contact_data": {"first_name": "Ada", "a": ["b"] * 10}}
-    message = json.loads(GOOD) | {"contact_data": value, field: value}
-    draft = batch.validate(decode_bulk(msgspec.json.encode({"messages": [message] * messages})))
-    assert len(draft.messages) == messages
-    assert {bytes(getattr(each, field)) for each in draft.messages} == {msgspec.json.encode(value)}
 
 
 def test_no_body_takes_much_memory() -> None:
