@@ -60,7 +60,7 @@ class Runtime:
         database = self.pool.last_failure or "the database has not been reached yet"
         reasons = {
             "draining": self.draining,
-            broker: not connections.was_connected,
+            broker: not connections.has_connected,
             database: not self.database_was_reached,
         }
         return [reason for reason, holds in reasons.items() if holds]

@@ -42,8 +42,8 @@ class PublishConnections:
         self._changed = asyncio.Event()
         self.is_closed = False
         self.has_ended_waits = False  # True: no batch waits for a connection any more
-        self.was_connected = False
-        self.connected = 0  # connections opened
+        self.has_connected = False
+        self.connects = 0  # connections opened
         self.connect_failures = 0
         self.last_failure = ""  # of a connect, as logged; "" without any
         self._failure_logs: defaultdict[str, RepeatLog] = defaultdict(lambda: RepeatLog(log))  # by node
@@ -149,7 +149,7 @@ class PublishConnections:
             try:
                 if await self._open(connection):
                     attempt = 0
-                    self.connected += 1
+                    self.connects += 1
                     self.open.append(connection)
                     self._changed.set()
                     while not self.is_closed:  # aiormq may have absorbed a cancellation
@@ -181,7 +181,7 @@ class PublishConnections:
         if connection.unverified and not self._has_warned_of_rights:
             log.warning(UNVERIFIED, node, connection.unverified)
             self._has_warned_of_rights = True
-        self.was_connected = True
+        self.has_connected = True
         self._unusable_since = None
         return True
 

@@ -163,7 +163,7 @@ def _connection_metrics(connections: PublishConnections) -> Iterator[Metric]:
         "state",
         {state: states[state] for state in (*STATES, "connecting", "draining")},
     )
-    yield _total("gateway_broker_connects", "Publish connections opened.", connections.connected)
+    yield _total("gateway_broker_connects", "Publish connections opened.", connections.connects)
     yield _total("gateway_broker_connect_failures", "Failed attempts to connect.", connections.connect_failures)
     yield _total(
         "gateway_broker_blocked_seconds",

@@ -157,7 +157,7 @@ async def test_started_before_its_servers_it_becomes_ready_by_itself(
         r"cannot connect to the broker at 127\.0\.0\.1:\d+: .+", *(await probe("/readyz"))[1]["reasons"]
     )
     await restart(rabbitmq)
-    await eventually(lambda: gateway.runtime.publisher.connections.was_connected)
+    await eventually(lambda: gateway.runtime.publisher.connections.has_connected)
     assert await probe("/readyz") == (200, {"status": "ready"})
     async with open_admin(postgres.url) as admin:
         gateway.caller = await make_caller(admin)

@@ -119,7 +119,7 @@ async def test_a_missing_queue_is_unknown_and_costs_no_connection_and_no_message
     gateway: GatewayUnderTest, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, connections = gateway.runtime.settings, gateway.runtime.publisher.connections
-    await eventually(lambda: connections.connected == settings.amqp_connections)
+    await eventually(lambda: connections.connects == settings.amqp_connections)
     await until_shown(gateway, {"messages dead_letters": 0})
     connection = await aio_pika.connect(settings.amqp_url)
     async with connection, connection.channel() as channel:
@@ -140,7 +140,7 @@ async def test_a_missing_queue_is_unknown_and_costs_no_connection_and_no_message
         monkeypatch.setattr(depths, "ASK_EVERY_S", 0.0)
         while refusals < 200:
             assert await publishes(gateway)
-        assert connections.connected == settings.amqp_connections
+        assert connections.connects == settings.amqp_connections
         assert max(max(channels_of(one)) for one in connections.open) <= 3
         assert caplog.text.count("the depth of the queue") == 1
         assert "no queue" in caplog.text

@@ -93,7 +93,7 @@ async def test_not_connected_is_unavailable(broker: ScriptedBroker) -> None:
     assert not publisher.connections.is_usable()
     with pytest.raises(QueueUnavailable):
         await publish_batch(publisher, 1)
-    assert not publisher.connections.was_connected
+    assert not publisher.connections.has_connected
 
 
 async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: ScriptedBroker) -> None:
@@ -103,7 +103,7 @@ async def test_a_broker_that_is_gone_is_unavailable_until_it_is_back(broker: Scr
         await eventually(lambda: not publisher.connections.is_usable())
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
-        assert publisher.connections.was_connected
+        assert publisher.connections.has_connected
         await broker.start_listening()
         await eventually(publisher.connections.is_usable)
         assert list(await publish(publisher, 1)) == [ACKED]

@@ -135,7 +135,7 @@ async def test_a_queue_that_is_not_as_expected_is_not_accepted(
     broker.on_declare = lambda declare: None if declare.passive else (406, text)
     async with started(broker.url, amqp_topology="check") as publisher:
         await broker.wait_opened(2)
-        assert not publisher.connections.was_connected
+        assert not publisher.connections.has_connected
     assert text in caplog.text
 
 
@@ -151,7 +151,7 @@ async def test_a_queue_with_other_arguments_is_logged_and_tried_again(
     async with started(broker.url) as publisher:
         await broker.wait_opened(3)
         assert not publisher.connections.is_usable()
-        assert not publisher.connections.was_connected
+        assert not publisher.connections.has_connected
         with pytest.raises(QueueUnavailable):
             await publish(publisher, 1)
         broker.on_declare = None  # the operator has removed the old queue
