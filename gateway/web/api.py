@@ -45,7 +45,7 @@ def make_app(runtime: Runtime) -> web.Application:
         openapi.add_page(app, expect_later)
         app[ALLOWED_METHODS] = ALLOWED | dict.fromkeys(openapi.PAGE_PATHS, openapi.METHODS)
     else:
-        app.router.add_get(openapi.PATH, openapi.show, expect_handler=expect_later)
+        openapi.add_document(app, expect_later)
         app[ALLOWED_METHODS] = ALLOWED
     app.router.add_route("*", "/{path:.*}", refuse_route, expect_handler=expect_later)
     return app
@@ -68,7 +68,7 @@ async def _send(request: web.Request, form: Form) -> web.StreamResponse:
     raises the refusal later: the refusals of the key come first.
     """
     runtime, record = request.app[RUNTIME], request[RECORD]
-    slot = request[SLOT] = runtime.admission.admit()  # the connection gives it back
+    request[SLOT] = slot = runtime.admission.admit()  # the connection gives it back
     keys = request.headers.getall(API_KEY_HEADER, [])
     for key in keys:
         runtime.admission.check_refused_key(key)

@@ -38,7 +38,7 @@ from email.utils import formatdate
 from functools import lru_cache
 from heapq import nlargest, nsmallest
 from math import inf
-from typing import Any
+from typing import Any, Protocol
 
 from aiohttp import HttpVersion10, HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
@@ -54,7 +54,6 @@ from gateway.errors import (
     RequestTimeout,
     drop_tracebacks,
 )
-from gateway.ingest.admission import Slot
 from gateway.repeat_log import RepeatLog
 from gateway.web.heads import MAX_HEAD_BYTES, Heads, IncompleteHead
 from gateway.web.shared_port import InheritedPort, SharedListener, Tls, bind_alone, listen_on_inherited
@@ -86,8 +85,19 @@ TOO_MANY_HEADS = "Too many incomplete requests have arrived. Nothing was queued;
 SERVER = "sms-gateway"
 JSON_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERVER: SERVER}
 
-# A handler that takes a slot leaves it here. It is given back when the answer is written, or cannot be written.
-SLOT = web.RequestKey("slot", Slot)
+
+class Place(Protocol):
+    """What a request holds until its answer is written."""
+
+    def give_back(self) -> None:
+        """End it: the answer is written, or cannot be written."""
+
+    def abandon(self) -> None:
+        """Note that the caller has hung up."""
+
+
+# A handler that takes a slot, or another place, leaves it here. The connection gives it back.
+SLOT: web.RequestKey[Place] = web.RequestKey("slot", Place)
 
 # Returns the complete answer to a request that no handler sees; logs the exception, if there is one.
 Refuse = Callable[[GatewayError, BaseException | None], web.Response]

@@ -13,11 +13,19 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 from swagger_ui_bundle import swagger_ui_path
 
+from gateway.errors import Overloaded
+from gateway.web.connections import SLOT
+
 PATH = "/openapi.json"
 PAGE = "/docs"
 METHODS = "GET, HEAD"
 # The part of a file that is in memory for each reader, however slow. The default of aiohttp is 256 KiB.
 CHUNK_BYTES = 16 * 1024
+# Requests for the document and for files whose answers are not written yet, by listener. A caller needs no key for
+# them, and may read slowly: without a limit, each of 8,192 connections could hold 74 kB (tests/hostile/test_memory.py).
+# The operations listener has twice as many connections, so readers leave some to the probes.
+MAX_READERS = 32
+TOO_MANY_READERS = "Too many are reading the documentation. Send the request again"
 
 ExpectHandler = Callable[[web.Request], Awaitable[web.StreamResponse | None]]
 
@@ -47,16 +55,60 @@ _POLICY = (
 )
 
 
-async def show(_request: web.Request) -> web.Response:
-    """Answer with the document."""
-    return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json"})
+class _Readers:
+    """The readers of one listener."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class _Reader:
+    """The place of one reader, until its answer is written. Raises Overloaded if none is free."""
+
+    def __init__(self, readers: _Readers) -> None:
+        if readers.count == MAX_READERS:
+            raise Overloaded(TOO_MANY_READERS)
+        readers.count += 1
+        self._readers: _Readers | None = readers
+
+    def give_back(self) -> None:
+        """Give the place to another reader."""
+        if self._readers is not None:
+            self._readers.count -= 1
+            self._readers = None
+
+    def abandon(self) -> None:
+        """Do nothing: the place is given back once aiohttp stops writing."""
+
+
+def add_document(app: web.Application, expect_handler: ExpectHandler | None = None) -> None:
+    """Add the route of the document."""
+    _add_routes(app, {PATH: _show}, expect_handler)
 
 
 def add_page(app: web.Application, expect_handler: ExpectHandler | None = None) -> None:
     """Add the routes of the document, and of the page and its files."""
-    handlers = (show, _page, _script, *(_file(swagger_ui_path / name) for name in _ASSETS))
-    for path, handler in zip((PATH, *PAGE_PATHS), handlers, strict=True):
-        app.router.add_get(path, handler, expect_handler=expect_handler)
+    files: list[Handler] = [_file(swagger_ui_path / name) for name in _ASSETS]
+    handlers = dict(zip(PAGE_PATHS, (_page, _script, *files), strict=True))
+    _add_routes(app, {PATH: _show, **handlers}, expect_handler)
+
+
+def _add_routes(app: web.Application, handlers: dict[str, Handler], expect_handler: ExpectHandler | None) -> None:
+    readers = _Readers()
+
+    def bounded(handler: Handler) -> Handler:
+        async def serve(request: web.Request) -> web.StreamResponse:
+            request[SLOT] = _Reader(readers)
+            return await handler(request)
+
+        return serve
+
+    for path, handler in handlers.items():
+        app.router.add_get(path, bounded(handler), expect_handler=expect_handler)
+
+
+async def _show(_request: web.Request) -> web.Response:
+    return web.Response(body=_DOCUMENT, headers={hdrs.CONTENT_TYPE: "application/json"})
 
 
 async def _page(_request: web.Request) -> web.Response:

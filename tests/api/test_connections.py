@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import logging
+import re
 import socket
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from gateway.web.bodies import SMALL_REQUEST_BYTES
 from gateway.web.connections import LINGER_S, _Connection
 from tests.support.eventually import eventually
 from tests.support.gateways import GatewayUnderTest, MakeSettings, StartGateway
+from tests.support.outbound_queue import OutboundQueue
 from tests.support.raw_http import connect, exchange
 
 
@@ -91,6 +93,31 @@ async def test_requests_before_malformed_http_are_served_although_it_comes_in_th
             assert (await conversation.read_answer()).json()["queued_count"] == 1
         assert (await conversation.read_answer()).json()["code"] == "malformed_http"
         assert await conversation.is_closed()
+
+
+@pytest.mark.parametrize("begun", ["half a head", "no byte of a body", "half a body", "half a chunk"])
+async def test_a_half_close_inside_a_request_takes_no_answer_from_those_before(
+    gateway: GatewayUnderTest, queue: OutboundQueue, begun: str
+) -> None:
+    request = post(gateway, gateway.caller.body())
+    head, _, body = request.partition(b"\r\n\r\n")
+    chunked = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+    tail = {
+        "half a head": head[:40],
+        "no byte of a body": head + b"\r\n\r\n",
+        "half a body": head + b"\r\n\r\n" + body[:20],
+        "half a chunk": chunked + b"\r\n\r\n20\r\n" + body[:10],
+    }[begun]
+    parts = urlsplit(gateway.url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(request * 3 + tail)
+    writer.write_eof()
+    async with asyncio.timeout(5):
+        answers = await reader.read()
+    writer.close()
+    assert answers.count(b"HTTP/1.1 ") == answers.count(b'"queued_count":1') == 3
+    assert len(await queue.take_all()) == 3
+    await eventually(lambda: gateway.runtime.admission.requests == 0)
 
 
 async def test_a_half_closed_body_is_no_complete_request(gateway: GatewayUnderTest) -> None:

@@ -179,6 +179,14 @@ def pages_that_nobody_reads(attack: Attack) -> None:
     time.sleep(2.0)
 
 
+def documents_that_nobody_reads(attack: Attack) -> None:
+    """Ask for the OpenAPI document over 8,000 connections, ten times each, and read none. No key is needed."""
+    request = b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 10
+    for _ in range(8_000):
+        attack.connect(receive_buffer=4096).sendall(request)
+    time.sleep(2.0)
+
+
 def a_mix_of_all(attack: Attack) -> None:
     """Run several attacks at the same time."""
     with ThreadPoolExecutor() as pool:
@@ -211,7 +219,8 @@ ROWS = [
     Row(uploads_that_wait, 260, is_flood=True, settings=PATIENT),
     Row(bodies_with_emoji, 512, is_flood=True),
     Row(halves_of_large_heads, 384),
-    Row(pages_that_nobody_reads, 200, settings={"api_docs": "on"}),
+    Row(pages_that_nobody_reads, 150, settings={"api_docs": "on"}),
+    Row(documents_that_nobody_reads, 256, 256),
     Row(a_mix_of_all, 512, is_flood=True),
 ]
 
