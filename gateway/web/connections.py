@@ -72,7 +72,8 @@ SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
 # Bytes of a body that are read while its request waits; one read of the event loop (256 kB) comes on top. aiohttp
 # pauses the reading at twice its `read_bufsize`.
 READ_AHEAD = 64 * 1024
-MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress
+MAX_BYTES_AHEAD = 64 * 1024  # of requests pipelined behind the one in progress; one read comes on top
+MAX_BYTES_AHEAD_OF_ALL = 64 * 1024 * 1024  # of all connections together
 # At the end of a drain, so long is kept for the answers to requests that cannot be served any more.
 LAST_ANSWERS_S, LAST_ANSWERS_SHARE = 2.0, 0.25  # and at most this share of the drain
 CLOSE_S = 0.1  # then connections are closed; aiohttp waits twice for this time
@@ -277,6 +278,7 @@ class _Server(web.Server):
         self._may_evict = True
         self._is_draining = False
         self.heads = Heads()
+        self.bytes_ahead = 0  # of all connections
         self._tls_buffers: dict[_Connection, int] = {}  # bytes; the connection whose buffers grew last is the last
         self._tls_bytes = 0
         self._sweeping = self.loop.call_later(SWEEP_S, self._sweep)
@@ -351,6 +353,15 @@ class _Server(web.Server):
                 if self.heads.are_too_expensive:
                     connection.drop_head()
 
+    def bound_bytes_ahead(self) -> None:
+        """Abort the connections with the most bytes behind a request while those of all together are too many."""
+        if self.bytes_ahead > MAX_BYTES_AHEAD_OF_ALL:
+            ahead = [connection for connection in self._connections if connection.size_ahead]
+            most = 1 + len(ahead) // EVICTION_SHARE
+            for connection in nlargest(most, ahead, key=lambda connection: connection.size_ahead):
+                if self.bytes_ahead > MAX_BYTES_AHEAD_OF_ALL:
+                    connection.abort_with_bytes_ahead()
+
     def bound_tls_buffers(self, connection: "_Connection", size: int) -> None:
         """Note the size of a connection's buffers. Close others without a request while all are too large."""
         self.forget_tls_buffers(connection)
@@ -382,6 +393,7 @@ class _Connection(RequestHandler):
         "_unread",
         "head",
         "head_due",
+        "size_ahead",
     )
 
     def __init__(self, server: _Server, **options: Any) -> None:
@@ -390,7 +402,8 @@ class _Connection(RequestHandler):
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self.head = IncompleteHead(server.heads)
-        self._bytes_ahead = 0  # of requests pipelined behind the one in progress
+        self._bytes_ahead = 0  # of requests pipelined behind the one in progress, as far as they are parsed
+        self.size_ahead = 0  # with what is kept, in bytes, as the server counts it
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
         self._body_bytes = 0  # its length, if some of it is to come
@@ -441,6 +454,7 @@ class _Connection(RequestHandler):
             at = end
             if is_queue_full or at == len(data):
                 self._kept = data[at:]
+                self._count_bytes_ahead()
                 return
 
     @property
@@ -495,6 +509,9 @@ class _Connection(RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols return bool | None
         """Keep the connection open for the answers to complete requests (RFC 9112, 9.6). With TLS that cannot be."""
+        if self._messages and self._messages[-1][1] is self._body and not self._body.is_eof():
+            self._messages.pop()  # the rest of its body will never arrive
+            self._body = EMPTY_PAYLOAD
         self._is_half_closed = (
             self._is_in_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None
         )
@@ -533,9 +550,29 @@ class _Connection(RequestHandler):
         if self._bytes_ahead > MAX_BYTES_AHEAD and not self._buffer_paused:
             self._pause_reading_for_buffer()  # until the last of them has its turn
 
+    def _count_bytes_ahead(self) -> None:
+        size = self._bytes_ahead + len(self._kept)
+        if size != self.size_ahead:
+            self._server.bytes_ahead += size - self.size_ahead
+            self.size_ahead = size
+            self._server.bound_bytes_ahead()
+
+    def abort_with_bytes_ahead(self) -> None:
+        """Abort this connection: with those of the others, the bytes behind its request are too many."""
+        self._server.refusals.note("connection closed: all requests sent ahead together are too large")
+        self._forget_bytes_ahead()
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _forget_bytes_ahead(self) -> None:
+        self._bytes_ahead, self._kept = 0, b""
+        self._server.bytes_ahead -= self.size_ahead
+        self.size_ahead = 0
+
     def _resume_reading_if_drained(self) -> None:
         if not self._messages:  # aiohttp would read on while there are few: each may have a large body
             self._bytes_ahead = 0
+            self._count_bytes_ahead()
             super()._resume_reading_if_drained()
 
     @property
@@ -629,7 +666,7 @@ class _Connection(RequestHandler):
             self._current_request[SLOT].abandon()
         self._server.forget_tls_buffers(self)
         self._body = self._unread = EMPTY_PAYLOAD
-        self._kept = b""
+        self._forget_bytes_ahead()
         # The body of a request behind the one in progress refers to its connection: a reference cycle.
         self._messages = deque((message, EMPTY_PAYLOAD) for message, _ in self._messages)
         # With an error, aiohttp would leave it in the future that the writing frame awaits: a cycle that holds the
@@ -659,6 +696,9 @@ class _Connection(RequestHandler):
             response, is_lost = await super()._handle_request(request, *rest)
         finally:
             self._answered += 1
+            if self.size_ahead and not self._messages:
+                self._bytes_ahead = 0
+                self._count_bytes_ahead()
             if SLOT in request:
                 request[SLOT].give_back()
         if isinstance(response, web.Response):

@@ -231,6 +231,41 @@ async def test_the_most_expensive_head_is_evicted_when_all_together_cost_too_muc
         assert (await small.read_answer()).status == 200
 
 
+async def test_the_connection_with_the_most_bytes_ahead_is_closed_when_those_of_all_are_too_many(
+    listener: Listener,
+) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    large_request, others = GET[:-2] + HEADER_OF_1_KB * 2 + b"\r\n", 64 * 1024 * 1024
+    async with connect(listener.url) as large, connect(listener.url) as small:
+        for caller in (large, small):
+            await caller.send(GET)
+        await eventually(lambda: sum(each._current_request is not None for each in server._connections) == 2)
+        await large.send(large_request * 3)
+        await small.send(GET * 3)  # two wait, and one is kept
+        await eventually(lambda: server.bytes_ahead == 3 * (len(large_request) + len(GET)))
+        server.bytes_ahead += others
+        await small.send(GET)
+        assert await large.is_closed()
+        assert server.bytes_ahead == others + 4 * len(GET)
+        server.bytes_ahead -= others
+        listener.may_answer.set()
+        for _ in range(5):
+            assert (await small.read_answer()).status == 200
+        assert server.bytes_ahead == 0
+
+
+async def test_bytes_ahead_of_a_connection_that_is_lost_are_not_counted_any_more(listener: Listener) -> None:
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with in_a_request(listener) as (caller, _):
+        await caller.send(GET * 5)
+        await eventually(lambda: server.bytes_ahead == 5 * len(GET))
+        caller.abort()
+        listener.may_answer.set()  # the reading is paused: the loss shows when the answer is written
+        await eventually(lambda: server.bytes_ahead == 0)
+
+
 async def test_a_head_that_begins_behind_a_request_must_arrive_in_time_too() -> None:
     async with listening(header_timeout_s=0.5) as listener, connect(listener.url) as caller:
         await caller.send(GET + GET[:-2])
