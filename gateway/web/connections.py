@@ -8,7 +8,8 @@
 - Idle: closed by aiohttp after `keepalive_timeout_s`.
 
 All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the most expensive are refused. Reading pauses
-once more than MAX_BYTES_AHEAD bytes of requests wait behind the one in progress. With TLS, the buffers of all
+once more than MAX_BYTES_AHEAD bytes of requests wait behind the one in progress. Beyond MAX_BYTES_AHEAD_OF_ALL, the
+connections with the most such bytes are aborted. With TLS, the buffers of all
 connections together are bounded: beyond MAX_TLS_BUFFERS, connections without a request are closed, first those whose
 buffers grew longest ago.
 
@@ -69,6 +70,8 @@ QUIET_S = 0.2  # behind the body, the reading ends if nothing arrives for this t
 # Memory of the TLS buffers of all connections together: uvloop keeps two, as large as the largest read, to the close.
 MAX_TLS_BUFFERS = 128 * 1024 * 1024
 SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
+# A connection with TLS counts as so many of max_connections: idle, it takes 54 kB, and one without TLS about 7.
+TLS_CONNECTIONS = 2
 # Bytes of a body that are read while its request waits; one read of the event loop (256 kB) comes on top. aiohttp
 # pauses the reading at twice its `read_bufsize`.
 READ_AHEAD = 64 * 1024
@@ -88,7 +91,7 @@ JSON_HEADERS: dict[str, str] = {hdrs.CONTENT_TYPE: "application/json", hdrs.SERV
 
 
 class Place(Protocol):
-    """What a request holds until its answer is written."""
+    """A place that a request holds until its answer is written."""
 
     def give_back(self) -> None:
         """End it: the answer is written, or cannot be written."""
@@ -212,6 +215,8 @@ class BoundedRunner(web.AppRunner):
         A SharedListener serves a port that other processes share, and TLS; any other port is asyncio's.
         """
         server = await self._set_up()
+        if context is not None:
+            server.allow_fewer_connections()
         if inherited is not None or context is not None:
             tls = Tls(context, handshake_timeout_s, server.room_for_handshakes) if context else None
             shared = listen_on_inherited(server, host, inherited or await bind_alone(host, port), tls)
@@ -326,6 +331,10 @@ class _Server(web.Server):
         """Return the answer to a request that no handler sees, and report it."""
         self._on_refused(error.status, error.code)
         return self._refuse(error, cause)
+
+    def allow_fewer_connections(self) -> None:
+        """Count each connection as one with TLS."""
+        self.limits = self.limits._replace(max_connections=max(1, self.limits.max_connections // TLS_CONNECTIONS))
 
     def room_for_handshakes(self) -> int:
         """Return the number of TLS handshakes that there may be beside the open connections."""
@@ -641,6 +650,8 @@ class _Connection(RequestHandler):
         """
         if self.head.size and self.transport is not None:
             self.transport.write(_encode(self._server.refuse(refusal)))
+        elif self.transport is not None and self.ssl_context is not None:
+            self.transport.abort()  # an orderly end of TLS would wait for the caller
         self.head_due = NEVER
         self.head.clear()
         self.force_close()

@@ -3,18 +3,20 @@
 import asyncio
 import random
 import socket
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from gateway.ingest.wire import MAX_BODY_BYTES
 from gateway.web.connections import LINGER_S
 from gateway.web.shared_port import TLS_CLOSE_S
 from testbed import Servers
 from tests.hostile import table
-from tests.hostile.listeners import KINDS, open_listener
+from tests.hostile.listeners import KINDS, Listener, open_listener
 from tests.support.callers import make_caller
 from tests.support.eventually import eventually
 
@@ -23,6 +25,9 @@ SEED = 2026
 # Of an idle connection that has sent much, without a key. uvloop's TLS keeps two buffers of 256 kB.
 MOST_MB = {"TCP": 0.1, "TLS": 0.7, "unix": 0.1}
 IDLE = 200
+# Nothing is refused as too slow while a busy machine sends.
+PATIENT = {"confirm_timeout_s": "60", "abandon_timeout_s": "60", "body_timeout_s": "60"}
+TLS_LIMIT = 8_192 // 2  # GATEWAY_MAX_CONNECTIONS, as it ships
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,6 +78,43 @@ async def test_tls_buffers_of_all_idle_connections_together_are_bounded(servers:
         more_mb = listener.gateway.memory_mb() - before_mb
         print(f"{more_mb:.0f} MiB")
         assert more_mb < 200
+        assert listener.gateway.alarms() == []
+
+
+def _fill(listener: Listener, key: bytes, opened: ExitStack) -> None:
+    """Open as many idle connections as may be, and 500 with uploads that wait for room."""
+    for number in range(TLS_LIMIT + 500):
+        plain = opened.enter_context(socket.create_connection(("127.0.0.1", listener.gateway.process.port.number)))
+        assert listener.context is not None
+        secure = opened.enter_context(listener.context.wrap_socket(plain, server_hostname="127.0.0.1"))
+        if number < TLS_LIMIT:
+            secure.sendall(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert secure.recv(4096).startswith(b"HTTP/1.1 404")
+        else:
+            secure.setblocking(False)
+            with suppress(ssl.SSLWantWriteError, ssl.SSLEOFError):
+                for _ in range(20):
+                    secure.send(table.post(bytes(MAX_BODY_BYTES), key=key)[: 256 * 1024])
+
+
+async def test_memory_with_tls_is_bounded(servers: Servers, tmp_path: Path) -> None:
+    """The bound of docs/operations.md, "Sizing". A connection with TLS counts twice."""
+    async with open_listener(servers, tmp_path, "TLS", **PATIENT) as listener:
+        caller = await make_caller(listener.gateway.admin)
+        before = listener.gateway.descriptors()
+        with ExitStack() as opened:
+            filling = asyncio.create_task(asyncio.to_thread(_fill, listener, caller.key.encode(), opened))
+            most_mb = 0.0
+            while not filling.done():
+                most_mb = max(most_mb, listener.gateway.memory_mb())
+                await asyncio.sleep(0.05)
+            await filling
+            waiting = listener.gateway.metric("gateway_requests_in_flight")
+            most_mb = max(most_mb, listener.gateway.memory_mb())
+            print(f"at most {most_mb:.0f} MiB, with {waiting:.0f} uploads in flight")
+            assert listener.gateway.descriptors() <= before + TLS_LIMIT + 1
+        assert waiting > 300
+        assert most_mb < 900
         assert listener.gateway.alarms() == []
 
 

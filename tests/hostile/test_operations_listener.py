@@ -46,6 +46,22 @@ async def test_idle_connections_do_not_stop_the_probes(process: GatewayProcess) 
         assert process.footprint().descriptors < CONNECTIONS + 100
 
 
+async def test_slow_readers_of_the_documentation_do_not_stop_the_probes(process: GatewayProcess) -> None:
+    """They read nothing, and each asks again before its first answer is written."""
+    request = b"GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nHost: x\r\n\r\n" * 20
+    with ExitStack() as stack:
+        for _ in range(CONNECTIONS):
+            slow = stack.enter_context(socket.socket())
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect(("127.0.0.1", process.ops_port.number))
+            slow.sendall(request)
+        await asyncio.sleep(1.0)
+        for path in ("/livez", "/readyz"):
+            answer = await asyncio.to_thread(http_get, process.ops_port, path)
+            assert answer is not None, path
+            assert answer[0] == 200
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_unfinished_tls_handshakes_stop_neither_the_probes_nor_other_callers(
     servers: Servers, tmp_path: Path, workers: int
