@@ -247,11 +247,12 @@ class Admission:
         now = loop.time()
         is_standing = now - self._standing_since > self._long_wait_s
         waits_before = now - (self._short_wait_s if is_standing else self._long_wait_s)
+        # A request may wait behind another one that lacks room.
+        is_window_full = not all([self._need_not_wait(slot.load) for slot in self._waiting])
+        lacking = "confirm_window" if is_window_full else "bytes"
         for slot in list(self._waiting):
             if slot.waits_since <= waits_before:
-                lacks_bytes = not slot.has_batch and not self.has_bytes(slot, slot.wanted)
-                is_for_bytes = lacks_bytes and self._need_not_wait(slot.load)
-                self._refuse(slot, self._overloaded("bytes" if is_for_bytes else "confirm_window"))
+                self._refuse(slot, self._overloaded(lacking))
         if self._waiting:
             self._timer = loop.call_later(TICK_S, self._tick)
 

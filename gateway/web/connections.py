@@ -8,10 +8,9 @@
 - Idle: closed by aiohttp after `keepalive_timeout_s`.
 
 All incomplete heads together are bounded too: beyond MAX_COST_OF_HEADS, the most expensive are refused. Reading pauses
-once more than MAX_BYTES_AHEAD bytes of requests wait behind the one in progress. Beyond MAX_BYTES_AHEAD_OF_ALL, the
-connections with the most such bytes are aborted. With TLS, the buffers of all
-connections together are bounded: beyond MAX_TLS_BUFFERS, connections without a request are closed, first those whose
-buffers grew longest ago.
+once more than MAX_BYTES_AHEAD bytes of requests wait behind the one in progress. Beyond MAX_BYTES_AHEAD_OF_ALL for all
+connections, those with the most are aborted. With TLS, the buffers of all connections together are bounded: beyond
+MAX_TLS_BUFFERS, connections without a request are closed, first those whose buffers grew longest ago.
 
 One sweep per second looks at the heads of all connections, so that a request needs no timer for its head.
 
@@ -70,8 +69,6 @@ QUIET_S = 0.2  # behind the body, the reading ends if nothing arrives for this t
 # Memory of the TLS buffers of all connections together: uvloop keeps two, as large as the largest read, to the close.
 MAX_TLS_BUFFERS = 128 * 1024 * 1024
 SMALL_READ = 16 * 1024  # one TLS record: buffers of this size are not counted
-# A connection with TLS counts as so many of max_connections: idle, it takes 54 kB, and one without TLS about 7.
-TLS_CONNECTIONS = 2
 # Bytes of a body that are read while its request waits; one read of the event loop (256 kB) comes on top. aiohttp
 # pauses the reading at twice its `read_bufsize`.
 READ_AHEAD = 64 * 1024
@@ -215,8 +212,6 @@ class BoundedRunner(web.AppRunner):
         A SharedListener serves a port that other processes share, and TLS; any other port is asyncio's.
         """
         server = await self._set_up()
-        if context is not None:
-            server.allow_fewer_connections()
         if inherited is not None or context is not None:
             tls = Tls(context, handshake_timeout_s, server.room_for_handshakes) if context else None
             shared = listen_on_inherited(server, host, inherited or await bind_alone(host, port), tls)
@@ -332,10 +327,6 @@ class _Server(web.Server):
         self._on_refused(error.status, error.code)
         return self._refuse(error, cause)
 
-    def allow_fewer_connections(self) -> None:
-        """Count each connection as one with TLS."""
-        self.limits = self.limits._replace(max_connections=max(1, self.limits.max_connections // TLS_CONNECTIONS))
-
     def room_for_handshakes(self) -> int:
         """Return the number of TLS handshakes that there may be beside the open connections."""
         return max(self.limits.max_connections - len(self._connections), LEAST_HANDSHAKES)
@@ -354,7 +345,7 @@ class _Server(web.Server):
         return False
 
     def bound_heads(self) -> None:
-        """Close the connections with the most expensive heads while all incomplete heads together are too expensive."""
+        """Refuse the most expensive heads while all incomplete heads together are too expensive."""
         if self.heads.are_too_expensive:
             with_heads = [connection for connection in self._connections if connection.head.size]
             most = 1 + len(with_heads) // EVICTION_SHARE
@@ -369,7 +360,7 @@ class _Server(web.Server):
             most = 1 + len(ahead) // EVICTION_SHARE
             for connection in nlargest(most, ahead, key=lambda connection: connection.size_ahead):
                 if self.bytes_ahead > MAX_BYTES_AHEAD_OF_ALL:
-                    connection.abort_with_bytes_ahead()
+                    connection.abort_for_bytes_ahead()
 
     def bound_tls_buffers(self, connection: "_Connection", size: int) -> None:
         """Note the size of a connection's buffers. Close others without a request while all are too large."""
@@ -411,8 +402,8 @@ class _Connection(RequestHandler):
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self.head = IncompleteHead(server.heads)
-        self._bytes_ahead = 0  # of requests pipelined behind the one in progress, as far as they are parsed
-        self.size_ahead = 0  # with what is kept, in bytes, as the server counts it
+        self._bytes_ahead = 0  # of requests that wait behind the one in progress
+        self.size_ahead = 0  # in bytes, with those in `_kept`, as last reported to the server
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
         self._body_bytes = 0  # its length, if some of it is to come
@@ -465,6 +456,8 @@ class _Connection(RequestHandler):
                 self._kept = data[at:]
                 self._count_bytes_ahead()
                 return
+        self._kept = b""  # the connection serves no further request
+        self._count_bytes_ahead()
 
     @property
     def _is_parsing(self) -> bool:
@@ -518,7 +511,9 @@ class _Connection(RequestHandler):
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio's protocols return bool | None
         """Keep the connection open for the answers to complete requests (RFC 9112, 9.6). With TLS that cannot be."""
-        if self._messages and self._messages[-1][1] is self._body and not self._body.is_eof():
+        # Only behind another request: the task of a connection takes the first one by itself.
+        is_behind = self._request_count > self._answered + 1
+        if is_behind and self._messages and self._messages[-1][1] is self._body and not self._body.is_eof():
             self._messages.pop()  # the rest of its body will never arrive
             self._body = EMPTY_PAYLOAD
         self._is_half_closed = (
@@ -560,13 +555,14 @@ class _Connection(RequestHandler):
             self._pause_reading_for_buffer()  # until the last of them has its turn
 
     def _count_bytes_ahead(self) -> None:
+        """Report the bytes behind the request in progress to the server, which bounds those of all connections."""
         size = self._bytes_ahead + len(self._kept)
         if size != self.size_ahead:
             self._server.bytes_ahead += size - self.size_ahead
             self.size_ahead = size
             self._server.bound_bytes_ahead()
 
-    def abort_with_bytes_ahead(self) -> None:
+    def abort_for_bytes_ahead(self) -> None:
         """Abort this connection: with those of the others, the bytes behind its request are too many."""
         self._server.refusals.note("connection closed: all requests sent ahead together are too large")
         self._forget_bytes_ahead()
@@ -608,7 +604,11 @@ class _Connection(RequestHandler):
         if not self.is_waiting:
             return False
         self._server.refusals.note("connection closed to make room for another")
-        self._refuse_now(Overloaded(TOO_MANY))
+        if self.ssl_context is not None and self.transport is not None:
+            self.transport.abort()  # an orderly end of TLS would wait for the caller, and keep the place
+            self.force_close()
+        else:
+            self._refuse_now(Overloaded(TOO_MANY))
         return True
 
     def abort_if_answered(self) -> bool:
@@ -650,8 +650,6 @@ class _Connection(RequestHandler):
         """
         if self.head.size and self.transport is not None:
             self.transport.write(_encode(self._server.refuse(refusal)))
-        elif self.transport is not None and self.ssl_context is not None:
-            self.transport.abort()  # an orderly end of TLS would wait for the caller
         self.head_due = NEVER
         self.head.clear()
         self.force_close()
@@ -703,13 +701,13 @@ class _Connection(RequestHandler):
         return answer_and_linger
 
     async def _handle_request(self, request: web.BaseRequest, *rest: Any) -> tuple[web.StreamResponse, bool]:
+        if self._bytes_ahead and not self._messages:  # it was the last of those that waited
+            self._bytes_ahead = 0
+            self._count_bytes_ahead()
         try:
             response, is_lost = await super()._handle_request(request, *rest)
         finally:
             self._answered += 1
-            if self.size_ahead and not self._messages:
-                self._bytes_ahead = 0
-                self._count_bytes_ahead()
             if SLOT in request:
                 request[SLOT].give_back()
         if isinstance(response, web.Response):

@@ -133,7 +133,8 @@ def _load_metrics(runtime: Runtime) -> Iterator[Metric]:
         "gateway_shed",
         "Requests refused as overloaded, at once or after a wait, by the exhausted resource: slots, account_share (of "
         "slots), bytes (of bodies, or the account's share of them), confirm_window (the broker confirms too slowly). "
-        "Connections beyond max_connections, and batches that the publisher refuses, are not counted here.",
+        "Connections beyond max_connections, batches that the publisher refuses, and readers of the API document are "
+        "not counted here.",
         ("reason",),
         {(reason,): admission.shed[reason] for reason in _SHED_REASONS},
     )

@@ -81,6 +81,24 @@ async def test_tls_buffers_of_all_idle_connections_together_are_bounded(servers:
         assert listener.gateway.alarms() == []
 
 
+@pytest.mark.parametrize("sent", [b"", b"G"], ids=["nothing", "a byte"])
+async def test_an_evicted_connection_with_tls_gives_its_place_back_at_once(
+    servers: Servers, tmp_path: Path, sent: bytes
+) -> None:
+    """A caller that does not answer the end of TLS kept it for 5 s, while others took its place."""
+    async with open_listener(servers, tmp_path, "TLS", max_connections="40") as listener:
+        assert listener.context is not None
+        address = ("127.0.0.1", listener.gateway.process.port.number)
+        before = listener.gateway.descriptors()
+        with ExitStack() as opened:
+            for _ in range(100):
+                plain = opened.enter_context(await asyncio.to_thread(socket.create_connection, address))
+                secure = await asyncio.to_thread(listener.context.wrap_socket, plain, server_hostname=address[0])
+                opened.enter_context(secure).sendall(sent)
+            assert listener.gateway.descriptors() < before + 25
+        assert listener.gateway.alarms() == []
+
+
 def _fill(listener: Listener, key: bytes, opened: ExitStack) -> None:
     """Open as many idle connections as may be, and 500 with uploads that wait for room."""
     for number in range(TLS_LIMIT + 500):

@@ -474,7 +474,18 @@ async def test_after_too_long_a_wait_a_request_is_refused(resource: str) -> None
     assert_empty(admission)
 
 
-async def test_a_small_request_behind_a_large_one_is_not_refused_for_bytes() -> None:
+async def test_a_small_request_behind_one_that_lacks_bytes_is_refused_for_bytes() -> None:
+    admission = admission_of(max_bytes=1_000, deadline_s=0.4)
+    async with entered(admission, 900, A), waiting(admission, 500, B):
+        with pytest.raises(Overloaded):
+            async with entered(admission, 1, B):
+                pytest.fail("admitted")
+        await eventually(lambda: not admission.waiting)
+    assert admission.shed == {"bytes": 2}
+    assert_empty(admission)
+
+
+async def test_a_small_request_behind_one_that_the_window_has_no_room_for_is_not_refused_for_bytes() -> None:
     """The reason tells an operator which limit to raise."""
     room = BrokerRoom(1_000)
     admission = admission_of(room=room, deadline_s=0.4)
