@@ -29,7 +29,7 @@ class Outcome(IntEnum):
     NACKED = 3
     RETURNED = 4
     UNKNOWN = 5
-    TOO_LARGE = 6  # for the broker: it was not queued, and once the limit is known, it is not written
+    TOO_LARGE = 6  # above the broker's limit: certainly not queued; once the limit is known, not written
 
 
 _first_tag = attrgetter("first_tag")

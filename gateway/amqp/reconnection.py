@@ -73,7 +73,7 @@ class PublishConnections:
             await asyncio.wait(running, timeout=CLOSE_TIMEOUT_S)
 
     def usable(self) -> list[PublishConnection]:
-        """Return the connections that may be given a batch. Raises QueueUnavailable, and notes since when, without one.
+        """Return the connections that may be given a batch. Raises QueueUnavailable if there is none.
 
         A stalled connection is left out, unless all are: its batches stay unconfirmed, while batches that were written
         later are confirmed on another one.

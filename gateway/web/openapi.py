@@ -21,7 +21,7 @@ PAGE = "/docs"
 METHODS = "GET, HEAD"
 # The part of a file that is in memory for each reader, however slow. The default of aiohttp is 256 KiB.
 CHUNK_BYTES = 16 * 1024
-# Requests for the document and for files whose answers are not written yet, by listener. A caller needs no key for
+# Unanswered requests for the document and the files, for each listener of each process. A caller needs no key for
 # them, and may read slowly: without a limit, each of 8,192 connections could hold 74 kB (tests/hostile/test_memory.py).
 # The operations listener has twice as many connections, so readers leave some to the probes.
 MAX_READERS = 32

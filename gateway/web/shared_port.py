@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 STEP_S = 0.002  # how long a worker does not watch the queue, to let another one accept
 MAX_STEPS_PER_WAIT = 10  # 20 ms: longer than most turns of a busy event loop
-# Steps come from a token bucket: its refill, 2 % of all time, and its size.
-STEPS_PER_SECOND, MAX_SAVED_STEPS = 10.0, 100.0
+STEPS_PER_SECOND = 10.0  # refill of the token bucket that steps come from: 2 % of all time
+MAX_SAVED_STEPS = 100.0  # size of the bucket
 
 ABSENT = 2**32 - 1  # the count of a worker that does not accept: no worker defers to it
 COUNT_BYTES = 4
@@ -254,7 +254,7 @@ class _Deferral:
         self._saved_steps = min(MAX_SAVED_STEPS, self._saved_steps + STEPS_PER_SECOND * (now - self._saved_at))
         self._saved_at = now
         fewer = {worker: count for worker, count in enumerate(counts) if count < own}
-        # Also True if no worker has fewer connections.
+        # The first condition holds also if `fewer` is empty.
         if fewer.items() <= self._ignored.items() or self._saved_steps < 1:
             return False
         if fewer != self._awaited:
