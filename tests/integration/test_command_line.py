@@ -158,6 +158,13 @@ def test_a_lifetime_that_is_no_duration_is_refused(text: str) -> None:
         (("list", "list", "999999999"), "there is no account 999999999"),
         (("key", "revoke", "999999999"), "there is no key 999999999"),
         (("list", "deactivate", "999999999"), "there is no list 999999999"),
+        *(
+            (
+                ("list", action, "+18005551000"),
+                "+18005551000 is a number, and this command takes a list's id: `list list ACCOUNT` shows both",
+            )
+            for action in ("deactivate", "activate")
+        ),
         (("account", "create", " "), "an account needs a name"),
     ],
 )
@@ -174,6 +181,8 @@ def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
     taken = run_gateway("list", "add", other, number, database_url=servers.database_url)
     assert taken.returncode == 2
     assert "that number is a list already" in taken.stderr
+    nobody = run_gateway("list", "add", "999999999", number, database_url=servers.database_url)
+    assert nobody.stderr == "error: there is no account 999999999\n"
     run_json(servers, "list", "deactivate", str(kept["id"]))
     assert run_json(servers, "list", "add", other, number)["status"] == "active"
     back = run_gateway("list", "activate", str(kept["id"]), database_url=servers.database_url)
