@@ -108,9 +108,21 @@ def migrate(
     """Apply all pending migrations with dbmate. Create the database if it is missing."""
     if grant_to == "":  # an unset variable of a script
         raise AdminError("--grant-to needs the name of a database role")
-    migrations.apply(config.load_database_url(), statement_cache_size=config.load_statement_cache())
+    failures: list[OSError] = []
+
+    def show(line: str) -> None:
+        try:
+            typer.echo(line, nl=False)
+        except OSError as error:  # migrations go on
+            failures.append(error)
+
+    applied = migrations.apply(config.load_database_url(), show, statement_cache_size=config.load_statement_cache())
+    show(f"migrations applied now: {applied}, pending: 0\n")
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)
+    with _printing():
+        if failures:
+            raise failures[0]
 
 
 @app.command()
