@@ -47,6 +47,10 @@ Baseline = Annotated[
 
 EXIT_VOID = 1
 EXIT_UNUSABLE = 2
+EXPECTED_ERRORS = (
+    *(ServerError, WorkerError, stages.StagesError, capacity.CapacityError, load.LoadError),
+    *(OSError, msgspec.DecodeError),
+)
 SYSTEMS = {"publisher": BARE_PUBLISHER, "gateway": GATEWAY, "fastapi": FASTAPI, "fastapi-logged": FASTAPI_LOGGED}
 DEFAULT_SYSTEMS = ("publisher", "gateway", "fastapi")
 _SIZES = ",".join(map(str, compare.IN_FLIGHT))
@@ -375,9 +379,9 @@ def load_command(
 ) -> None:
     """Load test of a deployment of your own.
 
-    Exit status: 0 success, 1 a threshold is broken or nothing was accepted, 2 unusable options or address, 3 the server
-    is gone. A request succeeds when the answer is 200 and queued_count is the number of its good messages. Accepted
-    messages are really queued: use a deployment whose messages are not delivered.
+    Exit status: 0 success, 1 a threshold is broken or nothing was accepted, 2 unusable options, address or key, 3 the
+    server is gone. A request succeeds when the answer is 200 and queued_count is the number of its good messages.
+    Accepted messages are really queued: use a deployment whose messages are not delivered.
     """
     if single and bad_share:
         raise typer.BadParameter("--single and --bad-share exclude each other: a bad single send is a failed request")
@@ -422,13 +426,7 @@ def capacity_command(
     report_file: ReportFile = None,
 ) -> None:
     """Cores, nodes, queues and network for 50 million messages a minute, from measured costs."""
-    costs = capacity.Costs()
-    if measured is not None:
-        comparison = msgspec.json.decode(measured.read_bytes(), type=compare.Comparison)
-        try:
-            costs = capacity.costs_of(comparison, str(measured))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+    costs = capacity.costs_in(measured) if measured is not None else capacity.Costs()
     given = {
         "gateway_cpu_us": gateway_us,
         "broker_cpu_us": broker_us,
@@ -459,7 +457,7 @@ def main() -> None:
     """Run a command. An expected error is one line on standard error and exit status 2."""
     try:
         app()
-    except (ServerError, WorkerError, stages.StagesError, OSError, msgspec.DecodeError) as error:
+    except EXPECTED_ERRORS as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(EXIT_UNUSABLE)
 

@@ -200,6 +200,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     _check_amqp_urls(PREFIX + "AMQP_URL", str(values.get("amqp_url", "")), has_certificate="amqp_cert_file" in values)
     settings = msgspec.convert(values, Settings)
     _check_deadlines(settings)
+    _check_ports(settings)
     return settings
 
 
@@ -213,9 +214,18 @@ def _read(kinds: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any
         try:
             values[name] = msgspec.convert(raw, kind, strict=False)
         except msgspec.ValidationError as error:
-            values_allowed = f". Use one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
-            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}{values_allowed}") from None
+            raise ConfigurationError(f"{variable}={raw!r} cannot be used: {_allowed(kind, str(error))}") from None
     return values
+
+
+def _allowed(kind: Any, error: str) -> str:
+    """Return msgspec's error about a value of this kind, in an operator's words where it names types of Python."""
+    if get_origin(kind) is Literal:
+        return f"{error}. Use one of {', '.join(get_args(kind))}"
+    if error.endswith("got `str`"):
+        number = "whole number" if "`int`" in error else "number"
+        return f"it must be a {number}, without a unit"
+    return error
 
 
 def _raw(variable: str, environ: Mapping[str, str]) -> str:
@@ -241,6 +251,18 @@ def _listen_host(variable: str, text: str) -> str:
             f"has), or one address of this machine. The port is set by {variable.removesuffix('HOST')}PORT"
         )
     return host
+
+
+def _check_ports(settings: Settings) -> None:
+    """Raise ConfigurationError if both listeners have one port on addresses that overlap. Resolves no host names."""
+    port, hosts = settings.api_port, {settings.api_host, settings.ops_host}
+    if settings.api_socket or not port or port != settings.ops_port:
+        return
+    is_ipv4 = all(re.fullmatch(r"[0-9.]+", host) for host in hosts)
+    if len(hosts) == 1 or "::" in hosts or ("0.0.0.0" in hosts and is_ipv4):  # noqa: S104 - compared
+        raise ConfigurationError(
+            f"{PREFIX}API_PORT and {PREFIX}OPS_PORT are both {port}, on overlapping addresses. Set one to another port"
+        )
 
 
 def _check_deadlines(settings: Settings) -> None:

@@ -102,11 +102,20 @@ def check(settings: Settings) -> None:
         try:
             _make_context(settings, party)
         except OSError as error:
+            has_key_of_url = party == "DATABASE" and "sslkey" in settings.database().parameters
+            if cert in files and key not in files and not has_key_of_url and _has_no_key(files[cert]):
+                raise ConfigurationError(f"{key} is not set, and the file of {cert} has no key") from None
             variables = " and ".join(files) or f"{PREFIX}{party}_URL"
             raise ConfigurationError(
                 f"{variables} cannot be used: {error}. Certificates and keys must be PEM files. A key must have no "
                 "password, and must match its certificate"
             ) from None
+
+
+def _has_no_key(cert_file: str) -> bool:
+    """Return True if the file has a certificate in PEM, and no key."""
+    content = Path(cert_file).read_bytes()
+    return b"CERTIFICATE-----" in content and b"PRIVATE KEY-----" not in content
 
 
 def _make_context(settings: Settings, party: str) -> None:

@@ -95,6 +95,7 @@ class Database(NamedTuple):
 def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     """Split a URL of one of the schemes. Raises UnusableUrl for what is not one, or is not percent-encoded."""
     scheme = schemes[0]
+    article = "an" if scheme.startswith("a") else "a"
     form = (
         f"Use a URL such as {scheme}://user:password@host/name, with the special characters of the password "
         "percent-encoded"
@@ -102,10 +103,10 @@ def _split(url: str, schemes: tuple[str, ...]) -> SplitResult:
     if _unencoded(url) or _broken_escape(url) or "#" in url:
         raise UnusableUrl(f"has a character that must be percent-encoded, such as a space, # or %. {form}")
     if url.partition("://")[0].lower() not in schemes:
-        raise UnusableUrl(f"is not a {scheme} URL. {form}")
+        raise UnusableUrl(f"is not {article} {scheme} URL. {form}")
     parts = split_url(url)
     if "@" in (url.partition(parts.netloc)[2] if parts.netloc else url):
-        raise UnusableUrl(f"is not a {scheme} URL. {form}")
+        raise UnusableUrl(f"is not {article} {scheme} URL. {form}")
     if "&" in parts.path:
         raise UnusableUrl(f"has & before the ? that begins its parameters. {form}")
     return parts

@@ -5,6 +5,7 @@ bodies only: HTTP, TCP and IP headers add a few percent to batches of 1,000.
 """
 
 import math
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +19,10 @@ from benchmarks.report.machine import Machine
 
 FRAME_MAX = 131_072  # RabbitMQ's default
 PLATFORM_RATE = 50e6 / 60  # messages a second: the vendor's published capacity
+
+
+class CapacityError(Exception):
+    """Raised for a file without the costs."""
 
 
 class Costs(msgspec.Struct, frozen=True):
@@ -57,11 +62,22 @@ class Capacity(msgspec.Struct):
     network_copies_gbit: float  # between the broker's nodes
 
 
-def costs_of(comparison: Comparison, source: str) -> Costs:
-    """Return the costs of full batches. Raises ValueError when the comparison has none."""
+def costs_in(file: Path) -> Costs:
+    """Return the costs of full batches in a file of `compare --json`. Raises CapacityError."""
+    try:
+        comparison = msgspec.json.decode(file.read_bytes(), type=Comparison)
+    except (OSError, msgspec.DecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CapacityError(f"--from {file}: {reason}: write it with `scripts/bench compare --json {file}`") from None
+    return _costs_of(comparison, str(file))
+
+
+def _costs_of(comparison: Comparison, source: str) -> Costs:
     full = {one.system: one for one in comparison.summaries if one.batch == FULL_BATCH}
     if not {GATEWAY, BARE_PUBLISHER} <= full.keys():
-        raise ValueError(f"{source} has no valid runs of gateway and bare publisher with batches of {FULL_BATCH:,}")
+        raise CapacityError(
+            f"--from {source} has no valid runs of gateway and bare publisher with batches of {FULL_BATCH:,}"
+        )
     gateway = full[GATEWAY]
     return Costs(
         gateway_cpu_us=gateway.server_cpu_us_per_message.median,

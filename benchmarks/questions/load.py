@@ -6,6 +6,9 @@ the time is up or when the server is gone. Thresholds set the exit code, for use
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,6 +29,10 @@ class ExitCode(IntEnum):
     THRESHOLD_BROKEN = 1  # or nothing was accepted
     UNUSABLE = 2  # wrong options, or no server at the address
     SERVER_GONE = 3
+
+
+class LoadError(Exception):
+    """Raised when the load test cannot begin."""
 
 
 class Thresholds(msgspec.Struct, frozen=True):
@@ -115,7 +122,12 @@ class Timeline:
 
 
 def run(options: Options, key: str, on_moment: Callable[[Moment], None]) -> Outcome:
-    """Run the load test. The key is not part of the options, so that no report shows it."""
+    """Run the load test. The key is not part of the options, so that no report shows it.
+
+    Raises LoadError if the server does not accept the key.
+    """
+    if (status := status_of_dry_run(options, key)) in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        raise LoadError(f"the server answers {status} to the API key: give --key, or set SMS_API_KEY")
     described = machine.describe()
     timeline = Timeline(options.processes)
     with start_workers(generator.__name__, _plans(options, key)) as generators:
@@ -123,6 +135,24 @@ def run(options: Options, key: str, on_moment: Callable[[Moment], None]) -> Outc
         generators.start(options.warm_up_s + options.ramp_s, options.duration_s)
         results = generators.watch(lambda process, tick: on_moment(timeline.add(process, tick)))
     return judge(described, options, results, timeline.moments)
+
+
+def status_of_dry_run(options: Options, key: str) -> int | None:
+    """Send one message that is not queued, and return the status of the answer; None without one."""
+    url = urlsplit(options.url)
+    path = url.path.rstrip("/") or (generator.SINGLE_PATH if options.single else generator.PATH)
+    message = {"to": "+14155551234", "list_number": options.list_numbers[0], "body": "x"}
+    body = (message if options.single else {"messages": [message]}) | {"dry_run": True}
+    connect = HTTPSConnection if url.scheme == "https" else HTTPConnection
+    connection = connect(url.hostname or "", url.port, timeout=options.timeout_s)
+    try:
+        headers = {"X-Api-Key": key, "Content-Type": "application/json"}
+        connection.request("POST", path, msgspec.json.encode(body), headers)
+        return connection.getresponse().status
+    except (OSError, HTTPException, ValueError):  # the generators report it
+        return None
+    finally:
+        connection.close()
 
 
 def _plans(options: Options, key: str) -> list[Plan]:

@@ -71,6 +71,15 @@ class Target:
         Bytes are sent as they are, an iterator over bytes in chunks, and anything else as JSON. A header set to "" is
         left out. Every answer must be JSON with a request id.
         """
+        try:
+            return _checked(*self.exchange(body, path, headers=headers, method=method))
+        except http.client.HTTPException as error:
+            raise Broken(f"no HTTP answer: {type(error).__name__} {error}") from None
+
+    def exchange(
+        self, body: object, path: str = BULK, *, headers: dict[str, str] | None = None, method: str = "POST"
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        """Send a request, as `post` does, and return any answer with its body. Raises HTTPException and OSError."""
         sent = {"X-Api-Key": self.key, "Content-Type": "application/json"} | (headers or {})
         connection_class = http.client.HTTPSConnection if self.url.scheme == "https" else http.client.HTTPConnection
         connection = connection_class(self.url.hostname or "", self.url.port, timeout=TIMEOUT_S)
@@ -82,9 +91,7 @@ class Target:
                 {name: value for name, value in sent.items() if value},
             )
             answer = connection.getresponse()
-            return _checked(answer, answer.read())
-        except http.client.HTTPException as error:
-            raise Broken(f"no HTTP answer: {type(error).__name__} {error}") from None
+            return answer, answer.read()
         finally:
             connection.close()
 

@@ -6,7 +6,9 @@ import signal
 import sys
 
 from examples.consumer.consumer import Consumer, UnsupportedQueue
-from examples.consumer.settings import ConfigurationError, Settings, load
+from examples.consumer.settings import ConfigurationError, Settings, load, unknown_variables
+
+EXIT_UNUSABLE = 2
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +29,18 @@ async def consume(settings: Settings) -> None:
 
 
 def main() -> None:
-    """Run the command; a setting that cannot be used ends it with a message."""
+    """Run the command; a setting that cannot be used ends it with one line and exit status 2."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # The consumer itself logs the state of its connection.
     for library in ("aio_pika", "aiormq"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
+    for variable in unknown_variables():
+        log.warning("%s is no setting of the consumer; is it misspelt?", variable)
     try:
         asyncio.run(consume(load()))
     except (ConfigurationError, UnsupportedQueue) as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_UNUSABLE)
 
 
 if __name__ == "__main__":

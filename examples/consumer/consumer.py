@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import aio_pika
 from aio_pika.abc import AbstractIncomingMessage
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelNotFoundEntity
 
 from examples.consumer.inbox import DATABASE_ERRORS, Deliver, Inbox, insert_deliveries
 from examples.consumer.payloads import Poison, Sms, decode
@@ -248,6 +248,8 @@ async def _broker_errors_are_loss() -> AsyncIterator[None]:
     """Raise every error of the broker as BrokerLost, and so the CancelledError that aiormq raises in its waiters."""
     try:
         yield
+    except ChannelNotFoundEntity as error:  # the queue: the gateway declares it
+        raise BrokerLost(f"{error}: start `python -m gateway serve`, or run `python -m gateway declare`") from error
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
         raise BrokerLost(f"{type(error).__name__} {error}") from error
     except asyncio.CancelledError:

@@ -62,7 +62,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
             try:
                 values[name] = msgspec.convert(raw, kind, strict=False)
             except msgspec.ValidationError as error:
-                raise ConfigurationError(f"{variable}={raw!r} cannot be used: {error}") from None
+                raise ConfigurationError(f"{variable}={raw!r} cannot be used: {_plain(str(error))}") from None
     for name, schemes in {"database_url": ("postgres", "postgresql"), "amqp_url": ("amqp", "amqps")}.items():
         urls = str(values.get(name, "")).split("," if name == "amqp_url" else None)
         if not all(url.strip().partition("://")[0] in schemes for url in urls or [""]):
@@ -72,3 +72,16 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         return msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:
         raise ConfigurationError(str(error)) from None
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Return the variables with our prefix that are no setting, sorted. Most are spelling mistakes."""
+    known = {PREFIX + name.upper() for name in Settings.__struct_fields__}
+    return sorted(name for name in environ if name.startswith(PREFIX) and name not in known)
+
+
+def _plain(error: str) -> str:
+    """Return msgspec's error about a value, without types of Python where the value is no number."""
+    if error.endswith("got `str`"):
+        return f"it must be a {'whole number' if '`int`' in error else 'number'}, without a unit"
+    return error

@@ -212,6 +212,7 @@ class Admin:
 
     async def add_list(self, account_id: int, number: str) -> Row:
         """Create an active list for an E.164 number."""
+        await self._one(FIND_ACCOUNT, account_id, missing=f"there is no account {account_id}")
         return await self._one(ADD_LIST, account_id, number)
 
     async def set_list_status(self, list_id: int, status: str) -> Row:

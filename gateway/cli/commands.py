@@ -27,6 +27,7 @@ from gateway.telemetry import log
 
 DAY = timedelta(days=1)
 MOST_DAYS = 3_650
+MAX_ID = 2**63 - 1  # of a bigint
 _UNITS = {"d": DAY, "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
 
 
@@ -40,6 +41,15 @@ def duration(text: str | timedelta) -> timedelta:
     return wanted
 
 
+def list_id(text: str) -> int:
+    """Return the id of a list. Raises AdminError for a phone number, and BadParameter for other text."""
+    if text.startswith("+"):
+        raise AdminError(f"{text} is a number, and this command takes a list's id: `list list ACCOUNT` shows both")
+    if re.fullmatch(r"[0-9]{1,19}", text) is None or not 1 <= int(text) <= MAX_ID:
+        raise typer.BadParameter(f"{text!r} is not a whole number from 1 to {MAX_ID}")
+    return int(text)
+
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 account_app = typer.Typer(help="Accounts, which own keys and lists.", no_args_is_help=True)
 key_app = typer.Typer(help="API keys, which authenticate an account.", no_args_is_help=True)
@@ -48,7 +58,6 @@ app.add_typer(account_app, name="account")
 app.add_typer(key_app, name="key")
 app.add_typer(list_app, name="list")
 
-MAX_ID = 2**63 - 1  # of a bigint
 WIDEST = 100_000  # columns of a table: rich would cut the values of a wider one, even a new key
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -58,7 +67,7 @@ Gateways = Annotated[
     list[str] | None,
     typer.Option("--gateway", metavar="URL", help="An operations listener. May be repeated. Default: this machine's."),
 ]
-ListId = Annotated[int, typer.Argument(min=1, max=MAX_ID, help="The list's id, from `list list`.")]
+ListId = Annotated[int, typer.Argument(parser=list_id, help="The list's id, from `list list`.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -99,9 +108,21 @@ def migrate(
     """Apply all pending migrations with dbmate. Create the database if it is missing."""
     if grant_to == "":  # an unset variable of a script
         raise AdminError("--grant-to needs the name of a database role")
-    migrations.apply(config.load_database_url(), statement_cache_size=config.load_statement_cache())
+    failures: list[OSError] = []
+
+    def show(line: str) -> None:
+        try:
+            typer.echo(line, nl=False)
+        except OSError as error:  # migrations go on
+            failures.append(error)
+
+    applied = migrations.apply(config.load_database_url(), show, statement_cache_size=config.load_statement_cache())
+    show(f"migrations applied now: {applied}, pending: 0\n")
     if grant_to:
         _administer(lambda admin: admin.grant_service(grant_to), as_json=False)
+    with _printing():
+        if failures:
+            raise failures[0]
 
 
 @app.command()

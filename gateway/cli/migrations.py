@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ def known_versions() -> list[str]:
     return sorted(path.name.partition("_")[0] for path in _directory().glob("*.sql"))
 
 
-def apply(database_url: str, **options: Any) -> None:
-    """Apply all pending migrations; creates the database if it is missing. `options` are those of asyncpg.connect.
+def apply(database_url: str, show: Callable[[str], None], **options: Any) -> int:
+    """Apply all pending migrations, and return their number; creates the database if it is missing.
 
+    `show` gets each line of dbmate as it comes. `options` are those of asyncpg.connect.
     Raises AdminError when dbmate is not installed or fails, or no primary can be reached.
     """
     dbmate = shutil.which("dbmate", path=f"{Path(sys.executable).parent}{os.pathsep}{os.defpath}")
@@ -33,8 +35,15 @@ def apply(database_url: str, **options: Any) -> None:
     command = [dbmate, "--migrations-dir", str(_directory()), "--no-dump-schema", "up"]
     # lib/pq would take from PG… variables what the URL does not say.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-    if subprocess.run(command, env=inherited | {"DATABASE_URL": url}, check=False).returncode:  # noqa: S603
+    environment = inherited | {"DATABASE_URL": url}
+    applied = 0
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, errors="replace") as process:  # noqa: S603
+        for line in process.stdout or ():
+            applied += line.startswith("Applied: ")
+            show(line)
+    if process.returncode:
         raise AdminError("dbmate cannot migrate the database of GATEWAY_DATABASE_URL; its message is above")
+    return applied
 
 
 def _directory() -> Path:

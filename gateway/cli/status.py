@@ -117,11 +117,11 @@ class Host(msgspec.Struct):
 
 
 class Schema(msgspec.Struct):
-    """Migrations and message id leases, from the primary."""
+    """Migrations and message id leases, from the primary; None: unknown."""
 
-    applied: list[str] = []
-    pending: list[str] = []
-    newer: list[str] = []  # applied by a later version, during its rollout
+    applied: list[str] | None = None
+    pending: list[str] | None = None
+    newer: list[str] | None = None  # applied by a later version, during its rollout
     leases_used: int | None = None
     leases_in_all: int | None = None
     problem: str = ""
@@ -453,15 +453,20 @@ def as_text(status: Status) -> str:
         state = f"{host.role}  {host.version}{lag}  sslmode={host.sslmode}"
         lines += _row("database", host.host, state, host.problem)
     schema = status.schema
-    newer = f", {len(schema.newer)} of a newer version" if schema.newer else ""
-    state = f"{len(schema.applied)} migrations applied, {len(schema.pending)} pending{newer}"
-    lines += _row("schema", "", state, schema.problem)
+    lines += _row("schema", "", _migrations(schema), schema.problem)
     if schema.leases_used is not None and schema.leases_in_all is not None:
         share = schema.leases_used / schema.leases_in_all
         lines += _row("message ids", "", f"{schema.leases_used:,} of {schema.leases_in_all:,} leases ({share:.4%})", "")
     lines += ["", "settings", *(f"  {name:26} {value}" for name, value in status.settings.items() if value != "")]
     lines += ["", "problems" if status.problems else "no problems", *(f"  {problem}" for problem in status.problems)]
     return "\n".join(printable(line.rstrip()) for line in lines)
+
+
+def _migrations(schema: Schema) -> str:
+    if schema.applied is None or schema.pending is None:
+        return "migrations unknown"
+    newer = f", {len(schema.newer)} of a newer version" if schema.newer else ""
+    return f"{len(schema.applied)} migrations applied, {len(schema.pending)} pending{newer}"
 
 
 def _row(kind: str, name: str, state: str, problem: str) -> list[str]:

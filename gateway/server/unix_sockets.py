@@ -25,6 +25,8 @@ async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
     try:
         # Without the lock, a process that starts now could replace our socket between its bind and its listen.
         async with locked(Path(path).parent):
+            if is_no_socket(path):
+                raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} exists and is no socket")
             if is_served(path):
                 raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} is served by another process")
             before = os.umask(0o117)  # with a chmod instead, the socket would be open to all for a moment
@@ -34,6 +36,11 @@ async def listen_on_own_socket(runner: BoundedRunner, path: str) -> None:
                 os.umask(before)
     except OSError as error:
         raise ConfigurationError(f"GATEWAY_API_SOCKET={path!r} cannot be used: {error.strerror or error}") from None
+
+
+def is_no_socket(path: str) -> bool:
+    """Return True if something is at the path, such as a file or a folder, that is no socket."""
+    return os.path.lexists(path) and not Path(path).is_socket()
 
 
 def is_served(path: str) -> bool:

@@ -1,7 +1,12 @@
 """The arithmetic of the capacity calculator, with round numbers."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
+from benchmarks.drivers.workers import REPOSITORY
 from benchmarks.questions import capacity
 from benchmarks.questions.capacity import Costs, Wanted
 
@@ -28,3 +33,23 @@ def test_envelopes_spare_the_network_their_frames() -> None:
     enveloped = Costs(2.0, 10.0, 0.1, 50_000, sms_per_message=100)
     single = capacity.calculate(COSTS, wanted)
     assert capacity.calculate(enveloped, wanted).network_amqp_gbit < 0.8 * single.network_amqp_gbit
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"figures": []}', "no JSON"])
+def test_a_file_that_compare_has_not_written_is_one_line_with_the_command_that_writes_it(
+    tmp_path: Path, content: str | None
+) -> None:
+    file = tmp_path / "x.json"
+    if content is not None:
+        file.write_text(content)
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks", "capacity", "--from", str(file)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: --from {file}: ")
+    assert done.stderr.endswith(f": write it with `scripts/bench compare --json {file}`\n")

@@ -300,18 +300,34 @@ async def test_single_sends_reach_a_real_gateway(gateway: GatewayUnderTest) -> N
     assert wrong.returncode == 2
 
 
-@pytest.mark.parametrize("wrong", ["key", "list"])
-async def test_a_wrong_key_or_a_foreign_list_at_a_real_gateway_fails(gateway: GatewayUnderTest, wrong: str) -> None:
+async def test_a_foreign_list_at_a_real_gateway_fails(gateway: GatewayUnderTest) -> None:
     """It ends with status 1, and says why the first request failed."""
     options = ["--duration", "1", "--warm-up", "0", "--connections", "2", "--batch", "10"]
-    caller = gateway.caller
-    key = "k" if wrong == "key" else caller.key
-    number = caller.list_number if wrong == "key" else new_number()
+    key, number = gateway.caller.key, new_number()
     done = await asyncio.to_thread(type_load, gateway.url, *options, key=key, list_number=number)
     assert done.returncode == ExitCode.THRESHOLD_BROKEN, done.stdout + done.stderr
     assert "no message was accepted" in done.stdout
     assert "The first failure was" in done.stdout
-    assert ("invalid_api_key" if wrong == "key" else "list_not_found") in done.stdout.replace("\n", "")
+    assert "list_not_found" in done.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("form", [[], ["--single"]])
+async def test_a_wrong_key_at_a_real_gateway_is_one_line_and_one_request(
+    gateway: GatewayUnderTest, form: list[str]
+) -> None:
+    number = gateway.caller.list_number
+    done = await asyncio.to_thread(type_load, gateway.api_url, *form, key="another", list_number=number)
+    assert (done.returncode, done.stdout) == (ExitCode.UNUSABLE, "")
+    assert done.stderr == "error: the server answers 401 to the API key: give --key, or set SMS_API_KEY\n"
+    assert gateway.runtime.counters.requests == {(401, "invalid_api_key"): 1}
+
+
+async def test_the_request_that_checks_the_key_queues_nothing(gateway: GatewayUnderTest) -> None:
+    caller = gateway.caller
+    for form in (False, True):
+        options = make_options(gateway.api_url, list_numbers=(caller.list_number,), single=form)
+        assert await asyncio.to_thread(load.status_of_dry_run, options, caller.key) == 200
+    assert gateway.runtime.counters.messages["queued"] == 0
 
 
 async def refuse(_request: web.Request) -> web.Response:

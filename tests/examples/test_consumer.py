@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import Mock
 
@@ -444,6 +445,7 @@ async def test_a_queue_that_is_not_there_is_waited_for(world: World, caplog: pyt
         caplog.clear()
         await world.channel.queue_delete(world.queue)  # the broker cancels the consumer
         await eventually(lambda: "NOT_FOUND" in caplog.text)
+        assert "start `python -m gateway serve`, or run `python -m gateway declare`" in caplog.text
         await world.declare_queue(world.queue)
         await world.publish(sms("AbC12346"))
         await eventually(lambda: consumer.delivered == 2)
@@ -560,6 +562,43 @@ async def test_a_stream_is_refused(world: World) -> None:
     with pytest.raises(UnsupportedQueue, match="stream"):
         await running
     assert not await world.handed_on()
+
+
+async def test_unusable_settings_end_it_with_one_line_and_status_2() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "examples.consumer"),
+        env=os.environ | {"CONSUMER_DATABASE_URL": "postgres://u@h/d", "CONSUMER_AMQP_URL": "", "CONSUMER_QUEU": "x"},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, errors = await process.communicate()
+    warning, error = errors.decode().splitlines()
+    assert process.returncode == 2
+    assert warning.endswith("WARNING CONSUMER_QUEU is no setting of the consumer; is it misspelt?")
+    assert error == "error: Set CONSUMER_AMQP_URL to a URL: amqp://user:password@host/name"
+
+
+def psql_of_the_readme() -> tuple[str, Path]:
+    """Return the command that shows the deliveries, and the folder of the psql that scripts/setup installs."""
+    readme = (Path(__file__).parents[2] / "examples/consumer/README.md").read_text()
+    (command,) = re.findall(r"^psql .+$", readme, re.MULTILINE)
+    (psql,) = re.findall(r"`\.venv/(\S+/psql)`", readme)
+    (folder,) = {path.parent for path in Path(sys.prefix).glob(psql)}
+    return command, folder
+
+
+async def test_the_command_of_the_readme_shows_what_was_handed_on(world: World) -> None:
+    command, folder = psql_of_the_readme()
+    await world.publish(sms("AbC12345", body="Grüße"))
+    async with open_consumer(world.settings()):
+        await world.wait_handed_on(1)
+    url = URL(world.database_url).with_query(sslmode="disable", options=f"-csearch_path={world.schema}")
+    process = await asyncio.create_subprocess_exec(
+        *("/bin/sh", "-c", command),
+        env=os.environ | {"CONSUMER_DATABASE_URL": str(url), "PATH": f"{folder}:{os.environ['PATH']}"},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    shown = (await process.communicate())[0].decode()
+    assert all(value in shown for value in ("AbC12345", "+18005551000", "+14155551234", "Grüße")), shown
 
 
 async def test_a_sweep_removes_what_expired_and_nothing_else(world: World) -> None:

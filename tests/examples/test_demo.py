@@ -40,11 +40,20 @@ def last_parts(demo: subprocess.Popen[str]) -> list[str]:
         assert line, f"it ended:\n{text}"
         assert "✗" not in line, text + line
         text += line
-    return re.split(r"\n[^\n]+:\n\n(?=curl|export|http)", text)[1:]
+    return re.split(r"\n[^\n]+:\n\n(?=curl|unset|export|http)", text)[1:]
 
 
-def test_what_the_demo_says_at_its_end_works_and_nothing_stays(folder: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")}
+# A port that nothing listens on, and a queue that the demo does not read.
+EXPORTED = {
+    "GATEWAY_DATABASE_URL": "postgres://user@127.0.0.1:1/gateway",
+    "GATEWAY_AMQP_URL": "amqp://127.0.0.1:1/",
+    "GATEWAY_AMQP_QUEUE": "another",
+}
+
+
+@pytest.mark.parametrize("exported", [{}, EXPORTED], ids=["no settings", "settings of other servers"])
+def test_what_the_demo_says_at_its_end_works_and_nothing_stays(folder: Path, exported: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")} | exported
     command = [sys.executable, "-m", "examples.demo"]
     with subprocess.Popen(  # noqa: S603
         command, cwd=ROOT, env=environment | {"TMPDIR": str(folder)}, stdout=subprocess.PIPE, text=True

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from examples.consumer.settings import ConfigurationError, Settings, load
+from examples.consumer.settings import ConfigurationError, Settings, load, unknown_variables
 
 README = (Path(__file__).parents[2] / "examples/consumer/README.md").read_text()
 
@@ -76,3 +76,14 @@ def test_a_bad_setting_is_refused_by_name(variable: str, value: str) -> None:
         load(URLS | {variable: value})
     assert variable in str(refusal.value)
     assert "secret" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("variable", "kind"), [("GROUP_SIZE", "whole number"), ("MAX_AGE_S", "number")])
+def test_text_for_a_number_is_refused_in_plain_words(variable: str, kind: str) -> None:
+    says = rf"^CONSUMER_{variable}='30m' cannot be used: it must be a {kind}, without a unit$"
+    with pytest.raises(ConfigurationError, match=says):
+        load(URLS | {f"CONSUMER_{variable}": "30m"})
+
+
+def test_variables_that_are_no_setting_are_found() -> None:
+    assert unknown_variables(URLS | {"CONSUMER_QUEUES": "x", "GATEWAY_QUEUE": "x"}) == ["CONSUMER_QUEUES"]

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from gateway import __version__
+from gateway.cli.migrations import known_versions
 from testbed import Servers
 from tests.support.callers import Caller, new_number
 from tests.support.gateways import GatewayUnderTest, process_environment, run_gateway
@@ -158,6 +159,13 @@ def test_a_lifetime_that_is_no_duration_is_refused(text: str) -> None:
         (("list", "list", "999999999"), "there is no account 999999999"),
         (("key", "revoke", "999999999"), "there is no key 999999999"),
         (("list", "deactivate", "999999999"), "there is no list 999999999"),
+        *(
+            (
+                ("list", action, "+18005551000"),
+                "+18005551000 is a number, and this command takes a list's id: `list list ACCOUNT` shows both",
+            )
+            for action in ("deactivate", "activate")
+        ),
         (("account", "create", " "), "an account needs a name"),
     ],
 )
@@ -174,6 +182,8 @@ def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
     taken = run_gateway("list", "add", other, number, database_url=servers.database_url)
     assert taken.returncode == 2
     assert "that number is a list already" in taken.stderr
+    nobody = run_gateway("list", "add", "999999999", number, database_url=servers.database_url)
+    assert nobody.stderr == "error: there is no account 999999999\n"
     run_json(servers, "list", "deactivate", str(kept["id"]))
     assert run_json(servers, "list", "add", other, number)["status"] == "active"
     back = run_gateway("list", "activate", str(kept["id"]), database_url=servers.database_url)
@@ -182,8 +192,36 @@ def test_a_number_sends_for_one_account_at_a_time(servers: Servers) -> None:
     assert "that is not an E.164 number" in bad.stderr
 
 
-def test_migrating_twice_changes_nothing(servers: Servers) -> None:
-    assert run_gateway("migrate", database_url=servers.database_url).returncode == 0
+def test_migrating_says_how_many_were_applied_and_twice_changes_nothing(servers: Servers) -> None:
+    if servers.postgres is None:
+        pytest.skip("needs a PostgreSQL of its own, to make an empty database in")
+    url, known = servers.postgres.create_database("migrated"), len(known_versions())
+    for applied in (known, 0):
+        done = run_gateway("migrate", database_url=url)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Applied: ") == applied
+        assert done.stdout.splitlines()[-1] == f"migrations applied now: {applied}, pending: 0"
+    servers.postgres.drop_database("migrated")
+
+
+def test_migrations_go_on_if_their_lines_cannot_be_printed(servers: Servers) -> None:
+    if servers.postgres is None:
+        pytest.skip("needs a PostgreSQL of its own, to make an empty database in")
+    url = servers.postgres.create_database("unprinted")
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "gateway", "migrate"],
+            env=os.environ | {"GATEWAY_DATABASE_URL": url},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the command was carried out, but its result cannot be printed: ")
+    assert done.stderr.count("\n") == 1
+    assert run_gateway("account", "list", "--json", database_url=url).stdout == "[]\n"
+    servers.postgres.drop_database("unprinted")
 
 
 @pytest.mark.parametrize(

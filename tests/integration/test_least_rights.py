@@ -310,6 +310,18 @@ async def test_a_process_without_a_right_is_not_ready_and_names_it_as_status_doe
     assert (await status.collect(settings, [], [])).schema.problem == ""
 
 
+async def test_migrations_that_the_role_may_not_read_are_unknown(
+    role: Role, owner: asyncpg.Connection, make_settings: MakeSettings
+) -> None:
+    await owner.execute(f'REVOKE ALL (version) ON schema_migrations FROM "{role.name}"')
+    try:
+        found = await status.collect(make_settings(database_url=role.url), [], ["1"])
+    finally:
+        await owner.execute(f'GRANT SELECT (version) ON schema_migrations TO "{role.name}"')
+    assert "lacks SELECT (version) ON schema_migrations" in found.schema.problem
+    assert "\n✗ schema       migrations unknown\n" in status.as_text(found)
+
+
 async def test_a_schema_that_the_role_may_not_use_is_no_missing_migration(
     owner: asyncpg.Connection, role: Role
 ) -> None:

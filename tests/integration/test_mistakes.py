@@ -176,8 +176,8 @@ async def test_a_host_that_is_no_host_name(environment: dict[str, str], party: s
 
 
 async def test_workers_that_cannot_start_end_the_supervisor(environment: dict[str, str]) -> None:
-    """With one port for both, only the workers find that they cannot listen."""
-    both = environment | {"GATEWAY_OPS_PORT": environment["GATEWAY_API_PORT"]}
+    """With one port for both, and a name for one of the addresses, only the workers find that they cannot listen."""
+    both = environment | {"GATEWAY_OPS_PORT": environment["GATEWAY_API_PORT"], "GATEWAY_OPS_HOST": "localhost"}
     status, errors = await serve(both, "--workers", "2")
     assert status == 2, errors
     assert "Set GATEWAY_API_HOST and GATEWAY_API_PORT" in errors

@@ -299,6 +299,7 @@ async def test_everything_that_is_down_is_reported_by_name(gateway: GatewayUnder
         code, output = await run_status(gateway, "--json", "--gateway", f"http://127.0.0.1:{nowhere}", **settings)
         assert code == 1
         found = msgspec.json.decode(output)
+        assert found["schema"]["applied"] is found["schema"]["pending"] is found["schema"]["newer"] is None
         named = " ".join(found["problems"])
         for part in (
             f"gateway http://127.0.0.1:{nowhere}:",
@@ -386,3 +387,11 @@ async def test_pending_and_newer_migrations_are_distinguished(make_settings: Mak
     assert any("pending migrations: 1" in problem for problem in behind.problems)
     ahead = await status.collect(make_settings(), [], known[:-1])
     assert (ahead.schema.newer, ahead.schema.problem) == (known[-1:], "")
+
+
+async def test_migrations_of_a_database_that_cannot_be_reached_are_unknown(make_settings: MakeSettings) -> None:
+    nowhere = Port()
+    url = f"postgres://u@127.0.0.1:{nowhere}/d"
+    down = await status.collect(msgspec.structs.replace(make_settings(), database_url=url), [], ["1"])
+    nowhere.release()
+    assert "✗ schema       migrations unknown\n    no primary answers\n" in status.as_text(down)

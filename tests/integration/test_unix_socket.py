@@ -46,18 +46,23 @@ async def test_a_unix_socket_is_for_its_user_and_group_replaces_a_dead_one_and_s
         await second.cleanup()
 
 
-async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path, gateway: GatewayUnderTest) -> None:
-    path = tmp_path / "precious"
+async def test_what_is_no_socket_is_left_alone(tmp_path: Path, gateway: GatewayUnderTest) -> None:
+    path, folder, link = (tmp_path / name for name in ("precious", "folder", "link"))
     path.write_text("mine")
+    folder.mkdir()
+    link.symlink_to("nowhere")
     _, runner = server.make_runners(gateway.runtime)
     try:
-        with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET=.*cannot be used: .*already in use"):
-            await listen_on_own_socket(runner, str(path))
+        for taken in (path, folder, link):
+            with pytest.raises(ConfigurationError, match=r"GATEWAY_API_SOCKET='.*' exists and is no socket$"):
+                await listen_on_own_socket(runner, str(taken))
         with pytest.raises(ConfigurationError, match="cannot be used: No such file or directory"):
             await listen_on_own_socket(runner, str(tmp_path / "nowhere" / "api"))
     finally:
         await runner.cleanup()
     assert path.read_text() == "mine"
+    assert folder.is_dir()
+    assert link.is_symlink()
 
 
 async def test_a_clean_stop_removes_its_own_socket_and_no_other(tmp_path: Path, gateway: GatewayUnderTest) -> None:

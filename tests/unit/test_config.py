@@ -68,15 +68,15 @@ GOOD: dict[str, tuple[str, object]] = {
 BAD: list[tuple[str, str, str]] = [
     ("api_port", "-1", ">= 0"),
     ("api_port", "65536", "<= 65535"),
-    ("api_port", "http", "int"),
+    ("api_port", "http", "must be a whole number, without a unit"),
     ("api_docs", "yes", "Use one of on, off"),
-    ("ops_port", "80.5", "int"),
+    ("ops_port", "80.5", "must be a whole number, without a unit"),
     ("database_pool_size", "0", ">= 1"),
     ("database_pool_size", "1001", "<= 1000"),
     ("max_unconfirmed_messages", "1000000001", "<= 1000000000"),
     ("max_connections", "1" + "0" * 13, "<= 1000000000000"),
     ("database_timeout_s", "0", "> 0"),
-    ("database_timeout_s", "2s", "float"),
+    ("database_timeout_s", "2s", "must be a number, without a unit"),
     ("database_statement_cache", "-1", ">= 0"),
     ("amqp_exchange", "sms outbound", "matching regex"),
     ("amqp_exchange", "q" * 201, "matching regex"),
@@ -96,12 +96,12 @@ BAD: list[tuple[str, str, str]] = [
     ("confirm_timeout_s", "inf", "<= 3600"),
     ("abandon_timeout_s", "3601", "<= 3600"),
     ("max_unconfirmed_messages", "999", ">= 1000"),
-    ("max_unconfirmed_bytes", "128MB", "int"),
+    ("max_unconfirmed_bytes", "128MB", "must be a whole number, without a unit"),
     ("max_connections", "0", ">= 1"),
     ("header_timeout_s", "0", "> 0"),
     ("body_timeout_s", "0", "> 0"),
-    ("keepalive_timeout_s", "never", "float"),
-    ("max_requests_in_flight", "1_000.0.0", "int"),
+    ("keepalive_timeout_s", "never", "must be a number, without a unit"),
+    ("max_requests_in_flight", "1_000.0.0", "must be a whole number, without a unit"),
     ("max_bytes_in_flight", "5242879", ">= 5242880"),
     ("max_idempotency_keys", "0", ">= 1"),
     ("drain_delay_s", "-0.1", ">= 0"),
@@ -110,7 +110,7 @@ BAD: list[tuple[str, str, str]] = [
     ("log_format", "text", "Use one of json, console"),
     ("request_log_sample", "1.01", "<= 1"),
     ("request_log_sample", "-0.1", ">= 0"),
-    ("request_log_sample", "1%", "float"),
+    ("request_log_sample", "1%", "must be a number, without a unit"),
     ("traces", "true", "Invalid enum value"),
 ]
 
@@ -407,3 +407,36 @@ def test_the_broker_is_always_verified() -> None:
 def test_settings_do_not_change_once_read() -> None:
     with pytest.raises(AttributeError):
         config.load(URLS).api_port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("api_host", "ops_host"),
+    [
+        ("0.0.0.0", "127.0.0.1"),  # noqa: S104 - not listened on
+        ("10.0.0.1", "0.0.0.0"),  # noqa: S104
+        ("::", "127.0.0.1"),
+        ("gateway.internal", "::"),
+        ("[::1]", "::1"),
+        ("gateway.internal", "gateway.internal"),
+    ],
+)
+def test_one_port_for_both_listeners_is_refused_where_their_addresses_overlap(api_host: str, ops_host: str) -> None:
+    hosts = {"GATEWAY_API_HOST": api_host, "GATEWAY_OPS_HOST": ops_host}
+    with pytest.raises(
+        ConfigurationError, match=r"GATEWAY_API_PORT and GATEWAY_OPS_PORT are both 9090, on overlapping"
+    ):
+        config.load(URLS | hosts | {"GATEWAY_API_PORT": "9090"})
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"GATEWAY_API_PORT": "0", "GATEWAY_OPS_PORT": "0"},
+        {"GATEWAY_API_PORT": "9090", "GATEWAY_API_SOCKET": "/run/api"},
+        {"GATEWAY_API_PORT": "9090", "GATEWAY_API_HOST": "10.0.0.1"},
+        {"GATEWAY_API_PORT": "9090", "GATEWAY_API_HOST": "10.0.0.1", "GATEWAY_OPS_HOST": "ops.internal"},
+        {"GATEWAY_API_PORT": "9090", "GATEWAY_OPS_HOST": "::1"},
+    ],
+)
+def test_one_port_for_both_listeners_is_right_on_two_addresses_and_if_only_one_has_it(given: dict[str, str]) -> None:
+    config.load(URLS | given)

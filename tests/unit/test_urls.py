@@ -115,6 +115,8 @@ def test_a_database_url_that_cannot_work_is_refused_at_start(url: str, says: str
         ("amqp://u:secret@%2Frun%2Fx/", "names a unix socket"),
         ("amqp://u:sec,ret@h/", "A comma separates nodes"),
         ('"amqp://u:secret@h/"', "is in quotation marks"),
+        ("http://u:secret@h/", "is not an amqp URL"),
+        ("amqp:u@h", "is not an amqp URL"),
     ],
 )
 def test_a_broker_url_that_cannot_work_is_refused_at_start(url: str, says: str) -> None:

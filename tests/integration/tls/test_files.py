@@ -29,10 +29,20 @@ def test_files_that_could_not_work_are_refused_at_start_by_the_variables_name(se
         assert f"{variable}_CERT_FILE and {variable}_KEY_FILE cannot be used" in unmatched
         alone = refusal(secured, **{f"{name}_cert_file": "", f"{name}_key_file": str(one.key)})
         assert alone == f"{variable}_KEY_FILE is set without its certificate. Set {variable}_CERT_FILE"
+        keyless = refusal(secured, **{f"{name}_cert_file": str(one.cert), f"{name}_key_file": ""})
+        assert keyless == f"{variable}_KEY_FILE is not set, and the file of {variable}_CERT_FILE has no key"
+        unknown = refusal(secured, **{f"{name}_cert_file": str(no_pem), f"{name}_key_file": ""})
+        assert "must be PEM files" in unknown
+        both = tmp_path / f"{name}.pem"
+        both.write_bytes(one.cert.read_bytes() + one.key.read_bytes())
+        tls.check(secured.settings(**{f"{name}_cert_file": str(both), f"{name}_key_file": ""}))
         if name != "api_tls":
             assert f"{variable}_CA_FILE" in refusal(secured, **{f"{name}_ca_file": str(no_pem)})
     url = secured.environment["GATEWAY_DATABASE_URL"] + "?sslrootcert=/nowhere.pem"
     assert "GATEWAY_DATABASE_" in refusal(secured, database_url=url)
+    url = f"{secured.environment['GATEWAY_DATABASE_URL']}?sslkey={other.key}"
+    unmatched = refusal(secured, database_url=url, database_cert_file=str(one.cert), database_key_file="")
+    assert "must match its certificate" in unmatched
 
 
 def test_a_client_may_not_renegotiate_and_speaks_no_old_tls(secured: Secured) -> None:
