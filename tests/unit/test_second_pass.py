@@ -54,3 +54,10 @@ def test_an_array_as_contact_data_is_not_parsed_again_and_costs_only_its_message
     draft = batch.validate(decode_bulk(b'{"messages":[' + array + b"," + GOOD + b"]}"))
     assert [(row.index, row.code) for row in draft.rows] == [(0, INVALID_CONTACT_DATA.code)]
     assert list(draft.indexes) == [1]
+
+
+def test_a_body_that_is_not_huge_may_have_more_commas() -> None:
+    many = b'{"metadata":{"a":[' + b"1," * (MOST_COMMAS + 1) + b"1]}," + GOOD[1:]
+    body = b'{"messages":[' + many + b"]}"
+    assert len(body) < HUGE_BODY_BYTES
+    assert len(batch.validate(decode_bulk(body)).messages) == 1
