@@ -390,6 +390,7 @@ class _Connection(RequestHandler):
         "_kept",
         "_largest_read",
         "_server",
+        "_sizes_ahead",
         "_unread",
         "head",
         "head_due",
@@ -402,7 +403,9 @@ class _Connection(RequestHandler):
         self._answer_timer: asyncio.TimerHandle | None = None
         self.head_due = NEVER  # the loop's time at which the awaited head must be complete
         self.head = IncompleteHead(server.heads)
-        self._bytes_ahead = 0  # of requests that wait behind the one in progress
+        # Bytes of each request that has not had its turn, in order; 0 for one that arrived behind no other.
+        self._sizes_ahead: deque[int] = deque()
+        self._bytes_ahead = 0  # their sum
         self.size_ahead = 0  # in bytes, with those in `_kept`, as last reported to the server
         self._answered = 0  # requests
         self._body = EMPTY_PAYLOAD  # of the last request that has arrived
@@ -474,11 +477,10 @@ class _Connection(RequestHandler):
             self._note_message()
             self.head_due = NEVER
             self.head.clear()
-            if not is_behind:
-                self._bytes_ahead = 0
+            self._sizes_ahead.extend([0] * (len(self._messages) - queued))
         elif is_head:
             self._bound_head(part)
-        if self._messages and is_behind:
+        if self._sizes_ahead and self._messages and is_behind:
             self._bound_bytes_ahead(part)
 
     def _decline_upgrade(self) -> None:
@@ -515,6 +517,8 @@ class _Connection(RequestHandler):
         is_behind = self._request_count > self._answered + 1
         if is_behind and self._messages and self._messages[-1][1] is self._body and not self._body.is_eof():
             self._messages.pop()  # the rest of its body will never arrive
+            self._bytes_ahead -= self._sizes_ahead.pop()
+            self._count_bytes_ahead()
             self._body = EMPTY_PAYLOAD
         self._is_half_closed = (
             self._is_in_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None
@@ -550,6 +554,7 @@ class _Connection(RequestHandler):
 
     def _bound_bytes_ahead(self, data: bytes) -> None:
         """Bound pipelined requests: aiohttp would read 32 of them ahead, each with up to 512 kB of body."""
+        self._sizes_ahead[-1] += len(data)
         self._bytes_ahead += len(data)
         if self._bytes_ahead > MAX_BYTES_AHEAD and not self._buffer_paused:
             self._pause_reading_for_buffer()  # until the last of them has its turn
@@ -571,13 +576,12 @@ class _Connection(RequestHandler):
 
     def _forget_bytes_ahead(self) -> None:
         self._bytes_ahead, self._kept = 0, b""
+        self._sizes_ahead.clear()
         self._server.bytes_ahead -= self.size_ahead
         self.size_ahead = 0
 
     def _resume_reading_if_drained(self) -> None:
         if not self._messages:  # aiohttp would read on while there are few: each may have a large body
-            self._bytes_ahead = 0
-            self._count_bytes_ahead()
             super()._resume_reading_if_drained()
 
     @property
@@ -701,8 +705,8 @@ class _Connection(RequestHandler):
         return answer_and_linger
 
     async def _handle_request(self, request: web.BaseRequest, *rest: Any) -> tuple[web.StreamResponse, bool]:
-        if self._bytes_ahead and not self._messages:  # it was the last of those that waited
-            self._bytes_ahead = 0
+        if self._sizes_ahead and (size := self._sizes_ahead.popleft()):
+            self._bytes_ahead -= size
             self._count_bytes_ahead()
         try:
             response, is_lost = await super()._handle_request(request, *rest)

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler
 from swagger_ui_bundle import swagger_ui_path
 
 from gateway.errors import Overloaded
+from gateway.web.answers import refuse
 from gateway.web.connections import SLOT
 
 PATH = "/openapi.json"
@@ -98,7 +99,12 @@ def _add_routes(app: web.Application, handlers: dict[str, Handler], expect_handl
 
     def bounded(handler: Handler) -> Handler:
         async def serve(request: web.Request) -> web.StreamResponse:
-            request[SLOT] = _Reader(readers)
+            try:
+                request[SLOT] = _Reader(readers)
+            except Overloaded as error:
+                response = refuse(error)
+                response.force_close()  # so that the connection's next requests take nothing from others
+                return response
             return await handler(request)
 
         return serve

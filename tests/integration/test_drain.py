@@ -267,6 +267,21 @@ async def test_a_request_in_progress_is_not_ahead_of_itself(listener: Listener) 
         await eventually(lambda: server.bytes_ahead == 0)
 
 
+async def test_requests_that_had_their_turn_are_not_ahead_any_more(listener: Listener) -> None:
+    """Clean callers that always have a request waiting were aborted, with 6 MiB of all of them together."""
+    server = listener.runner.server
+    assert isinstance(server, _Server)
+    async with in_a_request(listener) as (caller, _):
+        await caller.send(GET * 3)
+        for number in range(50):
+            await eventually(lambda: server.bytes_ahead == 3 * len(GET))
+            listener.may_answer.set()
+            listener.may_answer.clear()
+            assert (await caller.read_answer()).status == 200, number
+            await eventually(lambda: server.bytes_ahead == 2 * len(GET))
+            await caller.send(GET)
+
+
 async def test_what_cannot_wait_is_counted_too(listener: Listener) -> None:
     server = listener.runner.server
     assert isinstance(server, _Server)
