@@ -44,7 +44,7 @@ def duration(text: str | timedelta) -> timedelta:
 def list_id(text: str) -> int:
     """Return the id of a list. Raises AdminError for a phone number, and BadParameter for other text."""
     if text.startswith("+"):
-        raise AdminError(f"{text} is a number, and this command takes a list's id: `list list ACCOUNT` shows both")
+        raise AdminError("this command takes the id of a list, not its number: `list list ACCOUNT` shows both")
     if re.fullmatch(r"[0-9]{1,19}", text) is None or not 1 <= int(text) <= MAX_ID:
         raise typer.BadParameter(f"{text!r} is not a whole number from 1 to {MAX_ID}")
     return int(text)

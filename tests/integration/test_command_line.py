@@ -162,7 +162,7 @@ def test_a_lifetime_that_is_no_duration_is_refused(text: str) -> None:
         *(
             (
                 ("list", action, "+18005551000"),
-                "+18005551000 is a number, and this command takes a list's id: `list list ACCOUNT` shows both",
+                "this command takes the id of a list, not its number: `list list ACCOUNT` shows both",
             )
             for action in ("deactivate", "activate")
         ),
