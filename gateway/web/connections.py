@@ -457,7 +457,8 @@ class _Connection(RequestHandler):
             at = end
             if is_queue_full or at == len(data):
                 self._kept = data[at:]
-                self._count_bytes_ahead()
+                if self._bytes_ahead or self._kept or self.size_ahead:
+                    self._count_bytes_ahead()
                 return
         self._kept = b""  # the connection serves no further request
         self._count_bytes_ahead()
@@ -476,7 +477,8 @@ class _Connection(RequestHandler):
         if len(self._messages) > queued:
             self._note_message()
             self.head_due = NEVER
-            self.head.clear()
+            if self.head.size:
+                self.head.clear()
             self._sizes_ahead.extend([0] * (len(self._messages) - queued))
         elif is_head:
             self._bound_head(part)
@@ -517,8 +519,9 @@ class _Connection(RequestHandler):
         is_behind = self._request_count > self._answered + 1
         if is_behind and self._messages and self._messages[-1][1] is self._body and not self._body.is_eof():
             self._messages.pop()  # the rest of its body will never arrive
-            self._bytes_ahead -= self._sizes_ahead.pop()
-            self._count_bytes_ahead()
+            if self._sizes_ahead:  # otherwise aborted
+                self._bytes_ahead -= self._sizes_ahead.pop()
+                self._count_bytes_ahead()
             self._body = EMPTY_PAYLOAD
         self._is_half_closed = (
             self._is_in_request and self._body.is_eof() and self._payload_parser is None and self.ssl_context is None

@@ -474,28 +474,23 @@ async def test_after_too_long_a_wait_a_request_is_refused(resource: str) -> None
     assert_empty(admission)
 
 
-async def test_a_small_request_behind_one_that_lacks_bytes_is_refused_for_bytes() -> None:
-    admission = admission_of(max_bytes=1_000, deadline_s=0.4)
-    async with entered(admission, 900, A), waiting(admission, 500, B):
-        with pytest.raises(Overloaded):
-            async with entered(admission, 1, B):
-                pytest.fail("admitted")
-        await eventually(lambda: not admission.waiting)
-    assert admission.shed == {"bytes": 2}
-    assert_empty(admission)
-
-
-async def test_a_small_request_behind_one_that_the_window_has_no_room_for_is_not_refused_for_bytes() -> None:
+@pytest.mark.parametrize(
+    ("lacking", "size", "max_bytes", "unconfirmed"), [("bytes", 500, 1_000, 0), ("confirm_window", 100_000, 10**9, 990)]
+)
+async def test_a_small_request_behind_a_large_one_is_refused_for_what_the_large_one_lacks(
+    lacking: str, size: int, max_bytes: int, unconfirmed: int
+) -> None:
     """The reason tells an operator which limit to raise."""
     room = BrokerRoom(1_000)
-    admission = admission_of(room=room, deadline_s=0.4)
-    room.unconfirmed = 990
-    async with waiting(admission, 100_000, A):
-        with pytest.raises(Overloaded):
-            async with entered(admission, 1, B):
-                pytest.fail("admitted")
-        await eventually(lambda: not admission.waiting)
-    assert admission.shed == {"confirm_window": 2}
+    admission = admission_of(room=room, max_bytes=max_bytes, deadline_s=0.4)
+    async with entered(admission, 900, A):
+        room.unconfirmed = unconfirmed
+        async with waiting(admission, size, B):
+            with pytest.raises(Overloaded):
+                async with entered(admission, 1, B):
+                    pytest.fail("admitted")
+            await eventually(lambda: not admission.waiting)
+    assert admission.shed == {lacking: 2}
     assert_empty(admission)
 
 
